@@ -1,0 +1,57 @@
+"""Options that several verbs share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtool.report.output import ColorChoice
+
+OUTPUT_PANEL = "Output"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A local folder, or a Hub id with an optional @revision.",
+        show_default=False,
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT_PANEL),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="The answer only.", rich_help_panel=OUTPUT_PANEL),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Say more while working.", rich_help_panel=OUTPUT_PANEL),
+]
+Color = Annotated[
+    ColorChoice,
+    typer.Option("--color", help="NO_COLOR is honoured too.", rich_help_panel=OUTPUT_PANEL),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Read options from a TOML file; flags and QTOOL_* variables win.",
+        rich_help_panel=OUTPUT_PANEL,
+        show_default=False,
+        is_eager=True,
+        callback=lambda ctx, value: load_config_file(ctx, value),
+        expose_value=False,
+    ),
+]
+
+
+def load_config_file(ctx: typer.Context, path: Path | None) -> None:
+    """Make the TOML file's values the defaults of the verb that `ctx` belongs to."""
+    if path is not None:
+        from qtool.cli.config_file import read_config_file
+
+        ctx.default_map = read_config_file(path, verb=ctx.info_name or "", params=ctx.command.params)

@@ -1,0 +1,138 @@
+"""One object owns stdout and stderr for the length of a command.
+
+stdout carries the answer only (`answer`, `write_text`, or one JSON document); everything else goes
+to stderr. The mode is decided once, from --json, --quiet, --verbose and --color.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from qtool.errors import QtoolError
+from qtool.events import Event, Note, OnEvent
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+ColorChoice = Literal["auto", "always", "never"]
+JSON_SCHEMA_VERSION = 1
+
+
+class Output:
+    """Where a command's words go.
+
+    Args:
+        command: the verb, for the JSON document.
+        json_mode: one JSON document on stdout instead of text; errors as JSON on stderr.
+        quiet: no notes and no progress.
+        verbose: details too.
+        color: "auto" looks at the stream, NO_COLOR and FORCE_COLOR.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        *,
+        json_mode: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+        color: ColorChoice = "auto",
+    ) -> None:
+        self.command = command
+        self.json_mode = json_mode
+        self.quiet = quiet
+        self.verbose = verbose
+        self.color: ColorChoice = color
+        self.warnings: list[str] = []
+
+    # -- the answer: stdout ---------------------------------------------------------------------
+
+    def answer(self, *renderables: RenderableType) -> None:
+        """Print text or rich tables to stdout; nothing in JSON mode."""
+        if self.json_mode:
+            return
+        console = self._console(stderr=False)
+        for renderable in renderables:
+            console.print(renderable)
+
+    def write_text(self, text: str) -> None:
+        """Write `text` to stdout as it is and flush: generated tokens."""
+        if not self.json_mode:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def document(self, fields: dict[str, Any]) -> None:
+        """Print the command's one JSON document; nothing outside JSON mode."""
+        if self.json_mode:
+            head = {"schema": JSON_SCHEMA_VERSION, "command": self.command}
+            print(json.dumps({**head, **fields, "warnings": self.warnings}, ensure_ascii=False))
+
+    # -- everything else: stderr ----------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        """A sentence beside the answer; silent with --quiet and --json."""
+        if not (self.quiet or self.json_mode):
+            self._console(stderr=True).print(text, markup=False, highlight=False)
+
+    def detail(self, text: str) -> None:
+        """A sentence for --verbose."""
+        if self.verbose and not self.json_mode:
+            self._console(stderr=True).print(text, style="dim", markup=False, highlight=False)
+
+    def warn(self, text: str) -> None:
+        """A warning: a line on stderr, or an entry of the JSON document's `warnings`."""
+        if text in self.warnings:
+            return
+        self.warnings.append(text)
+        if not self.json_mode:
+            self._message("warning", "yellow", text)
+
+    def error(self, error: QtoolError) -> None:
+        """Print the error and its hint, as JSON in JSON mode."""
+        if self.json_mode:
+            fields = {"kind": error.kind, "message": error.message, "hint": error.hint}
+            print(json.dumps({"error": fields}, ensure_ascii=False), file=sys.stderr)
+            return
+        self._message("error", "bold red", error.message)
+        if error.hint:
+            self._message("  hint", "cyan", error.hint)
+
+    @contextmanager
+    def progress(self) -> Iterator[OnEvent]:
+        """Yield an `on_event` that shows progress: a bar on a terminal, lines elsewhere."""
+        from qtool.report.progress import show_progress
+
+        with show_progress(self, self._console(stderr=True)) as on_event:
+            yield on_event
+
+    def on_note(self, event: Event) -> None:
+        """An `on_event` for work that has nothing to show but notes."""
+        if isinstance(event, Note):
+            {"warning": self.warn, "detail": self.detail}.get(event.level, self.note)(event.text)
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _message(self, label: str, style: str, text: str) -> None:
+        from rich.text import Text
+
+        line = Text.assemble((f"{label}: ", style), text)
+        self._console(stderr=True).print(line, highlight=False, soft_wrap=True)
+
+    def _console(self, *, stderr: bool) -> Console:
+        from rich.console import Console
+
+        forced = {"always": True, "never": False, "auto": None}[self.color]
+        if forced is None and os.environ.get("NO_COLOR"):
+            forced = False
+        return Console(
+            stderr=stderr,
+            force_terminal=True if forced else None,
+            no_color=forced is False,
+            color_system="auto" if forced is not False else None,
+            soft_wrap=False,
+        )

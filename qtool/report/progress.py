@@ -1,0 +1,108 @@
+"""Progress of byte-counted work: one bar with bytes, GB/s and time left, or plain lines.
+
+The bar appears only when stderr is a terminal; elsewhere each stage prints one line when it ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from qtool.events import Advanced, Event, Finished, Note, OnEvent, Started
+from qtool.report.units import format_bytes, format_rate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from qtool.report.output import Output
+
+REFRESHES_PER_S = 8
+
+
+@contextmanager
+def show_progress(output: Output, console: Console) -> Iterator[OnEvent]:
+    """Yield an `on_event` for the length of the work."""
+    if output.quiet or output.json_mode:
+        yield output.on_note
+    elif console.is_terminal and not output.verbose:
+        with _bar(console) as progress:
+            yield _BarEvents(progress, output)
+    else:
+        yield _LineEvents(output)
+
+
+class _BarEvents:
+    """Feeds a rich progress bar."""
+
+    def __init__(self, progress: Progress, output: Output) -> None:
+        self._progress = progress
+        self._output = output
+        self._task = None
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started(stage, total_bytes):
+                self._task = self._progress.add_task(stage, total=total_bytes, item="")
+            case Advanced(num_bytes, item) if self._task is not None:
+                self._progress.update(self._task, advance=num_bytes, item=item)
+            case Finished():
+                if self._task is not None:
+                    self._progress.update(self._task, item="")
+            case Note():
+                self._output.on_note(event)
+            case _:
+                pass
+
+
+class _LineEvents:
+    """Prints one line per finished stage; with --verbose one per item."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._start_s = 0.0
+        self._done_bytes = 0
+        self._item = ""
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._start_s, self._done_bytes = time.perf_counter(), 0
+            case Advanced(num_bytes, item):
+                self._done_bytes += num_bytes
+                if item and item != self._item:
+                    self._output.detail(f"{item}")
+                    self._item = item
+            case Finished(stage):
+                seconds = time.perf_counter() - self._start_s
+                rate = format_rate(self._done_bytes, seconds)
+                self._output.note(
+                    f"{stage}: {format_bytes(self._done_bytes)} in {seconds:.1f} s ({rate})"
+                )
+            case Note():
+                self._output.on_note(event)
+
+
+def _bar(console: Console) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[item]}", style="dim"),
+        console=console,
+        refresh_per_second=REFRESHES_PER_S,
+        transient=True,
+    )

@@ -1,0 +1,35 @@
+"""Numbers as people read them. GiB is 2^30 bytes, MiB 2^20; GB/s is 1e9 bytes per second."""
+
+from __future__ import annotations
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Bytes with the unit that keeps three or four digits: "512 B", "3.25 MiB", "14.96 GiB"."""
+    if num_bytes < KIB:
+        return f"{num_bytes} B"
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.2f} {unit}"
+    raise AssertionError("unreachable")
+
+
+def format_gib(num_bytes: int) -> str:
+    """GiB with two digits and no unit, for table columns whose head names the unit."""
+    return f"{num_bytes / GIB:,.2f}"
+
+
+def format_count(num: int) -> str:
+    """A parameter count: "8.03 B", "134.5 M", "260 k"."""
+    for unit, size in (("B", 10**9), ("M", 10**6)):
+        if num >= size:
+            return f"{num / size:,.{2 if unit == 'B' else 1}f} {unit}"
+    return f"{num / 1000:,.0f} k" if num >= 1000 else str(num)
+
+
+def format_rate(num_bytes: int, seconds: float) -> str:
+    """Bytes per second as GB/s."""
+    return f"{num_bytes / seconds / 1e9:.2f} GB/s" if seconds > 0 else "- GB/s"
