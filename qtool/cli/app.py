@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
@@ -12,9 +14,18 @@ from qtool.cli.session import report_error
 from qtool.errors import EXIT_CODES, QtoolError
 from qtool.report.output import Output
 
+# Panel of the help -> verbs; the function of qtool.cli.VERB that bears its name is the command.
+VERBS = {
+    "Plan": ("estimate", "sizing"),
+    "Make": ("quantize", "inspect"),
+    "Use": ("generate",),
+    "Help": ("demo", "doctor"),
+}
+
 app = typer.Typer(
     name="qtool",
     help="Does this language model fit my GPU? Plan its memory, quantize it, inspect it, run it.",
+    epilog="Every option can also be set by a variable: --compute-dtype by QTOOL_COMPUTE_DTYPE.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -32,23 +43,32 @@ def _print_version(value: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
     ] = False,
 ) -> None:
     pass
 
 
 def _register_verbs() -> None:
-    # Modules of verbs are light: they import their packages only when the verb runs.
-    from qtool.cli import demo, doctor, estimate, generate, inspect, quantize, sizing
+    for panel, verbs in VERBS.items():
+        for verb in verbs:
+            # Light modules: they import their packages only when the verb runs.
+            module = import_module(f"qtool.cli.{verb}")
+            command = getattr(module, verb)
+            app.command(
+                verb,
+                rich_help_panel=panel,
+                help=_join_lines(command.__doc__),
+                epilog="\n".join(("[bold]Examples[/bold]", *getattr(module, "EXAMPLES", ()))),
+            )(command)
 
-    for verb in (estimate, sizing):
-        app.command(rich_help_panel="Plan")(getattr(verb, verb.__name__.rpartition(".")[2]))
-    app.command(rich_help_panel="Make")(quantize.quantize)
-    app.command(rich_help_panel="Make")(inspect.inspect)
-    app.command(rich_help_panel="Use")(generate.generate)
-    app.command(rich_help_panel="Help")(demo.demo)
-    app.command(rich_help_panel="Help")(doctor.doctor)
+
+def _join_lines(docstring: str) -> str:
+    """Paragraphs on one line each, to be wrapped to the terminal's width."""
+    paragraphs = cleandoc(docstring).split("\n\n")
+    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
 
 
 def _bind_environment(group: Any) -> None:
@@ -58,6 +78,7 @@ def _bind_environment(group: Any) -> None:
             long_names = [name for name in param.opts if name.startswith("--")]
             if long_names and param.envvar is None and param.name != "help":
                 param.envvar = "QTOOL_" + long_names[0].lstrip("-").replace("-", "_").upper()
+                param.show_envvar = False  # said once, in the program's help
 
 
 def build_command() -> Any:

@@ -18,14 +18,15 @@ from typing import Any
 from qtool.errors import QtoolError
 from qtool.resources import config_path
 
-VERBS = ("estimate", "sizing", "quantize", "inspect", "generate", "doctor", "demo")
 
-
-def read_config_file(path: Path, *, verb: str, params: Sequence[Any]) -> dict[str, Any]:
+def read_config_file(
+    path: Path, *, verb: str, verbs: Sequence[str], params: Sequence[Any]
+) -> dict[str, Any]:
     """The values for `verb`, keyed by parameter name as the command line parser wants them.
 
     Args:
         path: a TOML file, or the name of a recipe in configs/recipes.
+        verbs: all verbs, which tables may be named after.
         params: the verb's command line parameters (`name`, `opts`).
     """
     values = _read_toml(_find(path))
@@ -38,7 +39,7 @@ def read_config_file(path: Path, *, verb: str, params: Sequence[Any]) -> dict[st
     merged = {key: value for key, value in values.items() if not isinstance(value, dict)}
     for table, entries in values.items():
         if isinstance(entries, dict):
-            _check_known(table, VERBS, path, what="table")
+            _check_known(table, verbs, path, what="table")
             merged.update(entries if table == verb else {})
     for key in merged:
         _check_known(key, names, path, what=f"option of qtool {verb}")
@@ -49,7 +50,7 @@ def _find(path: Path) -> Path:
     if path.is_file():
         return path
     recipe = config_path(f"recipes/{path.name.removesuffix('.toml')}.toml")
-    if path.parent == Path(".") and recipe.is_file():
+    if path.parent == Path() and recipe.is_file():
         return recipe
     raise QtoolError(
         f"{path}: no such file, and no recipe of that name",

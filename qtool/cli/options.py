@@ -14,7 +14,8 @@ OUTPUT_PANEL = "Output"
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A local folder, or a Hub id with an optional @revision.",
+        metavar="MODEL",
+        help="A local folder, or a Hub id with an optional @revision.",
         show_default=False,
     ),
 ]
@@ -54,4 +55,8 @@ def load_config_file(ctx: typer.Context, path: Path | None) -> None:
     if path is not None:
         from qtool.cli.config_file import read_config_file
 
-        ctx.default_map = read_config_file(path, verb=ctx.info_name or "", params=ctx.command.params)
+        parent = ctx.parent
+        verbs = list(getattr(parent.command, "commands", {})) if parent is not None else []
+        ctx.default_map = read_config_file(
+            path, verb=ctx.info_name or "", verbs=verbs, params=ctx.command.params
+        )

@@ -15,7 +15,7 @@ from qtool.report.units import format_bytes, format_rate
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from qtool.report.output import Output
 
@@ -40,7 +40,7 @@ class _BarEvents:
     def __init__(self, progress: Progress, output: Output) -> None:
         self._progress = progress
         self._output = output
-        self._task = None
+        self._task: TaskID | None = None
 
     def __call__(self, event: Event) -> None:
         match event:

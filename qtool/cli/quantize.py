@@ -1,0 +1,126 @@
+"""`qtool quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qtool.backends import BackendChoice
+from qtool.cli import options
+from qtool.cli.session import verb_session
+from qtool.cli.sizes import parse_size
+from qtool.formats.precisions import BLOCKSIZES, QuantFormat, QuantizedPrecision, QuantStorage
+
+TUNING_PANEL = "Tuning (changes no byte of the output)"
+EXAMPLES = (
+    "qtool quantize ./Llama-3.1-8B -o ./Llama-3.1-8B-nf4",
+    "qtool quantize Qwen/Qwen3-8B -o out --quant int8",
+    "qtool quantize ./model --dry-run",
+    "qtool quantize ./model -o out --quant nf4 --blocksize 128 --skip model.layers.0",
+    "qtool quantize ./model -o out --config nf4-dq --json",
+)
+
+
+def _check_blocksize(blocksize: int) -> int:
+    if blocksize not in BLOCKSIZES:
+        raise typer.BadParameter(f"expected one of {', '.join(map(str, BLOCKSIZES))}")
+    return blocksize
+
+
+def quantize(
+    model: options.Model,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="The folder to write."),
+    ] = None,
+    quant: Annotated[QuantizedPrecision, typer.Option(help="The precision.")] = "nf4-dq",
+    blocksize: Annotated[
+        int,
+        typer.Option(
+            metavar="N", callback=_check_blocksize, help="Weights that share a scale (4-bit)."
+        ),
+    ] = 64,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Keep these modules in 16 bit too; repeatable."),
+    ] = None,
+    compute_dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"],
+        typer.Option(help="The dtype that readers compute in."),
+    ] = "bfloat16",
+    quant_storage: Annotated[
+        QuantStorage, typer.Option(help="The dtype that packed bytes are labelled with.")
+    ] = "uint8",
+    int8_threshold: Annotated[
+        float, typer.Option(metavar="T", min=0, help="Outlier threshold for LLM.int8() readers.")
+    ] = 6.0,
+    max_shard_size: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size, metavar="SIZE", help='Such as "5GB"; default: shards as the source.'
+        ),
+    ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Quantize NaN and Inf instead of refusing.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, write nothing.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew instead of continuing.")
+    ] = False,
+    backend: Annotated[
+        BackendChoice, typer.Option(rich_help_panel=TUNING_PANEL, help="Where to compute.")
+    ] = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=TUNING_PANEL, help="Workers. [default: cores]"),
+    ] = None,
+    tile_size: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            rich_help_panel=TUNING_PANEL,
+            help="Source bytes a worker carries at once. [default: 4MiB]",
+        ),
+    ] = None,
+    config: options.ConfigFile = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    color: options.Color = "auto",
+) -> None:
+    """Write MODEL in 4 or 8 bit, shard by shard, in bounded memory.
+
+    The output is a plain Hugging Face folder in the bitsandbytes layout. Run the same command again
+    to continue after an interruption.
+    """
+    with verb_session(
+        "quantize", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+    ) as show:
+        from qtool.quantize.command import QuantizeRequest, plan_request, run_request
+        from qtool.quantize.plan import Recipe
+        from qtool.report.quantize import report_plan, report_result
+
+        recipe = Recipe(
+            format=QuantFormat(quant, blocksize, quant_storage),
+            skip=tuple(skip or ()),
+            compute_dtype=compute_dtype,
+            int8_threshold=int8_threshold,
+            max_shard_bytes=max_shard_size,
+        )
+        request = QuantizeRequest(model, output, recipe, backend, threads, tile_size)
+        planned = plan_request(request, dry_run=dry_run, on_event=show.on_note)
+        report_plan(show, planned, dry_run=dry_run)
+        if not dry_run:
+            with show.progress() as on_event:
+                result = run_request(
+                    planned,
+                    allow_nonfinite=allow_nonfinite,
+                    restart=restart,
+                    on_event=on_event,
+                )
+            report_result(show, planned, result)

@@ -1,0 +1,379 @@
+"""The output folder as a transaction: a folder that looks finished is finished.
+
+    OUT/.qtool/lock             held for the length of a run
+    OUT/.qtool/journal.jsonl    what is being made (first line), then a line per finished file
+    OUT/.qtool/NAME.partial     the file in work
+    OUT/model-*.safetensors     complete, synced and journalled before the next is renamed
+    OUT/qtool_manifest.json     source, options, checksum of every file
+    OUT/config.json             the last file to appear; then .qtool goes
+
+A run that finds an equal journal goes on after the last finished file. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtool import __version__
+from qtool.errors import QtoolError
+
+WORK_FOLDER = ".qtool"
+JOURNAL = "journal.jsonl"
+MANIFEST = "qtool_manifest.json"
+MANIFEST_SCHEMA = 1
+_HASH_CHUNK_BYTES = 4 << 20
+_SPACE_MARGIN = 0.01  # file system overhead beside the exactly known bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size and SHA-256 of a finished file."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunIdentity:
+    """What makes two runs the same command: equal identities give equal folders.
+
+    `source` and `options` also stand in the manifest. `source_state` (sizes and times of the source
+    files) only guards a resumed run against a source that changed in between.
+    """
+
+    source: Mapping[str, Any]
+    options: Mapping[str, Any]
+    source_state: Mapping[str, Any]
+    file_names: tuple[str, ...]  # every file that will be written
+
+    def as_journal_head(self) -> dict[str, Any]:
+        """The journal's first line."""
+        return {
+            "qtool_version": __version__,
+            "source": self.source,
+            "options": self.options,
+            "source_state": self.source_state,
+            "file_names": list(self.file_names),
+        }
+
+
+class OutputFolder:
+    """An open, locked output folder; made by `open_output_folder`."""
+
+    def __init__(self, path: Path, identity: RunIdentity, finished: dict[str, FileRecord]) -> None:
+        self.path = path
+        self.identity = identity
+        self.finished = finished
+        self.resumed = bool(finished)
+        self._work = path / WORK_FOLDER
+
+    def require_space(self, num_bytes: int) -> None:
+        """Raise QtoolError(no_space) unless `num_bytes` more fit on the file system."""
+        status = os.statvfs(self.path)
+        free_bytes = status.f_bavail * status.f_frsize
+        needed_bytes = int(num_bytes * (1 + _SPACE_MARGIN))
+        if free_bytes < needed_bytes:
+            raise QtoolError(
+                f"{self.path}: the output needs {needed_bytes:,} bytes, {free_bytes:,} are free",
+                kind="no_space",
+                hint="free some space, or write elsewhere with -o",
+            )
+
+    @contextmanager
+    def create_file(self, name: str, num_bytes: int) -> Iterator[int]:
+        """Yield a descriptor of a preallocated file in work; `finish_file` gives it its name.
+
+        The file is removed when the body fails.
+        """
+        partial = self._partial(name)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            _preallocate(descriptor, num_bytes)
+            yield descriptor
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise QtoolError(
+                    f"{self.path / name}: no space for its {num_bytes:,} bytes",
+                    kind="no_space",
+                    hint="free some space and run the same command again; finished files are kept",
+                ) from error
+            raise
+        finally:
+            os.close(descriptor)
+
+    def finish_file(self, name: str) -> FileRecord:
+        """Sync, hash, rename and journal the file that `create_file` made."""
+        partial = self._partial(name)
+        record = _sync_and_hash(partial)
+        partial.replace(self.path / name)
+        _sync_folder(self.path)
+        entry = {"file": name, "bytes": record.num_bytes, "sha256": record.sha256}
+        _append_line(self._work / JOURNAL, entry)
+        self.finished[name] = record
+        return record
+
+    def write_file(self, name: str, data: bytes) -> FileRecord:
+        """Write a small file whole."""
+        with self.create_file(name, len(data)) as descriptor:
+            _write_all(descriptor, data)
+        return self.finish_file(name)
+
+    def complete(self, manifest: bytes, last_files: Mapping[str, bytes]) -> None:
+        """Write the manifest, then `last_files` in order; then the folder is finished."""
+        for name, data in {MANIFEST: manifest, **last_files}.items():
+            self.write_file(name, data)
+        shutil.rmtree(self._work)
+        _sync_folder(self.path)
+
+    def discard(self) -> None:
+        """Remove all that this run wrote: its source turned out to be unusable."""
+        for name in self.finished:
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self._work, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it held something else before
+            self.path.rmdir()
+
+    def _partial(self, name: str) -> Path:
+        return self._work / f"{name.replace('/', '%2F')}.partial"
+
+
+@contextmanager
+def open_output_folder(
+    path: Path, identity: RunIdentity, *, restart: bool
+) -> Iterator[OutputFolder]:
+    """Create, resume or refuse `path`, and hold its lock.
+
+    Raises:
+        QtoolError: the folder holds foreign files, a run with other settings or of another source,
+            or another process is writing it.
+    """
+    _refuse_foreign(path)
+    work = path / WORK_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
+    with _lock(work / "lock", path):
+        if restart:
+            _remove_own_files(path)
+        try:
+            finished = _read_finished(path, identity)
+        except QtoolError:
+            if not (work / JOURNAL).exists():  # a finished folder stays as it was
+                shutil.rmtree(work)
+            raise
+        if (path / MANIFEST).exists() and not (work / JOURNAL).exists():
+            _remove_own_files(path)  # finished once, but files are missing or cut: make it anew
+        for stale in work.glob("*.partial"):
+            stale.unlink()
+        if not finished:
+            _start_journal(work / JOURNAL, identity)
+        yield OutputFolder(path, identity, finished)
+
+
+def read_finished_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a finished folder; None for an unfinished, foreign or missing one."""
+    if not (path / MANIFEST).is_file() or (path / WORK_FOLDER / JOURNAL).exists():
+        return None
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def require_same(found: Mapping[str, Any], identity: RunIdentity, path: Path) -> None:
+    """Raise QtoolError(differs) naming the options or source in which `found` differs."""
+    wanted: Mapping[str, Any] = identity.as_journal_head()
+    differences = []
+    for part in ("options", "source", "source_state"):
+        old, new = found.get(part, wanted[part]), wanted[part]
+        differences += [
+            f"{key} is {json.dumps(old.get(key))} there, {json.dumps(new.get(key))} now"
+            for key in sorted({*old, *new})
+            if old.get(key) != new.get(key)
+        ]
+    if differences:
+        raise QtoolError(
+            f"{path} was made with other settings: {'; '.join(differences[:4])}",
+            kind="usage",
+            hint="use the same options to continue it, --restart to begin anew, or another -o",
+        )
+
+
+def encode_manifest(identity: RunIdentity, files: Mapping[str, FileRecord]) -> bytes:
+    """The manifest's bytes; nothing in them depends on machine, time or backend."""
+    return encode_json(
+        {
+            "schema": MANIFEST_SCHEMA,
+            "qtool_version": __version__,
+            "source": identity.source,
+            "options": identity.options,
+            "files": {
+                name: {"bytes": record.num_bytes, "sha256": record.sha256}
+                for name, record in sorted(files.items())
+            },
+        }
+    )
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON as every small file of the output is written."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def hash_bytes(data: bytes) -> FileRecord:
+    """The record of a file with this content."""
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
+# -- states of an existing folder ------------------------------------------------------------------
+
+
+def _refuse_foreign(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise QtoolError(
+            f"{path} is a file, expected a folder to write", kind="usage", hint="choose another -o"
+        )
+    if not path.is_dir() or (path / MANIFEST).is_file() or (path / WORK_FOLDER).is_dir():
+        return
+    first = next((entry.name for entry in sorted(path.iterdir())), None)
+    if first is not None:
+        raise QtoolError(
+            f"{path} is not empty and was not written by qtool (found {first})",
+            kind="usage",
+            hint="choose another folder with -o; qtool never overwrites files it did not write",
+        )
+
+
+def _read_finished(path: Path, identity: RunIdentity) -> dict[str, FileRecord]:
+    lines = _read_lines(path / WORK_FOLDER / JOURNAL)
+    if not lines:
+        manifest = read_finished_manifest(path)
+        if manifest is not None:
+            require_same(manifest, identity, path)
+        return {}
+    head, *entries = lines
+    require_same(head, identity, path)
+    if head.get("qtool_version") != __version__:
+        raise QtoolError(
+            f"{path} was begun by qtool {head.get('qtool_version')}, this is {__version__}",
+            kind="usage",
+            hint="--restart begins anew",
+        )
+    records = {entry["file"]: FileRecord(entry["bytes"], entry["sha256"]) for entry in entries}
+    return {name: r for name, r in records.items() if _has_size(path / name, r.num_bytes)}
+
+
+def _remove_own_files(path: Path) -> None:
+    names: list[str] = []
+    lines = _read_lines(path / WORK_FOLDER / JOURNAL)
+    if lines:
+        names += lines[0].get("file_names", [])
+    manifest = read_finished_manifest(path)
+    if manifest is not None:
+        names += manifest.get("files", {})
+    # The config first: without it the folder looks as unfinished as it is.
+    for name in sorted(names, key=lambda name: name != "config.json"):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            continue
+        (path / name).unlink(missing_ok=True)
+    (path / MANIFEST).unlink(missing_ok=True)
+    (path / WORK_FOLDER / JOURNAL).unlink(missing_ok=True)
+
+
+def _read_lines(journal: Path) -> list[dict[str, Any]]:
+    """The journal's whole lines; a last line torn by a crash is cut off the file."""
+    try:
+        data = journal.read_bytes()
+    except FileNotFoundError:
+        return []
+    whole_bytes = data.rfind(b"\n") + 1
+    if whole_bytes < len(data):
+        os.truncate(journal, whole_bytes)
+    return [json.loads(line) for line in data[:whole_bytes].splitlines()]
+
+
+def _start_journal(journal: Path, identity: RunIdentity) -> None:
+    journal.unlink(missing_ok=True)
+    _append_line(journal, identity.as_journal_head())
+    _sync_folder(journal.parent)
+
+
+@contextmanager
+def _lock(lock: Path, path: Path) -> Iterator[None]:
+    with lock.open("w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise QtoolError(
+                f"{path}: another qtool process is writing this folder",
+                kind="usage",
+                hint="wait for it, or write elsewhere with -o",
+            ) from error
+        yield
+
+
+# -- bytes on disk ---------------------------------------------------------------------------------
+
+
+def _preallocate(descriptor: int, num_bytes: int) -> None:
+    """Claim the space now, so that a full disk shows before the work; then nothing can be short."""
+    if num_bytes == 0:
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, num_bytes)
+
+
+def _sync_and_hash(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.sha256()
+        num_bytes = 0
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+    return FileRecord(num_bytes, digest.hexdigest())
+
+
+def _append_line(journal: Path, entry: Mapping[str, Any]) -> None:
+    descriptor = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        _write_all(descriptor, (json.dumps(entry) + "\n").encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    try:
+        return path.stat().st_size == num_bytes
+    except FileNotFoundError:
+        return False

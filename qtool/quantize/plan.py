@@ -1,0 +1,258 @@
+"""What will happen to every tensor, and how many bytes it becomes, before a byte is read.
+
+Pure: headers + config + recipe -> `QuantPlan`. `--dry-run`, `estimate`, `sizing`, the progress bar,
+the free-space check and the writer all read the same plan, so its sizes are exact by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
+
+from qtool.architecture import Architecture, ModelTensor, build_architecture
+from qtool.checkpoint.records import Checkpoint, TensorInfo
+from qtool.errors import QtoolError
+from qtool.formats.bitsandbytes import find_quantized, packed_layouts, quantization_config
+from qtool.formats.precisions import QuantFormat
+from qtool.formats.tensors import SourceDtype, TensorLayout
+
+Action = Literal["quantize", "copy"]
+ComputeDtype = Literal["bfloat16", "float16", "float32"]
+
+QUANTIZABLE_DTYPES = get_args(SourceDtype)
+DATA_ALIGNMENT_BYTES = 16  # a 16-byte load never straddles the start of a large tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that the user decides about the output.
+
+    `skip` adds module names to transformers' default rule; `int8_threshold` is recorded for
+    LLM.int8() readers; `max_shard_bytes` None keeps one output shard per source shard.
+    """
+
+    format: QuantFormat = field(default_factory=QuantFormat)
+    skip: tuple[str, ...] = ()
+    compute_dtype: ComputeDtype = "bfloat16"
+    int8_threshold: float = 6.0
+    max_shard_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One source tensor's fate.
+
+    `outputs[0]` takes the tensor's place, the others are its statistics. `transposed`: the source
+    is a Conv1D weight [in, out] and is written as [out, in].
+    """
+
+    source: TensorLayout
+    action: Action
+    reason: str
+    outputs: tuple[TensorLayout, ...]
+    transposed: bool = False
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all outputs."""
+        return sum(output.num_bytes for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One output file and the tensors that fill it."""
+
+    file_name: str
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of tensor data that will be read for it."""
+        return sum(tensor.source.num_bytes for tensor in self.tensors)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of tensor data that it will hold."""
+        return sum(tensor.output_bytes for tensor in self.tensors)
+
+    def outputs(self) -> list[TensorLayout]:
+        """The file's tensors in file order: whole multiples of 16 bytes first, large before small.
+
+        So every large tensor starts at a multiple of 16 bytes although safetensors allows no gaps.
+        """
+        layouts = [output for tensor in self.tensors for output in tensor.outputs]
+        return sorted(
+            layouts,
+            key=lambda t: (t.num_bytes % DATA_ALIGNMENT_BYTES != 0, -t.num_bytes, t.name),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class QuantPlan:
+    """The whole output: shards, and the `quantization_config` entry for config.json."""
+
+    recipe: Recipe
+    architecture: Architecture
+    shards: tuple[ShardPlan, ...]
+    config_entry: Mapping[str, Any]
+
+    @property
+    def tensors(self) -> list[TensorPlan]:
+        """All tensors, in output order."""
+        return [tensor for shard in self.shards for tensor in shard.tensors]
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of tensor data to read."""
+        return sum(shard.input_bytes for shard in self.shards)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of tensor data to write, without headers: the size that `estimate` reports."""
+        return sum(shard.weights_bytes for shard in self.shards)
+
+    def count(self, action: Action) -> int:
+        """How many source tensors have this fate."""
+        return sum(tensor.action == action for tensor in self.tensors)
+
+
+def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> QuantPlan:
+    """Plan a checkpoint whose headers are known.
+
+    Raises:
+        QtoolError: no weights, already quantized, an unknown architecture, shapes that contradict
+            config.json, a dtype that cannot be quantized.
+    """
+    if not checkpoint.tensors:
+        raise QtoolError(
+            f"{checkpoint.id} holds no safetensors weights, so there is nothing to quantize",
+            kind="not_found",
+            hint="`qtool estimate` needs only a config.json; quantizing needs the weights",
+        )
+    refuse_quantized_source(checkpoint)
+    architecture = build_architecture(checkpoint.config)
+    tensors = plan_tensors(checkpoint.tensors.values(), architecture, recipe)
+    entry = quantization_config(
+        recipe.format,
+        compute_dtype=recipe.compute_dtype,
+        skip_modules=list(dict.fromkeys((*architecture.skipped_modules, *recipe.skip))),
+        int8_threshold=recipe.int8_threshold,
+    )
+    shards = _split_into_shards(tensors, recipe.max_shard_bytes)
+    return QuantPlan(recipe, architecture, shards, entry)
+
+
+def plan_tensors(
+    tensors: Iterable[TensorLayout], architecture: Architecture, recipe: Recipe
+) -> tuple[TensorPlan, ...]:
+    """Decide every tensor's fate, in the order given.
+
+    Raises:
+        QtoolError: a linear weight is missing, has another shape than config.json says, or a dtype
+            that cannot be quantized.
+    """
+    missing = architecture.quantizable(recipe.skip)
+    planned: list[TensorPlan] = []
+    for tensor in tensors:
+        reason = architecture.why_kept(tensor.name, recipe.skip)
+        parameter = architecture.find(tensor.name)
+        if reason is None and parameter is not None:
+            missing.pop(parameter.name, None)
+            planned.append(_plan_quantized(tensor, parameter, recipe.format))
+        else:
+            planned.append(TensorPlan(tensor, "copy", reason or "", (tensor,)))
+    if missing:
+        _raise_missing(sorted(missing), architecture)
+    return tuple(planned)
+
+
+def refuse_quantized_source(checkpoint: Checkpoint) -> None:
+    """Raise QtoolError if the checkpoint is quantized already."""
+    entry = checkpoint.config.get("quantization_config")
+    if isinstance(entry, Mapping) and entry.get("llm_int8_has_fp16_weight"):
+        raise QtoolError(
+            f"{checkpoint.id}: config.json has llm_int8_has_fp16_weight, so its weights are 16 bit "
+            "and are quantized anew in every forward pass; nothing packed is in it",
+            kind="unsupported",
+            hint="remove quantization_config from its config.json to treat it as a 16-bit model",
+        )
+    packed = find_quantized(checkpoint.tensors)
+    if entry or packed:
+        method = entry.get("quant_method", "bitsandbytes") if isinstance(entry, Mapping) else None
+        where = f"{next(iter(packed))} is packed" if packed else f"quant_method is {method!r}"
+        raise QtoolError(
+            f"{checkpoint.id} is quantized already ({where}); quantizing it twice would lose more",
+            kind="unsupported",
+            hint="start from the full-precision checkpoint; `qtool inspect` shows what this one is",
+        )
+
+
+def _plan_quantized(tensor: TensorLayout, parameter: ModelTensor, fmt: QuantFormat) -> TensorPlan:
+    if tensor.shape != parameter.shape:
+        raise QtoolError(
+            f"{_place(tensor)}: config.json implies shape {list(parameter.shape)}, "
+            f"found {list(tensor.shape)}",
+            kind="bad_file",
+            hint="config.json and the weights do not belong together; fetch both again",
+        )
+    if tensor.dtype not in QUANTIZABLE_DTYPES:
+        raise QtoolError(
+            f"{_place(tensor)}: dtype {tensor.dtype} cannot be quantized, "
+            f"expected one of {', '.join(QUANTIZABLE_DTYPES)}",
+            kind="unsupported",
+            hint="convert the checkpoint to bfloat16 first",
+        )
+    transposed = parameter.kind == "conv1d"
+    shape = tensor.shape[::-1] if transposed else tensor.shape
+    weight = TensorLayout(tensor.name, tensor.dtype, shape)
+    reason = "Conv1D, transposed" if transposed else "linear layer"
+    try:
+        outputs = packed_layouts(weight, fmt)
+    except ValueError as error:
+        raise QtoolError(
+            f"{_place(tensor)}: {error}", kind="unsupported", hint=f"--skip {parameter.module_name}"
+        ) from error
+    return TensorPlan(tensor, "quantize", reason, outputs, transposed)
+
+
+def _raise_missing(names: Sequence[str], architecture: Architecture) -> None:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    raise QtoolError(
+        f"config.json ({architecture.class_name}) implies {names[0]}{more}, found in no shard",
+        kind="bad_file",
+        hint="the checkpoint is incomplete, or its config.json belongs to another model",
+    )
+
+
+def _split_into_shards(
+    tensors: Sequence[TensorPlan], max_shard_bytes: int | None
+) -> tuple[ShardPlan, ...]:
+    groups: list[list[TensorPlan]] = []
+    group_bytes = 0
+    for tensor in tensors:
+        shard = cast(TensorInfo, tensor.source).shard
+        if max_shard_bytes is None:
+            starts_new = not groups or cast(TensorInfo, groups[-1][-1].source).shard != shard
+        else:
+            starts_new = not groups or group_bytes + tensor.output_bytes > max_shard_bytes
+        if starts_new:
+            groups.append([])
+            group_bytes = 0
+        groups[-1].append(tensor)
+        group_bytes += tensor.output_bytes
+    return tuple(
+        ShardPlan(_shard_name(number, len(groups)), tuple(group))
+        for number, group in enumerate(groups, start=1)
+    )
+
+
+def _shard_name(number: int, num_shards: int) -> str:
+    if num_shards == 1:
+        return "model.safetensors"
+    return f"model-{number:05d}-of-{num_shards:05d}.safetensors"
+
+
+def _place(tensor: TensorLayout) -> str:
+    shard = getattr(tensor, "shard", None)
+    return f"{shard}: {tensor.name}" if shard else tensor.name

@@ -1,0 +1,239 @@
+"""`qtool quantize`: the plan, carried out.
+
+    result = quantize_checkpoint(checkpoint, plan, Path("out"), choose_backend().backend)
+
+For each shard: header, tiles, then (in the background of the next shard) sync, checksum, rename and
+journal. Small files, index and manifest follow; config.json is the last file to appear.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtool.backends import Backend
+from qtool.checkpoint.records import Checkpoint
+from qtool.checkpoint.safetensors_header import EncodedHeader, encode_header
+from qtool.errors import QtoolError
+from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
+from qtool.quantize.memory import PeakMemory
+from qtool.quantize.output_folder import (
+    FileRecord,
+    OutputFolder,
+    RunIdentity,
+    encode_json,
+    encode_manifest,
+    hash_bytes,
+    open_output_folder,
+    read_finished_manifest,
+    require_same,
+)
+from qtool.quantize.pipeline import PipelineSettings, ShardPipeline
+from qtool.quantize.plan import QuantPlan, ShardPlan
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """What a run did. `input_bytes` and `output_bytes` are file bytes of the shards."""
+
+    input_bytes: int
+    output_bytes: int
+    weights_bytes: int
+    seconds: float
+    resumed: bool
+    peak_host_bytes: int
+    peak_device_bytes: int
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    plan: QuantPlan,
+    output: Path,
+    backend: Backend,
+    settings: PipelineSettings,
+    *,
+    restart: bool = False,
+    on_event: OnEvent = ignore_events,
+) -> QuantizeResult:
+    """Write `plan` to the folder `output`, continuing an interrupted run of the same command.
+
+    Raises:
+        QtoolError: `output` is foreign or was made with other settings; not enough space; a source
+            file is short, changed, or holds NaN or Inf. A source that proves bad leaves no output.
+    """
+    start_s = time.perf_counter()
+    _refuse_writing_into_source(checkpoint, output)
+    identity = _identify(checkpoint, plan)
+    job = _Job(checkpoint, plan, backend, settings, on_event, PeakMemory())
+    resumed = not restart and _is_finished(output, identity)
+    if resumed:
+        on_event(Note(f"{output} is complete already; nothing to do"))
+    else:
+        with open_output_folder(output, identity, restart=restart) as folder:
+            resumed = folder.resumed
+            with _discarding_refused(folder):
+                _write_shards(folder, job)
+                _finish(folder, checkpoint, plan)
+    return QuantizeResult(
+        input_bytes=sum(shard.file_bytes for shard in checkpoint.shards),
+        output_bytes=output_file_bytes(plan),
+        weights_bytes=plan.weights_bytes,
+        seconds=time.perf_counter() - start_s,
+        resumed=resumed,
+        peak_host_bytes=job.peak_memory.peak_bytes,
+        peak_device_bytes=0,
+    )
+
+
+def output_file_bytes(plan: QuantPlan) -> int:
+    """Bytes of the output's safetensors files, headers included."""
+    return sum(_encode(shard).file_bytes for shard in plan.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    checkpoint: Checkpoint
+    plan: QuantPlan
+    backend: Backend
+    settings: PipelineSettings
+    on_event: OnEvent
+    peak_memory: PeakMemory
+
+
+@contextmanager
+def _discarding_refused(folder: OutputFolder) -> Iterator[None]:
+    """A run that finds its source bad leaves nothing; a resumed one keeps what it found."""
+    try:
+        yield
+    except QtoolError as error:
+        if not folder.resumed and (error.kind == "bad_file" or not folder.finished):
+            folder.discard()
+        raise
+
+
+def _write_shards(folder: OutputFolder, job: _Job) -> None:
+    shards = job.plan.shards
+    headers = {shard.file_name: _encode(shard) for shard in shards}
+    missing = [shard for shard in shards if shard.file_name not in folder.finished]
+    folder.require_space(sum(headers[shard.file_name].file_bytes for shard in missing))
+    job.on_event(Started("quantize", job.plan.input_bytes))
+    for shard in shards:
+        if shard not in missing:
+            job.on_event(Advanced(shard.input_bytes, shard.file_name))
+    # One thread syncs and hashes a finished shard while the next is being computed.
+    with ThreadPoolExecutor(1) as closer:
+        closing: Future[FileRecord] | None = None
+        for shard in missing:
+            _write_shard(folder, job, shard, headers[shard.file_name])
+            if closing is not None:
+                closing.result()
+            closing = closer.submit(folder.finish_file, shard.file_name)
+        if closing is not None:
+            closing.result()
+    job.on_event(Finished("quantize"))
+
+
+def _write_shard(folder: OutputFolder, job: _Job, shard: ShardPlan, header: EncodedHeader) -> None:
+    with folder.create_file(shard.file_name, header.file_bytes) as descriptor:
+        os.pwrite(descriptor, header.data, 0)
+        names = [output.name for output in shard.outputs()]
+        pipeline = ShardPipeline(
+            job.checkpoint,
+            shard,
+            job.plan.recipe.format,
+            output_fd=descriptor,
+            offsets=dict(zip(names, header.offsets, strict=True)),
+            backend=job.backend,
+            settings=job.settings,
+        )
+        pipeline.run(job.on_event, job.peak_memory)
+
+
+def _encode(shard: ShardPlan) -> EncodedHeader:
+    return encode_header(shard.outputs())
+
+
+def _finish(folder: OutputFolder, checkpoint: Checkpoint, plan: QuantPlan) -> None:
+    """Everything beside the shards; config.json last."""
+    files = {shard.file_name: folder.finished[shard.file_name] for shard in plan.shards}
+    for name in checkpoint.other_files:
+        files[name] = folder.write_file(name, checkpoint.path_of(name).read_bytes())
+    last_files = {}
+    if len(plan.shards) > 1:
+        last_files[INDEX] = encode_json(_index(plan))
+    config = {**checkpoint.config, "quantization_config": dict(plan.config_entry)}
+    last_files[CONFIG] = encode_json(config)
+    files.update({name: hash_bytes(data) for name, data in last_files.items()})
+    folder.complete(encode_manifest(folder.identity, files), last_files)
+
+
+def _index(plan: QuantPlan) -> dict[str, Any]:
+    weight_map = {
+        output.name: shard.file_name for shard in plan.shards for output in shard.outputs()
+    }
+    return {
+        "metadata": {"total_size": plan.weights_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def _identify(checkpoint: Checkpoint, plan: QuantPlan) -> RunIdentity:
+    recipe = plan.recipe
+    state = {
+        shard.file_name: checkpoint.path_of(shard.file_name).stat() for shard in checkpoint.shards
+    }
+    shard_names = [shard.file_name for shard in plan.shards]
+    index = [INDEX] if len(shard_names) > 1 else []
+    return RunIdentity(
+        source={
+            # A local folder's place is not part of what it is.
+            "model": checkpoint.id if checkpoint.location == "hub" else Path(checkpoint.id).name,
+            "revision": checkpoint.revision,
+            "files": {shard.file_name: shard.file_bytes for shard in checkpoint.shards},
+        },
+        options={
+            "quant": recipe.format.precision,
+            "blocksize": recipe.format.blocksize,
+            "quant_storage": recipe.format.quant_storage,
+            "skip": list(recipe.skip),
+            "compute_dtype": recipe.compute_dtype,
+            "int8_threshold": recipe.int8_threshold,
+            "max_shard_bytes": recipe.max_shard_bytes,
+        },
+        source_state={name: [stat.st_size, stat.st_mtime_ns] for name, stat in state.items()},
+        file_names=(*shard_names, *checkpoint.other_files, *index, CONFIG),
+    )
+
+
+def _is_finished(output: Path, identity: RunIdentity) -> bool:
+    manifest = read_finished_manifest(output)
+    if manifest is None:
+        return False
+    sizes = {name: entry.get("bytes") for name, entry in manifest.get("files", {}).items()}
+    for name in identity.file_names:
+        path = output / name
+        if not path.is_file() or path.stat().st_size != sizes.get(name):
+            return False
+    require_same(manifest, identity, output)
+    return True
+
+
+def _refuse_writing_into_source(checkpoint: Checkpoint, output: Path) -> None:
+    if checkpoint.folder is None:
+        return
+    source, target = checkpoint.folder.resolve(), output.resolve()
+    if target == source or source in target.parents:
+        raise QtoolError(
+            f"{output} lies in the source folder {checkpoint.folder}",
+            kind="usage",
+            hint="choose a folder outside of it with -o",
+        )

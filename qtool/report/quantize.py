@@ -1,0 +1,134 @@
+"""`qtool quantize` in words: the plan, and what the run did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from qtool.quantize.command import PlannedRequest
+from qtool.quantize.plan import QuantPlan, TensorPlan
+from qtool.quantize.run import QuantizeResult, output_file_bytes
+from qtool.report.output import Output
+from qtool.report.units import format_bytes, format_rate
+
+MAX_NAME_WIDTH = 44
+
+
+def report_plan(output: Output, planned: PlannedRequest, *, dry_run: bool) -> None:
+    """Say what will happen; for a dry run that is the answer, with every tensor."""
+    for line in _plan_lines(planned):
+        output.note(line)
+    if dry_run:
+        output.answer(_tensor_table(planned.plan))
+        output.answer(_totals(planned.plan))
+        output.document(_dry_run_document(planned))
+
+
+def report_result(output: Output, planned: PlannedRequest, result: QuantizeResult) -> None:
+    """Say what was written, how fast, and with how much memory."""
+    rate = format_rate(planned.plan.input_bytes, result.seconds)
+    done = "complete" if not result.resumed else "complete (continued)"
+    output.answer(
+        f"{planned.request.output}: {done}, {format_bytes(result.output_bytes)} in "
+        f"{result.seconds:.1f} s ({rate} of input), "
+        f"peak memory {format_bytes(result.peak_host_bytes)}"
+    )
+    output.note(f"next: qtool inspect {planned.request.output} --verify")
+    output.document(_document(planned, result))
+
+
+def _plan_lines(planned: PlannedRequest) -> list[str]:
+    plan, fmt = planned.plan, planned.plan.recipe.format
+    checkpoint = planned.checkpoint
+    revision = f"@{checkpoint.revision[:7]}" if checkpoint.revision else ""
+    name = checkpoint.id if checkpoint.location == "hub" else Path(checkpoint.id).resolve().name
+    size = f" · blocksize {fmt.blocksize}" if not fmt.is_int8 else ""
+    reasons = Counter(t.reason for t in plan.tensors if t.action == "copy")
+    kept = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    return [
+        f"plan     {name}{revision} ({plan.architecture.class_name}) · {fmt.precision}{size}",
+        f"         {plan.count('quantize')} of {len(plan.tensors)} tensors → {fmt.precision}, "
+        f"{plan.count('copy')} copied ({kept})",
+        f"         {_totals(plan)} in {len(plan.shards)} file{'s' * (len(plan.shards) != 1)}",
+        f"backend  {planned.chosen.backend.name} ({planned.chosen.reason})",
+    ]
+
+
+def _totals(plan: QuantPlan) -> str:
+    bits = 8 * plan.weights_bytes / plan.architecture.num_parameters
+    return (
+        f"{format_bytes(plan.input_bytes)} → {format_bytes(plan.weights_bytes)}, "
+        f"{bits:.2f} bits per parameter"
+    )
+
+
+def _tensor_table(plan: QuantPlan) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("tensor", overflow="ellipsis", no_wrap=True, max_width=MAX_NAME_WIDTH)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("in", justify="right", no_wrap=True)
+    table.add_column("out", justify="right", no_wrap=True)
+    table.add_column("what and why", overflow="fold")
+    for tensor in plan.tensors:
+        what = plan.recipe.format.precision if tensor.action == "quantize" else "copy"
+        table.add_row(
+            tensor.source.name,
+            "×".join(map(str, tensor.source.shape)) or "scalar",
+            format_bytes(tensor.source.num_bytes),
+            format_bytes(tensor.output_bytes),
+            f"{what}: {tensor.reason}",
+        )
+    return table
+
+
+def _dry_run_document(planned: PlannedRequest) -> dict[str, Any]:
+    plan = planned.plan
+    return {
+        **_common_fields(planned),
+        "output_bytes": output_file_bytes(plan),
+        "weights_bytes": plan.weights_bytes,
+        "seconds": 0,
+        "resumed": False,
+        "peak_host_bytes": 0,
+        "peak_device_bytes": 0,
+        "plan": [_plan_entry(tensor) for tensor in plan.tensors],
+    }
+
+
+def _document(planned: PlannedRequest, result: QuantizeResult) -> dict[str, Any]:
+    return {
+        **_common_fields(planned),
+        "output_bytes": result.output_bytes,
+        "weights_bytes": result.weights_bytes,
+        "seconds": result.seconds,
+        "resumed": result.resumed,
+        "peak_host_bytes": result.peak_host_bytes,
+        "peak_device_bytes": result.peak_device_bytes,
+    }
+
+
+def _common_fields(planned: PlannedRequest) -> dict[str, Any]:
+    plan, request = planned.plan, planned.request
+    return {
+        "output": str(request.output) if request.output else None,
+        "quant": plan.recipe.format.precision,
+        "backend": planned.chosen.backend.name,
+        "backend_reason": planned.chosen.reason,
+        "input_bytes": sum(shard.file_bytes for shard in planned.checkpoint.shards),
+        "tensors": {"quantized": plan.count("quantize"), "copied": plan.count("copy")},
+    }
+
+
+def _plan_entry(tensor: TensorPlan) -> dict[str, Any]:
+    return {
+        "name": tensor.source.name,
+        "action": tensor.action,
+        "dtype": tensor.source.dtype,
+        "shape": list(tensor.source.shape),
+        "input_bytes": tensor.source.num_bytes,
+        "output_bytes": tensor.output_bytes,
+        "reason": tensor.reason,
+    }
