@@ -1,0 +1,74 @@
+"""Every dense published config: the same model, tensor by tensor, as transformers builds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtool.architecture import Architecture, build_architecture
+from tests.architecture import oracle
+
+CONFIGS = oracle.published_configs()
+
+pytestmark = pytest.mark.usefixtures("test_data")  # skips, with the count, where it is missing
+
+
+@pytest.fixture(scope="module", params=CONFIGS or [None], ids=lambda path: path and path.name)
+def built(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Architecture, oracle.Model]:
+    """One config, our architecture and transformers' model; one model in memory at a time."""
+    path: Path | None = request.param
+    if path is None:
+        pytest.skip("QTOOL_TEST_DATA is not set")
+    counts = json.loads((path.parent / "COUNTS.json").read_text())[path.name]["counts"]
+    config = json.loads((path / "config.json").read_text())
+    return counts, build_architecture(config), oracle.build_model(config, counts["cls"])
+
+
+def test_names_shapes_and_order_are_the_models_own(built):
+    _, ours, model = built
+    assert list(oracle.parameters(model).items()) == [
+        (name, tensor.shape) for name, tensor in ours.tensors.items()
+    ]
+
+
+def test_tied_weights_and_the_count_of_parameters_agree(built):
+    counts, ours, model = built
+    ties = {t.name: t.tied_to for t in ours.tensors.values() if t.tied_to is not None}
+    assert ties == oracle.tied(model)
+    assert ours.num_parameters == counts["params"]
+    assert ours.tied_embeddings == counts["tied"]
+    assert ours.class_name == counts["cls"]
+
+
+def test_linear_layers_are_counted_as_published(built):
+    counts, ours, _ = built
+    linear = [t for t in ours.tensors.values() if t.is_linear and t.module_name != "lm_head"]
+    assert len(linear) == counts["linear_modules"]
+    assert sum(t.shape[0] * t.shape[1] for t in linear) == counts["linear"]
+
+
+def test_the_default_rule_names_the_same_modules(built):
+    _, ours, model = built
+    assert set(ours.skipped_modules) == oracle.default_skips(model)
+    assert list(ours.skipped_modules) == sorted(set(ours.skipped_modules))
+
+
+@pytest.mark.parametrize(
+    "skip", [["down_proj", "c_proj"], [r"model\.layers\.[01]"], ["model.layers.1", "visual"]]
+)
+def test_the_replaced_set_agrees_with_skip_patterns(built, skip):
+    _, ours, model = built
+    written_out = [*ours.skipped_modules, *skip]
+    assert set(ours.quantizable(skip)) == oracle.would_replace(model, written_out)
+    assert set(ours.replaced(skip)) == oracle.would_replace(model, skip)
+
+
+def test_the_replaced_set_agrees_by_default_and_when_the_list_is_written_out(built):
+    _, ours, model = built
+    # What quantize writes to llm_int8_skip_modules stands in for the default rule when it loads.
+    written_out = oracle.would_replace(model, ours.skipped_modules)
+    assert set(ours.quantizable()) == written_out
+    assert written_out == oracle.replaced(model)  # replaces in place: the last test of a config

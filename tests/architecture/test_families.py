@@ -1,0 +1,141 @@
+"""Every known model type beyond the published configs: defaults, variations, caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qtool.architecture import KNOWN_MODEL_TYPES, Architecture, build_architecture
+from qtool.architecture.build import _FAMILIES
+from qtool.errors import QtoolError
+from tests.architecture import oracle
+from tests.architecture.families import TINY, VARIATIONS
+
+
+def assert_same_model(ours: Architecture, model: oracle.Model) -> None:
+    assert list(oracle.parameters(model).items()) == [
+        (name, tensor.shape) for name, tensor in ours.tensors.items()
+    ]
+    ties = {t.name: t.tied_to for t in ours.tensors.values() if t.tied_to is not None}
+    assert ties == oracle.tied(model)
+    assert set(ours.skipped_modules) == oracle.default_skips(model)
+    assert set(ours.quantizable()) == oracle.would_replace(model, ours.skipped_modules)
+
+
+def test_every_known_type_is_tested():
+    assert set(TINY) == set(KNOWN_MODEL_TYPES)
+
+
+@pytest.mark.parametrize("model_type", KNOWN_MODEL_TYPES)
+def test_absent_keys_mean_transformers_defaults(model_type):
+    config = {"model_type": model_type}
+    ours = build_architecture(config)
+    assert_same_model(ours, oracle.build_model(config, ours.class_name))
+
+
+@pytest.mark.parametrize("model_type", KNOWN_MODEL_TYPES)
+def test_tiny_models_agree_and_so_do_their_classifiers(model_type):
+    family = _FAMILIES[model_type]
+    for class_name in (family.generator, family.classifier):
+        if class_name is not None:
+            config = {"model_type": model_type, "architectures": [class_name], **TINY[model_type]}
+            assert_same_model(build_architecture(config), oracle.build_model(config, class_name))
+
+
+@pytest.mark.parametrize("model_type", sorted(VARIATIONS))
+@given(data=st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_random_small_configs_agree(model_type, data):
+    family = _FAMILIES[model_type]
+    classes = [name for name in (family.generator, family.classifier) if name is not None]
+    changes = data.draw(st.fixed_dictionaries({}, optional=VARIATIONS[model_type]))
+    class_name = data.draw(st.sampled_from(classes))
+    config = {
+        "model_type": model_type,
+        "architectures": [class_name],
+        **TINY[model_type],
+        **changes,
+    }
+    model = oracle.build_model(config, class_name)
+    ours = build_architecture(config)
+    assert_same_model(ours, model)
+    assert [layer.window for layer in ours.cache_layers] == oracle.cache_windows(model)
+
+
+@pytest.mark.parametrize("model_type", KNOWN_MODEL_TYPES)
+def test_cache_layers_are_what_a_running_model_keeps(model_type):
+    config = {"model_type": model_type, **TINY[model_type]}
+    assert_cache_agrees(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "falcon", "multi_query": False},
+        {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4}
+        | {"max_window_layers": 1},
+        {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 4},
+        {"model_type": "gemma3_text", "layer_types": ["full_attention", "sliding_attention"]}
+        | {"num_hidden_layers": 2},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_cache_layers_of_special_configs(changes):
+    assert_cache_agrees({**TINY[changes["model_type"]], **changes})
+
+
+def assert_cache_agrees(config: dict[str, object]) -> None:
+    """Run eight tokens through the real model and look at what its cache holds."""
+    ours = build_architecture(config)
+    model = oracle.build_model(config, ours.class_name, device="cpu").eval()
+    tokens = torch.arange(8).reshape(1, 8) + 1
+    with torch.no_grad():
+        cache = model(input_ids=tokens, use_cache=True).get("past_key_values")
+    layers = [] if cache is None else [layer for layer in cache.layers if hasattr(layer, "keys")]
+    kept = [(layer.keys.shape[1:], layer.values.shape[1:]) for layer in layers]
+    assert kept == [
+        (
+            (layer.num_kv_heads, tokens_kept, layer.head_dim),
+            (layer.num_kv_heads, tokens_kept, layer.value_head_dim),
+        )
+        for layer in ours.cache_layers
+        for tokens_kept in [8 if layer.window is None else min(8, layer.window - 1)]
+    ]
+
+
+def test_what_the_cache_does_not_cover_is_named():
+    named = {
+        model_type: build_architecture({"model_type": model_type, **TINY[model_type]}).unmodelled
+        for model_type in KNOWN_MODEL_TYPES
+    }
+    assert {model_type for model_type, parts in named.items() if parts} == {
+        "gemma3",
+        "mamba2",
+        "qwen3_5",
+        "qwen3_5_text",
+        "qwen3_vl",
+    }
+    assert named["qwen3_5"] == (
+        "recurrent state of the linear attention layers",
+        "vision tower activations",
+        "image tokens",
+    )
+
+
+def test_broken_variations_that_transformers_refuses_are_refused():
+    for changes in (
+        {"model_type": "llama", "hidden_size": 30, "head_dim": 8},
+        {"model_type": "gpt2", "n_embd": 30},
+        {"model_type": "mamba2", "num_heads": 3},
+        {"model_type": "gemma2", "layer_types": ["sliding_attention"]},
+        {"model_type": "qwen3", "layer_types": ["a", "b", "c"]},
+    ):
+        config = {**TINY[changes["model_type"]], **changes}
+        with pytest.raises(QtoolError) as caught:
+            build_architecture(config)
+        assert caught.value.kind == "bad_file"
+        with pytest.raises(Exception):  # noqa: B017  any refusal of transformers will do
+            oracle.build_model(config, _FAMILIES[config["model_type"]].generator)

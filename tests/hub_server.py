@@ -1,0 +1,304 @@
+"""A Hub on localhost: the endpoints that huggingface_hub's client uses to list and fetch models.
+
+    with HubServer() as hub:
+        commit = hub.add_model("org/model", folder)
+        subprocess.run([...], env=hub.environment(home))      # HF_ENDPOINT, HF_HOME, ...
+        assert hub.weight_bytes_sent() == 0
+
+Speaks model info, tree, and resolve (HEAD, GET, Range), sends weights through a redirect as the
+real Hub does, answers for gated, private and missing repositories with its status and error codes,
+and keeps a record of every request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import pytest
+
+TOKEN = "hf_readsEverything"
+TOKEN_WITHOUT_ACCESS = "hf_readsOnlyPublic"
+LARGE_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model")
+
+
+@dataclass
+class HubModel:
+    """One repository; `revisions` maps branches and tags to commits, `commits` to files."""
+
+    repo_id: str
+    gated: bool = False
+    private: bool = False
+    revisions: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def resolve(self, revision: str) -> str | None:
+        commit = self.revisions.get(revision, revision)
+        return commit if commit in self.commits else None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked and how many bytes of body were sent."""
+
+    method: str
+    path: str
+    range: str | None
+    status: int
+    sent_bytes: int
+    authorized: bool
+
+
+class HubServer:
+    """Serves models from memory on a free port of localhost while the context lasts."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, HubModel] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.requests: list[Request] = []
+        self.ignore_ranges = False
+        self.failures_to_come = 0  # how many of the next requests for weights answer 503
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> HubServer:
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def add_model(
+        self,
+        repo_id: str,
+        folder: Path,
+        *,
+        revision: str = "main",
+        gated: bool = False,
+        private: bool = False,
+    ) -> str:
+        """Publish the folder's files as a new commit on the branch `revision`; returns the commit."""
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        self.blobs.update({hashlib.sha256(data).hexdigest(): data for data in files.values()})
+        digest = hashlib.sha1(repo_id.encode())
+        for name, data in files.items():
+            digest.update(name.encode() + data)
+        model = self.models.setdefault(repo_id, HubModel(repo_id))
+        model.gated, model.private = gated, private
+        model.commits[digest.hexdigest()] = files
+        model.revisions[revision] = digest.hexdigest()
+        return digest.hexdigest()
+
+    def environment(self, home: Path, **more: str) -> dict[str, str]:
+        """The variables for a process that knows no Hub but this one, with an empty HF_HOME."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        return {**kept, "HF_ENDPOINT": self.url, "HF_HOME": str(home), **more}
+
+    def sent_bytes(self, suffix: str) -> int:
+        """Bytes of bodies sent for files whose names end with `suffix`."""
+        return sum(request.sent_bytes for request in self.requests if request.path.endswith(suffix))
+
+    def stop_answering(self) -> None:
+        """Close the port, as if the connection were lost."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def hub_server() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+class _Answer(Exception):
+    """Ends a request early with a status and the Hub's error code."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+
+
+def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_HEAD(self) -> None:
+            self._handle()
+
+        def do_GET(self) -> None:
+            self._handle()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def _handle(self) -> None:
+            url = urlsplit(self.path)
+            path = unquote(url.path)
+            try:
+                if path.startswith("/api/models/"):
+                    self._api(path.removeprefix("/api/models/"), parse_qs(url.query))
+                elif path.startswith("/cdn/"):
+                    self._cdn(path)
+                else:
+                    self._resolve(path)
+            except _Answer as answer:
+                headers = {"X-Error-Code": answer.code, "X-Error-Message": answer.message}
+                body = json.dumps({"error": answer.message}).encode()
+                self._send(answer.status, body, headers)
+
+        # -- endpoints --------------------------------------------------------------------------
+
+        def _api(self, path: str, query: Mapping[str, list[str]]) -> None:
+            match = re.fullmatch(r"(.+?)(?:/(revision|tree)/([^/]+)(?:/.*)?)?", path)
+            assert match is not None
+            repo_id, endpoint, revision = match.groups()
+            model, commit = self._find(repo_id, unquote(revision or "main"))
+            files = [_describe(name, data) for name, data in model.commits[commit].items()]
+            if endpoint == "tree":
+                self._send_json([{"type": "file", "path": f["rfilename"], **f} for f in files])
+                return
+            if "blobs" not in query:
+                files = [{"rfilename": file["rfilename"]} for file in files]
+            gated = "manual" if model.gated else False
+            self._send_json(
+                {
+                    "_id": "0" * 24,
+                    "id": repo_id,
+                    "modelId": repo_id,
+                    "sha": commit,
+                    "private": model.private,
+                    "gated": gated,
+                    "disabled": False,
+                    "tags": [],
+                    "downloads": 0,
+                    "likes": 0,
+                    "siblings": files,
+                }
+            )
+
+        def _resolve(self, path: str) -> None:
+            match = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
+            if match is None:
+                raise _Answer(404, "NotFound", "no such page")
+            repo_id, revision, name = match.groups()
+            model, commit = self._find(repo_id, revision)
+            if model.gated and not self._may_read():
+                message = f"Access to model {repo_id} is restricted"
+                raise _Answer(403 if self._token() else 401, "GatedRepo", message)
+            if name not in model.commits[commit]:
+                raise _Answer(404, "EntryNotFound", "Entry not found")
+            data = model.commits[commit][name]
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(name, data)}"'}
+            if name.endswith(LARGE_SUFFIXES):
+                headers |= {
+                    "X-Linked-Etag": headers["ETag"],
+                    "X-Linked-Size": str(len(data)),
+                    "Location": f"{hub.url}/cdn/{hashlib.sha256(data).hexdigest()}/{quote(name)}",
+                }
+                self._send(302, b"", headers)
+                return
+            self._send_ranged(data, headers)
+
+        def _cdn(self, path: str) -> None:
+            if hub.failures_to_come > 0:
+                hub.failures_to_come -= 1
+                raise _Answer(503, "Unavailable", "try again")
+            self._send_ranged(hub.blobs[path.split("/")[2]], {})
+
+        # -- who asks ---------------------------------------------------------------------------
+
+        def _token(self) -> str:
+            return (self.headers.get("authorization") or "").removeprefix("Bearer ")
+
+        def _may_read(self) -> bool:
+            return self._token() == TOKEN
+
+        def _find(self, repo_id: str, revision: str) -> tuple[HubModel, str]:
+            model = hub.models.get(repo_id)
+            if model is None or (model.private and not self._may_read()):
+                # The Hub does not tell strangers whether a repository exists.
+                if self._token():
+                    raise _Answer(404, "RepoNotFound", "Repository not found")
+                raise _Answer(401, "RepoNotFound", "Invalid username or password.")
+            commit = model.resolve(revision)
+            if commit is None:
+                raise _Answer(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return model, commit
+
+        # -- sending ----------------------------------------------------------------------------
+
+        def _send_json(self, value: Any) -> None:
+            body = json.dumps(value).encode()
+            self._send(200, body, {"Content-Type": "application/json"})
+
+        def _send_ranged(self, data: bytes, headers: dict[str, str]) -> None:
+            headers |= {"Accept-Ranges": "bytes"}
+            ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            if ranged is None or hub.ignore_ranges:
+                self._send(200, data, headers)
+                return
+            begin, end = int(ranged[1]), min(int(ranged[2] or len(data)), len(data) - 1)
+            if begin >= len(data):
+                self._send(416, b"", headers | {"Content-Range": f"bytes */{len(data)}"})
+                return
+            headers |= {"Content-Range": f"bytes {begin}-{end}/{len(data)}"}
+            self._send(206, data[begin : end + 1], headers)
+
+        def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+            sent = b"" if self.command == "HEAD" else body
+            authorized = bool(self._token())
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append(
+                Request(
+                    self.command, path, self.headers.get("Range"), status, len(sent), authorized
+                )
+            )
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            try:
+                self.wfile.write(sent)
+            except (BrokenPipeError, ConnectionResetError):  # the client read what it wanted
+                self.close_connection = True
+
+    return Handler
+
+
+def _describe(name: str, data: bytes) -> dict[str, Any]:
+    """A file as both the model info ("rfilename") and the tree list it."""
+    git_hash = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    entry: dict[str, Any] = {
+        "rfilename": name,
+        "size": len(data),
+        "blobId": git_hash,
+        "oid": git_hash,
+    }
+    if name.endswith(LARGE_SUFFIXES):
+        sha256 = hashlib.sha256(data).hexdigest()
+        entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": len(data), "pointerSize": 134}
+    return entry
+
+
+def _etag(name: str, data: bytes) -> str:
+    described = _describe(name, data)
+    return str(described["lfs"]["sha256"] if "lfs" in described else described["blobId"])
