@@ -66,20 +66,22 @@ class HubServer:
         self.blobs: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.ignore_ranges = False
+        self.is_cut_off = False
         self.failures_to_come = 0  # how many of the next requests for weights answer 503
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        # Weights come from another origin, as they do from the Hub's content delivery network.
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self)) for _ in "ab"]
+        self.url, self.cdn_url = (
+            f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers
+        )
 
     def __enter__(self) -> HubServer:
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
+        for server in self._servers:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self.stop_answering()
 
     def add_model(
         self,
@@ -90,7 +92,7 @@ class HubServer:
         gated: bool = False,
         private: bool = False,
     ) -> str:
-        """Publish the folder's files as a new commit on the branch `revision`; returns the commit."""
+        """Publish the folder's files as a commit on the branch `revision`; returns the commit."""
         files = {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in sorted(folder.rglob("*"))
@@ -116,9 +118,12 @@ class HubServer:
         return sum(request.sent_bytes for request in self.requests if request.path.endswith(suffix))
 
     def stop_answering(self) -> None:
-        """Close the port, as if the connection were lost."""
-        self._server.shutdown()
-        self._server.server_close()
+        """Close the ports and open connections, as if the line were cut."""
+        self.is_cut_off = True
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+        self._servers.clear()
 
 
 @pytest.fixture
@@ -150,15 +155,18 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             pass
 
         def _handle(self) -> None:
+            if hub.is_cut_off:
+                self.close_connection = True
+                return
             url = urlsplit(self.path)
-            path = unquote(url.path)
             try:
-                if path.startswith("/api/models/"):
-                    self._api(path.removeprefix("/api/models/"), parse_qs(url.query))
-                elif path.startswith("/cdn/"):
-                    self._cdn(path)
+                if url.path.startswith("/api/models/"):
+                    query = parse_qs(url.query)
+                    self._api(url.path.removeprefix("/api/models/"), query)
+                elif url.path.startswith("/cdn/"):
+                    self._cdn(url.path)
                 else:
-                    self._resolve(path)
+                    self._resolve(url.path)
             except _Answer as answer:
                 headers = {"X-Error-Code": answer.code, "X-Error-Message": answer.message}
                 body = json.dumps({"error": answer.message}).encode()
@@ -198,7 +206,7 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             match = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
             if match is None:
                 raise _Answer(404, "NotFound", "no such page")
-            repo_id, revision, name = match.groups()
+            repo_id, revision, name = map(unquote, match.groups())
             model, commit = self._find(repo_id, revision)
             if model.gated and not self._may_read():
                 message = f"Access to model {repo_id} is restricted"
@@ -208,10 +216,11 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             data = model.commits[commit][name]
             headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(name, data)}"'}
             if name.endswith(LARGE_SUFFIXES):
+                sha256 = hashlib.sha256(data).hexdigest()
                 headers |= {
                     "X-Linked-Etag": headers["ETag"],
                     "X-Linked-Size": str(len(data)),
-                    "Location": f"{hub.url}/cdn/{hashlib.sha256(data).hexdigest()}/{quote(name)}",
+                    "Location": f"{hub.cdn_url}/cdn/{sha256}/{quote(name)}",
                 }
                 self._send(302, b"", headers)
                 return

@@ -38,9 +38,10 @@ class Backend(Protocol):
         packed: NDArray[np.uint8],
         absmax: NDArray[np.float32],
     ) -> int:
-        """Quantize `values` (n,) into `packed` uint8 (ceil(n/2),) and `absmax` float32 (ceil(n/blocksize),).
+        """Quantize `values` (n,) by the rules of `qtool.formats.four_bit`.
 
-        Returns the number of values that are NaN or infinite.
+        Fills `packed` uint8 (ceil(n/2),) and `absmax` float32 (ceil(n/blocksize),). Returns the
+        number of values that are NaN or infinite.
         """
         ...
 
@@ -62,10 +63,10 @@ class Backend(Protocol):
         codes: NDArray[np.uint8],
         nested_absmax: NDArray[np.float32],
     ) -> np.float32:
-        """Double quantization of one tensor's `absmax` (m,): `codes` (m,), `nested_absmax` (ceil(m/256),).
+        """Double quantization of one whole tensor's `absmax` (m,).
 
-        Returns the offset, the mean of absmax summed in float64 in the fixed order of
-        `qtool.formats.double_quant`.
+        Fills `codes` (m,) and `nested_absmax` (ceil(m/256),). Returns the offset, the mean of
+        absmax summed in float64 in the fixed order of `qtool.formats.double_quant`.
         """
         ...
 

@@ -20,11 +20,15 @@ class TensorInfo(TensorLayout):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file. `metadata` is the header's `__metadata__`."""
+    """One safetensors file. `metadata` is the header's `__metadata__`.
+
+    `modified_ns` is the time of the last write when the header was read; None on the Hub.
+    """
 
     file_name: str
     file_bytes: int
     metadata: Mapping[str, str] = field(default_factory=dict)
+    modified_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,11 @@ DTYPE_BITS: Final[dict[str, int]] = {
 
 # The dtypes that qtool quantizes from, with torch's names for them.
 SourceDtype = Literal["BF16", "F16", "F32"]
-TORCH_NAMES: Final[dict[SourceDtype, str]] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+TORCH_NAMES: Final[dict[SourceDtype, str]] = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,10 +133,17 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> QuantPlan:
     refuse_quantized_source(checkpoint)
     architecture = build_architecture(checkpoint.config)
     tensors = plan_tensors(checkpoint.tensors.values(), architecture, recipe)
+    if not any(tensor.action == "quantize" for tensor in tensors):
+        raise QtoolError(
+            f"{checkpoint.id}: none of the {len(tensors)} tensors is to be quantized: "
+            f"{'; '.join(sorted({tensor.reason for tensor in tensors}))}",
+            kind="unsupported",
+            hint="only linear layers are quantized; leave out a --skip that covers them all",
+        )
     entry = quantization_config(
         recipe.format,
         compute_dtype=recipe.compute_dtype,
-        skip_modules=list(dict.fromkeys((*architecture.skipped_modules, *recipe.skip))),
+        skip_modules=architecture.explicit_skips(recipe.skip),
         int8_threshold=recipe.int8_threshold,
     )
     shards = _split_into_shards(tensors, recipe.max_shard_bytes)

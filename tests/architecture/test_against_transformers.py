@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,20 @@ def test_the_default_rule_names_the_same_modules(built):
 )
 def test_the_replaced_set_agrees_with_skip_patterns(built, skip):
     _, ours, model = built
-    written_out = [*ours.skipped_modules, *skip]
-    assert set(ours.quantizable(skip)) == oracle.would_replace(model, written_out)
     assert set(ours.replaced(skip)) == oracle.would_replace(model, skip)
+    expected = oracle.would_replace(model, [*ours.skipped_modules, *skip])
+    assert set(ours.quantizable(skip)) == expected
+    # What quantize writes to config.json: full names, on which every loader's matching agrees.
+    written_out = ours.explicit_skips(skip)
+    assert oracle.would_replace(model, written_out) == expected
+    by_prefix = re.compile("|".join(map(re.escape, written_out)))
+    assert {w for w in oracle.would_replace(model, []) if not by_prefix.match(w)} == expected
 
 
 def test_the_replaced_set_agrees_by_default_and_when_the_list_is_written_out(built):
     _, ours, model = built
-    # What quantize writes to llm_int8_skip_modules stands in for the default rule when it loads.
+    # A list in llm_int8_skip_modules stands in for the default rule when the folder is loaded.
+    assert ours.explicit_skips() == ours.skipped_modules
     written_out = oracle.would_replace(model, ours.skipped_modules)
     assert set(ours.quantizable()) == written_out
     assert written_out == oracle.replaced(model)  # replaces in place: the last test of a config

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qtool.architecture import KNOWN_MODEL_TYPES, Architecture, build_architecture
-from qtool.architecture.build import _FAMILIES
+from qtool.architecture.build import FAMILIES
 from qtool.errors import QtoolError
 from tests.architecture import oracle
 from tests.architecture.families import TINY, VARIATIONS
@@ -37,7 +37,7 @@ def test_absent_keys_mean_transformers_defaults(model_type):
 
 @pytest.mark.parametrize("model_type", KNOWN_MODEL_TYPES)
 def test_tiny_models_agree_and_so_do_their_classifiers(model_type):
-    family = _FAMILIES[model_type]
+    family = FAMILIES[model_type]
     for class_name in (family.generator, family.classifier):
         if class_name is not None:
             config = {"model_type": model_type, "architectures": [class_name], **TINY[model_type]}
@@ -48,7 +48,7 @@ def test_tiny_models_agree_and_so_do_their_classifiers(model_type):
 @given(data=st.data())
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_small_configs_agree(model_type, data):
-    family = _FAMILIES[model_type]
+    family = FAMILIES[model_type]
     classes = [name for name in (family.generator, family.classifier) if name is not None]
     changes = data.draw(st.fixed_dictionaries({}, optional=VARIATIONS[model_type]))
     class_name = data.draw(st.sampled_from(classes))
@@ -138,4 +138,4 @@ def test_broken_variations_that_transformers_refuses_are_refused():
             build_architecture(config)
         assert caught.value.kind == "bad_file"
         with pytest.raises(Exception):  # noqa: B017  any refusal of transformers will do
-            oracle.build_model(config, _FAMILIES[config["model_type"]].generator)
+            oracle.build_model(config, FAMILIES[config["model_type"]].generator)

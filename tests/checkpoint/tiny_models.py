@@ -70,7 +70,8 @@ def file_bytes(header: Mapping[str, Any] | bytes, num_data_bytes: int | None = N
                 (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0
             )
     # Bytes from 0 to 62: as bfloat16 and float16 all finite.
-    data = bytes(i % 63 for i in range(num_data_bytes or 0))
+    num_data_bytes = num_data_bytes or 0
+    data = (bytes(range(63)) * (num_data_bytes // 63 + 1))[:num_data_bytes]
     return len(text).to_bytes(8, "little") + text + data
 
 

@@ -184,5 +184,6 @@ def test_the_written_config_is_what_transformers_reads(model, tmp_path):
     assert entry["quant_method"] == "bitsandbytes" and entry["load_in_4bit"] is True
     assert entry["bnb_4bit_compute_dtype"] == "float16"
     assert entry["bnb_4bit_use_double_quant"] is True
-    assert entry["llm_int8_skip_modules"] == ["lm_head", "down_proj"]
+    kept = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
+    assert sorted(entry["llm_int8_skip_modules"]) == ["lm_head", *kept]
     assert config["model_type"] == "llama"

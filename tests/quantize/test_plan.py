@@ -36,7 +36,14 @@ def test_linear_layers_are_quantized_and_everything_else_is_copied_with_a_reason
 def test_every_name_kept_is_written_to_the_config(tmp_path):
     write_llama(tmp_path)
     entry = plan_of(tmp_path, skip=("model.layers.0.mlp",)).config_entry
-    assert entry["llm_int8_skip_modules"] == ["lm_head", "model.layers.0.mlp"]
+    kept = {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert set(entry["llm_int8_skip_modules"]) == {"lm_head"} | kept
+
+
+def test_skipping_everything_is_refused(tmp_path):
+    write_llama(tmp_path)
+    with pytest.raises(QtoolError, match="none of the 21 tensors"):
+        plan_of(tmp_path, skip=("model",))
 
 
 def test_skip_keeps_modules_at_a_boundary_only(tmp_path):

@@ -1,0 +1,49 @@
+# Everything runs in .venv, which the first target that needs it creates. `make help` lists them.
+#
+#   make PYTHON=python3.12 demo      another Python, 3.11 or newer
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+#                                    PyTorch without the CUDA libraries
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format wheel clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+demo: .venv/installed-run  ## show what qtool does, on a model that ships with it
+	$(BIN)/qtool demo
+
+test: lint  ## lint, then run the tests
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-test  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: .venv/installed-run  ## build the wheel into dist/
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:  ## remove what the other targets made
+	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The files .venv/installed-run and .venv/installed-test stand for finished installations.
+.venv/installed-run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null \
+		|| { echo "$(PYTHON) is no Python >= 3.11; name one: make PYTHON=python3.12"; exit 1; }
+	@echo "installing qtool[run] into .venv; the first time takes a few minutes"
+	$(PYTHON) -m venv .venv
+	$(INSTALL) ".[run]"
+	@touch $@
+
+.venv/installed-test: .venv/installed-run
+	$(INSTALL) ".[run,test]"
+	@touch $@

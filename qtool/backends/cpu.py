@@ -1,0 +1,208 @@
+"""The CPU backend: checks its arguments and calls the Numba kernels.
+
+Numba is imported and kernels are compiled on first use; compiled ones are kept on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qtool.backends import SourceArray, decision_tables
+from qtool.backends.decision_tables import INFINITY_BITS
+from qtool.formats.codebooks import CODES, dynamic_map
+from qtool.formats.floats import NUMPY_DTYPES
+from qtool.formats.precisions import BLOCKSIZES, NESTED_BLOCKSIZE, QuantType
+from qtool.formats.tensors import SourceDtype
+
+
+class CpuBackend:
+    """The protocol of `qtool.backends` on the calling thread.
+
+    Every method releases the GIL. Arrays of a wrong dtype, size or layout raise ValueError.
+    """
+
+    name = "cpu"
+
+    def quantize_4bit(
+        self,
+        values: SourceArray,
+        dtype: SourceDtype,
+        quant_type: QuantType,
+        blocksize: int,
+        packed: NDArray[np.uint8],
+        absmax: NDArray[np.float32],
+    ) -> int:
+        """See `Backend.quantize_4bit`."""
+        from qtool.backends import cpu_kernels as kernels
+
+        _check_four_bit(values, dtype, blocksize, packed, absmax)
+        if dtype == "F32":
+            from_f32 = kernels.quantize_nf4_f32 if quant_type == "nf4" else kernels.quantize_fp4_f32
+            return int(from_f32(values, blocksize, packed, absmax))
+        if quant_type == "nf4":
+            from_16bit, table = kernels.quantize_nf4_16bit, decision_tables.nf4_table(dtype)
+        else:
+            from_16bit, table = kernels.quantize_fp4_16bit, decision_tables.fp4_table(dtype)
+        scale = decision_tables.absmax_values(dtype)
+        return int(from_16bit(values.view(np.uint16), table, scale, blocksize, packed, absmax))
+
+    def dequantize_4bit(
+        self,
+        packed: NDArray[np.uint8],
+        absmax: NDArray[np.float32],
+        quant_type: QuantType,
+        blocksize: int,
+        dtype: SourceDtype,
+        values: SourceArray,
+    ) -> None:
+        """See `Backend.dequantize_4bit`."""
+        from qtool.backends import cpu_kernels as kernels
+
+        _check_four_bit(values, dtype, blocksize, packed, absmax)
+        kernels.dequantize_4bit(
+            packed, absmax, CODES[quant_type], blocksize, _typed_bits(values, dtype)
+        )
+
+    def quantize_absmax(
+        self,
+        absmax: NDArray[np.float32],
+        codes: NDArray[np.uint8],
+        nested_absmax: NDArray[np.float32],
+    ) -> np.float32:
+        """See `Backend.quantize_absmax`."""
+        from qtool.backends import cpu_kernels as kernels
+
+        _check_nested(absmax, codes, nested_absmax)
+        if absmax.size == 0:
+            return np.float32(0)
+        offset = np.float32(kernels.mean_in_fixed_order(absmax))
+        kernels.quantize_absmax(
+            absmax,
+            offset,
+            decision_tables.dynamic_guesses(),
+            decision_tables.dynamic_steps(),
+            codes,
+            nested_absmax,
+        )
+        return offset
+
+    def dequantize_absmax(
+        self,
+        codes: NDArray[np.uint8],
+        nested_absmax: NDArray[np.float32],
+        offset: np.float32,
+        absmax: NDArray[np.float32],
+    ) -> None:
+        """See `Backend.dequantize_absmax`."""
+        from qtool.backends import cpu_kernels as kernels
+
+        _check_nested(absmax, codes, nested_absmax)
+        kernels.dequantize_absmax(codes, nested_absmax, np.float32(offset), dynamic_map(), absmax)
+
+    def quantize_int8(
+        self,
+        rows: SourceArray,
+        dtype: SourceDtype,
+        codes: NDArray[np.int8],
+        scb: NDArray[np.float32],
+    ) -> int:
+        """See `Backend.quantize_int8`."""
+        from qtool.backends import cpu_kernels as kernels
+
+        _check_int8(rows, dtype, codes, scb)
+        values = _typed_bits(rows, dtype).reshape(-1)
+        return int(kernels.quantize_int8(values, *rows.shape, codes.reshape(-1), scb))
+
+    def dequantize_int8(
+        self,
+        codes: NDArray[np.int8],
+        scb: NDArray[np.float32],
+        dtype: SourceDtype,
+        rows: SourceArray,
+    ) -> None:
+        """See `Backend.dequantize_int8`."""
+        from qtool.backends import cpu_kernels as kernels
+
+        _check_int8(rows, dtype, codes, scb)
+        values = _typed_bits(rows, dtype).reshape(-1)
+        kernels.dequantize_int8(codes.reshape(-1), scb, rows.shape[1], values)
+
+    def count_nonfinite(self, values: SourceArray, dtype: SourceDtype) -> int:
+        """See `Backend.count_nonfinite`."""
+        from qtool.backends import cpu_kernels as kernels
+
+        _check("values", values, NUMPY_DTYPES[dtype], values.shape)
+        flat: NDArray[Any] = values.reshape(-1)
+        if dtype == "F32":
+            return int(kernels.count_nonfinite(flat.view(np.uint32), 1 << 31, 0x7F800000))
+        return int(kernels.count_nonfinite(flat.view(np.uint16), 1 << 15, INFINITY_BITS[dtype]))
+
+
+def _typed_bits(values: SourceArray, dtype: SourceDtype) -> NDArray[Any]:
+    """`values` under the element type by which the kernels tell the dtypes apart."""
+    return values.view(np.int16) if dtype == "F16" else values
+
+
+def _check_four_bit(
+    values: SourceArray,
+    dtype: SourceDtype,
+    blocksize: int,
+    packed: NDArray[np.uint8],
+    absmax: NDArray[np.float32],
+) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize {blocksize} is none of {BLOCKSIZES}")
+    _check("values", values, NUMPY_DTYPES[dtype], (values.size,))
+    _check("packed", packed, np.uint8, (-(-values.size // 2),))
+    _check("absmax", absmax, np.float32, (-(-values.size // blocksize),))
+
+
+def _check_nested(
+    absmax: NDArray[np.float32], codes: NDArray[np.uint8], nested_absmax: NDArray[np.float32]
+) -> None:
+    _check("absmax", absmax, np.float32, (absmax.size,))
+    _check("codes", codes, np.uint8, absmax.shape)
+    _check("nested_absmax", nested_absmax, np.float32, (-(-absmax.size // NESTED_BLOCKSIZE),))
+
+
+def _check_int8(
+    rows: SourceArray, dtype: SourceDtype, codes: NDArray[np.int8], scb: NDArray[np.float32]
+) -> None:
+    if rows.ndim != 2:
+        raise ValueError(f"rows: expected two dimensions, found {rows.shape}")
+    _check("rows", rows, NUMPY_DTYPES[dtype], rows.shape)
+    _check("codes", codes, np.int8, rows.shape)
+    _check("scb", scb, np.float32, rows.shape[:1])
+
+
+def _check(name: str, array: NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+    """The kernels check nothing, and a wrong size would write into foreign memory."""
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+        layout = "contiguous" if array.flags.c_contiguous else "strided"
+        raise ValueError(
+            f"{name}: expected contiguous {np.dtype(dtype)} {shape}, "
+            f"found {layout} {array.dtype} {array.shape}"
+        )
+
+
+def describe_cpu() -> str:
+    """What the kernels run on, for people: usable cores and vector instructions."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} {'core' if cores == 1 else 'cores'}, {vector_instructions()}"
+
+
+def vector_instructions() -> str:
+    """The widest vector instructions that Numba will use, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+    known = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sve": "SVE", "asimd": "NEON"}
+    return next((known[flag] for flag in known if flag in flags), platform.machine())

@@ -1,0 +1,178 @@
+"""Finds the model that a user named, reads its headers, index and config, and checks them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+from qtool.checkpoint.config_json import CONFIG_NAME, read_config
+from qtool.checkpoint.file_source import FileSource
+from qtool.checkpoint.local_folder import LocalFolder
+from qtool.checkpoint.other_files import list_other_files
+from qtool.checkpoint.records import Checkpoint, Shard
+from qtool.checkpoint.safetensors_header import Header, fetch_header
+from qtool.checkpoint.weight_files import (
+    FOREIGN_WEIGHTS,
+    SAFETENSORS,
+    check_against_index,
+    find_weight_files,
+    no_weights,
+)
+from qtool.errors import QtoolError
+from qtool.events import Note, OnEvent, ignore_events
+
+HUB_ID: Final = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
+MODEL_HINT: Final = "give a local folder, or a Hub id such as Qwen/Qwen3-0.6B"
+
+
+class HubReference(NamedTuple):
+    """A model on the Hub as the user named it."""
+
+    repo_id: str
+    revision: str | None
+
+
+def open_checkpoint(
+    model: str,
+    *,
+    need: Literal["headers", "files"],
+    on_event: OnEvent = ignore_events,
+    need_config: bool = True,
+    need_weights: bool | None = None,
+) -> Checkpoint:
+    """Find MODEL, read its config, index and safetensors headers, and check them all.
+
+    Args:
+        model: a local folder; a local safetensors file or config.json, which then is the whole
+            model; or a Hub id with an optional @revision. What exists locally wins.
+        need: "headers" reads a Hub model's headers by range requests and downloads no weights;
+            "files" downloads what is not in the Hub cache yet, so that `path_of` works.
+        need_config: a missing config.json is an error; else `config` is {}.
+        need_weights: a model without safetensors is an error; by default so for "files". Else
+            `shards` and `tensors` are empty, and a Note tells of weights in other formats.
+
+    Raises:
+        QtoolError: not_found, bad_file, unsupported, auth, network or no_space.
+    """
+    reference = locate_model(model)
+    if isinstance(reference, HubReference):
+        from qtool.checkpoint.hub import open_on_hub
+
+        source: FileSource = open_on_hub(*reference, need=need, on_event=on_event)
+    else:
+        source = _open_local(reference)
+    weights = find_weight_files(source, on_event)
+    if not weights.shards:
+        need_weights = need == "files" if need_weights is None else need_weights
+        _check_none_needed(source, need_weights=need_weights, on_event=on_event)
+    config = _read_config_if_any(source, need_config=need_config)
+    headers = _read_headers(source, weights.shards)
+    tensors = (tensor for header in headers for tensor in header.tensors)
+    return Checkpoint(
+        id=reference.repo_id if isinstance(reference, HubReference) else model,
+        location="hub" if isinstance(reference, HubReference) else "local",
+        revision=source.revision,
+        folder=source.path,
+        config=config,
+        shards=tuple(
+            Shard(name, status.num_bytes, header.metadata, status.modified_ns)
+            for name, header in zip(weights.shards, headers, strict=True)
+            for status in [source.status_of(name)]
+        ),
+        tensors=check_against_index(source, weights, tensors),
+        other_files=list_other_files(source),
+    )
+
+
+def locate_model(model: str) -> Path | HubReference:
+    """What the string MODEL means: a path that exists, else a Hub id; QtoolError if neither."""
+    path = Path(model).expanduser() if model.startswith("~") else Path(model)
+    if model and _exists(path):
+        return path
+    repo_id, at, revision = model.partition("@")
+    looks_like_path = model.startswith((".", "/", "~")) or model.endswith(
+        ("/", SAFETENSORS, ".json")
+    )
+    if looks_like_path or not HUB_ID.fullmatch(repo_id) or (at and not revision):
+        raise QtoolError(
+            f"{model or 'the empty name'}: no such folder, and no Hub id of the form "
+            "NAME, ORG/NAME or ORG/NAME@REVISION",
+            kind="not_found",
+            hint=hint_for_missing(model),
+        )
+    return HubReference(repo_id, revision or None)
+
+
+def hint_for_missing(model: str) -> str:
+    """The next step where no folder is named `model`: its nearest neighbour, if there is one."""
+    import difflib
+
+    path = Path(model).expanduser() if model.startswith("~") else Path(model)
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except (OSError, ValueError):
+        names = []
+    nearest = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {path.parent / nearest[0]}?" if nearest else MODEL_HINT
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for a path, a folder that may not be entered
+        return False
+
+
+def _open_local(path: Path) -> LocalFolder:
+    if path.is_dir():
+        return LocalFolder(path)
+    if path.suffix == SAFETENSORS:
+        return LocalFolder(path.parent, only=(path.name, CONFIG_NAME))
+    if path.name == CONFIG_NAME:
+        return LocalFolder(path.parent, only=(CONFIG_NAME,))
+    raise QtoolError(
+        f"{path}: expected a model folder, a *.safetensors file or a config.json, found "
+        f"{'weights in another format' if path.suffix in FOREIGN_WEIGHTS else 'another file'}",
+        kind="unsupported",
+        hint="give the folder of the original checkpoint, with *.safetensors",
+    )
+
+
+def _check_none_needed(source: FileSource, *, need_weights: bool, on_event: OnEvent) -> None:
+    error = no_weights(source)
+    if need_weights or CONFIG_NAME not in source.files:
+        raise error
+    if error.kind == "unsupported":
+        on_event(Note(f"{error.message}; going by config.json alone", level="warning"))
+
+
+def _read_config_if_any(source: FileSource, *, need_config: bool) -> Mapping[str, Any]:
+    if CONFIG_NAME in source.files:
+        return read_config(source)
+    if not need_config:
+        return {}
+    raise QtoolError(
+        f"{source.describe('').rstrip('/')}: expected a config.json beside the weights, found none",
+        kind="bad_file",
+        hint=source.missing_hint,
+    )
+
+
+def _read_headers(source: FileSource, shards: Sequence[str]) -> list[Header]:
+    def read(shard: str) -> Header:
+        return fetch_header(
+            partial(source.read, shard),
+            shard=shard,
+            file=source.describe(shard),
+            file_bytes=source.status_of(shard).num_bytes,
+        )
+
+    if source.num_parallel_reads == 1:
+        return list(map(read, shards))
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(source.num_parallel_reads) as pool:
+        return list(pool.map(read, shards))

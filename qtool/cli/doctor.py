@@ -1,0 +1,50 @@
+"""`qtool doctor`: is this machine ready, and if not, what helps?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qtool.cli import options
+from qtool.cli.session import verb_session
+
+CheckedModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Look at this model's settings too: a local folder, or a Hub id.",
+        show_default=False,
+    ),
+]
+
+
+def doctor(
+    model: CheckedModel = None,
+    config: options.ConfigFile = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    color: options.Color = "auto",
+) -> None:
+    """Check this machine: versions, GPU, disk, Hub, CPU; each problem with its fix.
+
+    Ends with a real round trip of a small tensor through every backend. Exit code 1 if a check
+    failed; warnings do not count.
+
+    Examples:
+
+      qtool doctor
+
+      qtool doctor ./out          # also its compute dtype, pad token, size
+
+      qtool doctor --json
+    """
+    with verb_session(
+        "doctor", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+    ) as output:
+        from qtool.doctor import run_checks
+        from qtool.report.doctor import report_checks
+
+        if not report_checks(output, run_checks(model)):
+            raise typer.Exit(1)

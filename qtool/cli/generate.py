@@ -1,0 +1,184 @@
+"""`qtool generate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qtool.cli import options
+from qtool.cli.session import verb_session
+from qtool.errors import EXIT_CODES, QtoolError
+from qtool.formats.precisions import QuantizedPrecision
+
+SAMPLING_PANEL = "Sampling"
+LOADING_PANEL = "Loading"
+EXAMPLES = (
+    'qtool generate ./Llama-3.1-8B-nf4 "Why is the sky blue?"',
+    "qtool generate Qwen/Qwen3-8B --quant nf4-dq",
+    "cat notes.txt | qtool generate ./model --system 'Sum it up.'",
+    'qtool generate ./model "Once upon a time" --temperature 0.8 --seed 1',
+    'qtool generate ./model "Hello" --adapter ./lora --json',
+    'qtool generate ./model "Hello" --max-memory "0=6GiB,cpu=20GiB"',
+)
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PROMPT]",
+            help="The text to answer or continue; - or nothing reads a pipe; nothing on a "
+            "terminal opens a chat.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Stop after so many tokens.")
+    ] = 256,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")
+    ] = False,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End before this text; repeatable."),
+    ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Limit of prompt and answer; default: the model's."),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Use the chat template, or continue plain text; default: if there is one.",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The system message of a chat.")
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            metavar="T",
+            min=0,
+            rich_help_panel=SAMPLING_PANEL,
+            help="0 takes the most likely token, always the same.",
+        ),
+    ] = 0.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            min=0.000001,
+            max=1,
+            rich_help_panel=SAMPLING_PANEL,
+            help="Choose among the likeliest tokens that make up P.",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", min=1, rich_help_panel=SAMPLING_PANEL, help="Choose among K tokens."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, rich_help_panel=SAMPLING_PANEL, help="Makes sampling repeatable."
+        ),
+    ] = None,
+    quant: Annotated[
+        QuantizedPrecision | None,
+        typer.Option(
+            rich_help_panel=LOADING_PANEL, help="Quantize a full-precision MODEL while loading."
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", rich_help_panel=LOADING_PANEL, help="A PEFT adapter."),
+    ] = None,
+    compute_dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(
+            rich_help_panel=LOADING_PANEL, help="What to compute in; default: as the model says."
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(metavar="DEVICE", rich_help_panel=LOADING_PANEL, help="auto, cpu, cuda[:N]."),
+    ] = "auto",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIMITS",
+            rich_help_panel=LOADING_PANEL,
+            help='Spread the weights: "0=6GiB,cpu=20GiB"; what is left over goes to disk.',
+        ),
+    ] = None,
+    config: options.ConfigFile = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    color: options.Color = "auto",
+) -> None:
+    """Run MODEL: text streams to stdout as it is made, statistics go to stderr.
+
+    MODEL may be a folder that `qtool quantize` or bitsandbytes wrote, or a full-precision one.
+    """
+    with verb_session(
+        "generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+    ) as show:
+        from qtool.runtime.requirements import require_run_extra
+
+        text = _read_prompt(prompt, prompt_file)
+        if text is None and json_output:
+            raise _usage_error("--json wants a PROMPT", "give one, or - to read a pipe")
+        if temperature == 0 and (top_p is not None or top_k is not None):
+            show.warn("--top-p and --top-k change nothing at --temperature 0")
+        require_run_extra()
+        from qtool.report.generate import converse, report_result
+        from qtool.runtime.answers import Request, answer
+        from qtool.runtime.generate import Limits, Sampling
+        from qtool.runtime.loading import LoadOptions, load_model
+
+        limits = Limits(max_new_tokens, max_context, ignore_eos, tuple(stop or ()))
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        request = Request(model, chat, system, sampling, limits)
+        with show.progress() as on_event:
+            options_ = LoadOptions(quant, compute_dtype, device, max_memory, adapter)
+            loaded = load_model(model, options_, on_event=on_event)
+        with loaded:
+            if text is None:
+                converse(show, loaded, request)
+                return
+            result = answer(loaded, request, text, write=show.write_text)
+            report_result(show, loaded, result)
+        if result.stop_reason == "interrupted":
+            raise typer.Exit(EXIT_CODES["interrupted"])
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
+    """The prompt from the argument, a file or a pipe; None to open a chat."""
+    if prompt is not None and prompt_file is not None:
+        raise _usage_error("both PROMPT and --prompt-file were given", "give one of them")
+    if prompt_file is not None:
+        text = prompt_file.read_text(encoding="utf-8").removesuffix("\n")
+    elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        text = sys.stdin.read().removesuffix("\n")
+    else:
+        return prompt
+    if not text:
+        raise _usage_error(f"{prompt_file or 'stdin'} holds no prompt", "give a PROMPT")
+    return text
+
+
+def _usage_error(message: str, hint: str) -> QtoolError:
+    return QtoolError(message, kind="usage", hint=hint)

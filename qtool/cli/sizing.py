@@ -1,0 +1,87 @@
+"""`qtool sizing`: which models run on which GPUs?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qtool.cli import options
+from qtool.cli.estimate import PRECISIONS, Batch, Context, Gpus, Headroom, check_quants
+from qtool.cli.session import verb_session
+from qtool.errors import EXIT_CODES
+
+EXAMPLES = (
+    "qtool sizing",
+    "qtool sizing --vram 11 --vram 20 --context 16384",
+    "qtool sizing meta-llama/Llama-3.1-8B Qwen/Qwen3-14B",
+    "qtool sizing ./my-model --gpu 4090 --gpu L40S --quant nf4-dq",
+    "qtool sizing --gpu auto --json",
+)
+
+
+def sizing(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Local folders or Hub ids; without any, reference models from 1 to 70 billion "
+            "parameters.",
+            show_default=False,
+        ),
+    ] = None,
+    quant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--quant",
+            metavar="P",
+            callback=check_quants,
+            autocompletion=lambda: list(PRECISIONS),
+            help=f"A precision, one of {' '.join(PRECISIONS)}; repeatable.",
+            show_default="nf4-dq int8; with MODEL bf16 too",
+        ),
+    ] = None,
+    context: Context = None,
+    batch: Batch = 1,
+    gpu: Gpus = None,
+    vram: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--vram",
+            min=1,
+            metavar="GIB",
+            help="Any GPU with so many GiB; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    headroom: Headroom = 0,
+    config: options.ConfigFile = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    color: options.Color = "auto",
+) -> None:
+    """Say what runs where: GPUs against models, with the longest context that fits.
+
+    Without MODEL a guide by memory size. The speed shown is a ceiling, the GPU's memory bandwidth
+    over the bytes that each token reads.
+    """
+    with verb_session(
+        "sizing", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+    ) as output:
+        from qtool.planner import SizingRequest, size_models
+        from qtool.report.sizing import report_sizing
+
+        request = SizingRequest(
+            models=tuple(models or ()),
+            quants=tuple(quant or ()),
+            context=context,
+            batch=batch,
+            gpus=tuple(gpu or ()),
+            vram_gib=tuple(vram or ()),
+            headroom_percent=headroom,
+        )
+        answer = size_models(request, output.on_note)
+        report_sizing(output, answer)
+        if request.gpus and not answer.fits_somewhere:
+            raise typer.Exit(EXIT_CODES["no_fit"])

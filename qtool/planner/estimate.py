@@ -1,0 +1,140 @@
+"""`estimate`: one model at several precisions, on the GPUs that were asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from qtool.events import OnEvent, ignore_events
+from qtool.planner.fit import fit, is_unfit, suggest
+from qtool.planner.gpus import Gpu, resolve_gpus
+from qtool.planner.memory import KvDtype, MemoryBudget
+from qtool.planner.model import PlannedModel, open_model
+from qtool.planner.records import Estimate
+from qtool.planner.weights import CAST_DTYPES
+
+DEFAULT_QUANTS: Final = ("bf16", "int8", "nf4", "nf4-dq")
+DEFAULT_CONTEXT: Final = 4096
+FLOAT32_BYTES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateRequest:
+    """What the user asked for.
+
+    No `quants`: the default ones. No `context`: 4096, or the model's if that is shorter.
+    """
+
+    model: str
+    quants: tuple[str, ...] = ()
+    context: int | None = None
+    batch: int = 1
+    kv_dtype: KvDtype = "auto"
+    gpus: tuple[str, ...] = ()
+    headroom_percent: float = 0
+
+
+def estimate_model(request: EstimateRequest, on_event: OnEvent = ignore_events) -> Estimate:
+    """Plan the model from its headers and config.
+
+    Raises:
+        QtoolError: an unknown GPU, a model that is not there or damaged, a precision that it
+            cannot be planned at, a context beyond what it was made for.
+    """
+    gpus = resolve_gpus(request.gpus)
+    return estimate_opened(open_model(request.model, on_event), gpus, request)
+
+
+def estimate_opened(
+    model: PlannedModel, gpus: tuple[Gpu, ...], request: EstimateRequest
+) -> Estimate:
+    """The same for a model that is open already; pure."""
+    warnings = [*model.warnings, *unmodelled_warnings(model)]
+    quants = choose_quants(model, request.quants, DEFAULT_QUANTS, warnings)
+    context = choose_context(model, request.context, warnings)
+    budgets = {quant: MemoryBudget.of(model, quant, request.kv_dtype) for quant in quants}
+    warnings += quantization_warnings(model, budgets.values())
+    plans = [budget.plan(context=context, batch=request.batch) for budget in budgets.values()]
+    fits = [
+        tuple(fit(budgets[plan.quant], plan, gpu, request.headroom_percent) for gpu in gpus)
+        for plan in plans
+    ]
+    if gpus and any(is_unfit(answers) for answers in fits):  # other precisions may help
+        for quant in choose_quants(model, (), DEFAULT_QUANTS, []):
+            if quant not in budgets:
+                budgets[quant] = MemoryBudget.of(model, quant, request.kv_dtype)
+    others = [budget.plan(context=context, batch=request.batch) for budget in budgets.values()]
+    return Estimate(
+        model=model.facts,
+        plans=tuple(
+            replace(
+                plan, fits=answers, suggestions=suggest(budgets[plan.quant], plan, answers, others)
+            )
+            for plan, answers in zip(plans, fits, strict=True)
+        ),
+        gpus=gpus,
+        warnings=tuple(warnings),
+    )
+
+
+def choose_quants(
+    model: PlannedModel, asked: tuple[str, ...], default: tuple[str, ...], warnings: list[str]
+) -> tuple[str, ...]:
+    """The precisions to plan: those asked for, else the default ones that the model allows."""
+    if asked:
+        for quant in asked:
+            model.check_precision(quant)
+        return tuple(dict.fromkeys(asked))
+    if model.stored_precision is not None:
+        return (model.stored_precision,)
+    if model.architecture is None:
+        left_out = [quant for quant in default if quant not in CAST_DTYPES]
+        warnings.append(
+            f"{', '.join(left_out)} left out: which tensors are linear layers is not known"
+        )
+        return tuple(quant for quant in default if quant in CAST_DTYPES)
+    return default
+
+
+def choose_context(model: PlannedModel, asked: int | None, warnings: list[str]) -> int:
+    """The context to plan: as asked, else 4096 or what the model was made for if that is less."""
+    made_for = model.architecture.max_context if model.architecture else None
+    if asked is None:
+        return min(DEFAULT_CONTEXT, made_for or DEFAULT_CONTEXT)
+    if made_for is not None and asked > made_for:
+        warnings.append(
+            f"context {asked} is longer than {model.id} was made for "
+            f"(max_position_embeddings {made_for})"
+        )
+    return asked
+
+
+def quantization_warnings(model: PlannedModel, budgets: Iterable[MemoryBudget]) -> list[str]:
+    """Where quantizing the model does less than its name promises, in words."""
+    quantized = [budget for budget in budgets if budget.quant not in CAST_DTYPES]
+    warnings = []
+    if any(budget.weights.element_bytes == FLOAT32_BYTES for budget in quantized):
+        warnings.append(
+            f"{model.id} computes in float32, so cache and activations take twice what they would "
+            "in bfloat16 (generate --compute-dtype bfloat16)"
+        )
+    if any(budget.weights.dequant_buffer_bytes == 0 for budget in quantized):
+        warnings.append(
+            f"no linear layer of {model.id} is one that bitsandbytes replaces, so quantizing it "
+            "changes nothing"
+        )
+    return warnings
+
+
+def unmodelled_warnings(model: PlannedModel) -> list[str]:
+    """What the plan leaves out, in words."""
+    architecture = model.architecture
+    if architecture is None:
+        return []
+    warnings = [f"not counted: {part}" for part in architecture.unmodelled]
+    if not architecture.cache_layers:
+        warnings.append("not counted: cache, activations and buffers of a model without attention")
+    if "vision_config" in model.config:
+        warnings.append("text prompts only: images take memory that is not counted")
+    return warnings

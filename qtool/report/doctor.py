@@ -1,0 +1,72 @@
+"""How `qtool doctor` looks: a line per check as it is made, its fix below, a verdict at the end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
+
+from qtool.doctor import Check, Status
+from qtool.report.output import Output
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NAME_WIDTH: Final = 16
+_SIGNS: Final[dict[Status, tuple[str, str]]] = {
+    "ok": ("✓", "green"),
+    "info": ("·", "dim"),
+    "warn": ("!", "yellow"),
+    "fail": ("✗", "bold red"),
+}
+
+
+def report_checks(output: Output, checks: Iterable[tuple[str, Check]]) -> bool:
+    """Print (section, check) pairs while they come; True unless one failed."""
+    seen: list[Check] = []
+    last_section = ""
+    for section, check in checks:
+        if section != last_section:
+            output.answer(f"[bold]{section}[/bold]")
+            last_section = section
+        output.answer(_line(check))
+        seen.append(check)
+    output.answer(_verdict(seen))
+    output.document(checks_document(seen))
+    return not any(check.status == "fail" for check in seen)
+
+
+def checks_document(checks: Iterable[Check]) -> dict[str, Any]:
+    """The fields of the JSON document."""
+    return {"checks": [asdict(check) for check in checks]}
+
+
+def _line(check: Check) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    sign, style = _SIGNS[check.status]
+    line = Table.grid(padding=(0, 1))
+    line.add_column(width=3, justify="right")
+    line.add_column(width=NAME_WIDTH, no_wrap=True)
+    line.add_column(overflow="fold")
+    line.add_row(Text(sign, style), check.name, Text(check.found))
+    if check.fix:
+        line.add_row("", "", Text.assemble(("fix: ", "cyan"), check.fix))
+    return line
+
+
+def _verdict(checks: Iterable[Check]) -> str:
+    counts = Counter(check.status for check in checks)
+    parts = [f"{counts['ok']} ok"]
+    if counts["warn"]:
+        parts.append(f"[yellow]{_count(counts['warn'], 'warning')}[/yellow]")
+    if counts["fail"]:
+        parts.append(f"[bold red]{counts['fail']} failed[/bold red]")
+    ready = "[bold green]ready[/bold green]" if not counts["fail"] else "[bold red]not ready[/]"
+    return f"\n{ready}: {', '.join(parts)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,310 @@
+"""How `qtool estimate` looks: one row per precision, stacked bars, each GPU's answer.
+
+Memory is in GiB. Colour repeats what signs and words say already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from qtool.planner.gpus import Gpu
+from qtool.planner.records import (
+    ComponentName,
+    Estimate,
+    Fit,
+    MemoryPlan,
+    Suggestion,
+    Verdict,
+)
+from qtool.report.output import Output
+from qtool.report.units import format_count, format_gib
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.table import Table
+    from rich.text import Text
+
+WIDE_COLUMNS: Final = 124  # enough for every component in a column of its own
+MAX_BAR_CELLS: Final = 72
+NOT_KNOWN: Final = "-"
+
+VERDICT_SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
+    "yes": ("✓ yes", "green"),
+    "tight": ("! tight", "yellow"),
+    "no": ("✗ no", "red"),
+}
+# What a column or a bar's stretch adds up, with the sign and colour of the stretch.
+GROUPS: Final[tuple[tuple[str, str, str, tuple[ComponentName, ...]], ...]] = (
+    ("weights", "█", "blue", ("weights",)),
+    ("KV cache", "▓", "cyan", ("kv_cache",)),
+    ("prefill", "▒", "magenta", ("activations", "logits", "dequant_buffer")),
+    ("overhead", "░", "bright_black", ("workspace", "runtime_overhead", "allocator")),
+)
+WIDE_GROUPS: Final[tuple[tuple[str, tuple[ComponentName, ...]], ...]] = (
+    ("weights", ("weights",)),
+    ("KV cache", ("kv_cache",)),
+    ("activations", ("activations",)),
+    ("logits", ("logits",)),
+    ("dequantized", ("dequant_buffer",)),
+    ("workspace", ("workspace",)),
+    ("driver", ("runtime_overhead",)),
+    ("allocator", ("allocator",)),
+)
+
+
+def report_estimate(output: Output, estimate: Estimate) -> None:
+    """Print the answer, or its JSON document; warnings first."""
+    for warning in estimate.warnings:
+        output.warn(warning)
+    output.answer(EstimateView(estimate))
+    if not estimate.gpus:
+        output.note("next: add --gpu 'RTX 4090', or --gpu auto, to see whether it fits")
+    output.document(estimate_document(estimate))
+
+
+def estimate_document(estimate: Estimate) -> dict[str, Any]:
+    """The fields of the JSON document."""
+    model = asdict(estimate.model)
+    del model["max_context"]
+    return {"model": model, "plans": [_plan_fields(plan) for plan in estimate.plans]}
+
+
+def _plan_fields(plan: MemoryPlan) -> dict[str, Any]:
+    return {
+        "quant": plan.quant,
+        "mode": plan.mode,
+        "runtime": plan.runtime,
+        "batch": plan.batch,
+        "context": plan.context,
+        "components": {name: asdict(part) for name, part in plan.components.items()},
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "steady_bytes": plan.steady_bytes,
+        "allocated_peak_bytes": plan.allocated_peak_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "load_peak_bytes": plan.load_peak_bytes,
+        "peak_low_bytes": plan.peak_low_bytes,
+        "peak_high_bytes": plan.peak_high_bytes,
+        "suggestions": [asdict(suggestion) for suggestion in plan.suggestions],
+        "fits": [_fit_fields(fit) for fit in plan.fits],
+    }
+
+
+def _fit_fields(fit: Fit) -> dict[str, Any]:
+    return {
+        "gpu": fit.gpu.name,
+        "gpus": fit.gpus,
+        "usable_bytes": fit.usable_bytes,
+        "verdict": fit.verdict,
+        "max_context": fit.max_context,
+        "max_batch": fit.max_batch,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateView:
+    """The estimate as text, laid out for the terminal's width."""
+
+    estimate: Estimate
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Called by rich with the width at hand."""
+        plans = self.estimate.plans
+        yield from _heading(self.estimate)
+        yield ""
+        is_wide = options.max_width >= WIDE_COLUMNS
+        yield _wide_table(plans) if is_wide else _table(plans)
+        yield ""
+        yield from _bars(plans, options.max_width)
+        if self.estimate.gpus:
+            yield ""
+            yield _fits_table(self.estimate)
+            yield from _advice(plans)
+        yield ""
+        yield _provenance(self.estimate)
+
+
+def shown_name(model: str) -> str:
+    """What people call the model: the folder's name, or the Hub id."""
+    path = Path(model).resolve()
+    if not path.exists():
+        return model
+    return path.name if path.is_dir() else path.parent.name
+
+
+def verdict_text(verdict: Verdict) -> Text:
+    """The verdict as sign, word and colour."""
+    from rich.text import Text
+
+    sign, style = VERDICT_SIGNS[verdict]
+    return Text(sign, style)
+
+
+def usable_text(gpu: Gpu, usable_bytes: int) -> str:
+    """Usable memory in GiB, with ~ where it rests on a number that nobody looked up."""
+    return f"{'~' if gpu.memory_is_recalled else ''}{format_gib(usable_bytes)}"
+
+
+def limit_text(limit: int | None) -> str:
+    """A largest context or batch."""
+    return "any" if limit is None else f"{limit:,}" if limit else NOT_KNOWN
+
+
+def _heading(estimate: Estimate) -> Iterable[Text]:
+    from rich.text import Text
+
+    facts, first = estimate.model, estimate.plans[0]
+    revision = f"@{facts.revision[:7]}" if facts.revision else ""
+    about = facts.architecture or "unknown architecture"
+    about += f" · {format_count(facts.parameters)} parameters"
+    yield Text.assemble((f"{shown_name(facts.id)}{revision}", "bold"), f"  {about}")
+    sequences = f"{first.batch} sequence{'s' * (first.batch != 1)}"
+    most = f" of at most {facts.max_context:,}" if facts.max_context else ""
+    yield Text(f"GPU memory in GiB (2^30 bytes), {sequences} of {first.context:,}{most} tokens")
+
+
+def new_table() -> Table:
+    """A table without lines, its numbers held apart by blanks."""
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+
+
+def _table(plans: Iterable[MemoryPlan]) -> Table:
+    table = new_table()
+    table.add_column("quant", no_wrap=True)
+    for name in ("on disk", *(group[0] for group in GROUPS), "peak", "range"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for plan in plans:
+        table.add_row(
+            plan.quant,
+            format_gib(plan.checkpoint_bytes),
+            *(_sum_text(plan, names) for *_, names in GROUPS),
+            _bold(format_gib(plan.peak_bytes)),
+            _range_text(plan),
+        )
+    return table
+
+
+def _wide_table(plans: Iterable[MemoryPlan]) -> Table:
+    table = new_table()
+    table.add_column("quant", no_wrap=True)
+    groups = (name for name, _ in WIDE_GROUPS)
+    for name in ("on disk", *groups, "peak", "range", "decoding", "loading"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for plan in plans:
+        table.add_row(
+            plan.quant,
+            format_gib(plan.checkpoint_bytes),
+            *(_sum_text(plan, names) for _, names in WIDE_GROUPS),
+            _bold(format_gib(plan.peak_bytes)),
+            _range_text(plan),
+            format_gib(plan.steady_bytes),
+            format_gib(plan.load_peak_bytes),
+        )
+    return table
+
+
+def _sum_bytes(plan: MemoryPlan, names: Iterable[ComponentName]) -> int | None:
+    found = [plan.components[name].bytes for name in names if name in plan.components]
+    return sum(found) if found else None
+
+
+def _sum_text(plan: MemoryPlan, names: Iterable[ComponentName]) -> str:
+    num_bytes = _sum_bytes(plan, names)
+    return NOT_KNOWN if num_bytes is None else format_gib(num_bytes)
+
+
+def _range_text(plan: MemoryPlan) -> str:
+    return f"{format_gib(plan.peak_low_bytes)}–{format_gib(plan.peak_high_bytes)}"
+
+
+def _bold(text: str) -> Text:
+    from rich.text import Text
+
+    return Text(text, "bold")
+
+
+def _bars(plans: tuple[MemoryPlan, ...], width: int) -> Iterable[Text]:
+    """One stacked bar per plan, all to the scale of the largest peak, and a legend."""
+    from rich.text import Text
+
+    name_cells = max(len(plan.quant) for plan in plans) + 2
+    cells = min(width - name_cells - 10, MAX_BAR_CELLS)
+    scale = cells / max(plan.peak_bytes for plan in plans)
+    for plan in plans:
+        bar = Text(plan.quant.ljust(name_cells))
+        drawn, end_bytes = 0, 0
+        for _, sign, style, names in GROUPS:
+            end_bytes += _sum_bytes(plan, names) or 0
+            end = round(end_bytes * scale)
+            bar.append(sign * (end - drawn), style)
+            drawn = end
+        bar.append(f" {format_gib(plan.peak_bytes)}")
+        yield bar
+    legend = Text(" " * name_cells)
+    for name, sign, style, _ in GROUPS:
+        legend.append(sign, style)
+        legend.append(f" {name}   ")
+    yield legend
+
+
+def _fits_table(estimate: Estimate) -> RenderableType:
+    table = new_table()
+    table.add_column("GPU", overflow="ellipsis", no_wrap=True)
+    table.add_column("usable", justify="right", no_wrap=True)
+    table.add_column("quant", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
+    for name in ("left", "max context", "max batch"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for index, gpu in enumerate(estimate.gpus):
+        for plan in estimate.plans:
+            fit, is_first = plan.fits[index], plan is estimate.plans[0]
+            left_bytes = fit.usable_bytes - plan.peak_bytes
+            table.add_row(
+                gpu.short_name if is_first else "",
+                usable_text(gpu, fit.usable_bytes) if is_first else "",
+                plan.quant,
+                verdict_text(fit.verdict),
+                _signed_gib(left_bytes),
+                limit_text(fit.max_context),
+                limit_text(fit.max_batch),
+            )
+    return table
+
+
+def _signed_gib(num_bytes: int) -> str:
+    return f"{'-' if num_bytes < 0 else ''}{format_gib(abs(num_bytes))}"
+
+
+def _advice(plans: Iterable[MemoryPlan]) -> Iterable[Text]:
+    """What would make each plan fit that fits nowhere."""
+    from rich.text import Text
+
+    for plan in plans:
+        if any(fit.verdict != "no" for fit in plan.fits):
+            continue
+        changes = ", or ".join(map(_change_text, plan.suggestions))
+        helps = f"fits with {changes}" if changes else "no precision, context or batch makes it fit"
+        yield Text.assemble((f"{plan.quant}: ", "bold"), helps)
+
+
+def _change_text(suggestion: Suggestion) -> str:
+    return f"{suggestion.change} (-{format_gib(suggestion.saves_bytes)})"
+
+
+def _provenance(estimate: Estimate) -> Text:
+    """Where the numbers come from."""
+    from rich.text import Text
+
+    is_config = estimate.model.source == "config"
+    origin = "config.json, exact if it is right" if is_config else "the file headers, exact"
+    parts = [f"on disk, weights: {origin}"]
+    if any("kv_cache" in plan.components for plan in estimate.plans):
+        parts += ["KV cache: exact", "prefill: formula for the whole prompt at once"]
+    parts.append("overhead: measured on other machines, hence the range")
+    if any(gpu.memory_is_recalled for gpu in estimate.gpus):
+        parts.append("~ a GPU's memory not confirmed")
+    return Text(" · ".join(parts), style="dim")

@@ -1,0 +1,121 @@
+"""How our layers get into a model that transformers builds: a quantizer of transformers' own kind.
+
+transformers builds the model on the meta device and calls `_process_model_before_weight_loading`,
+which swaps the linear layers that the checkpoint holds packed. Their tensors then load like any
+others: by name, into the dtype and shape that the layer declares.
+
+`pre_quantized` stays False for transformers: then it converts every tensor to its parameter's dtype
+and no other rule of its own applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qtool.errors import QtoolError
+from qtool.runtime.linear import PackedLayer, build_linear
+
+METHOD: Final = "qtool"
+
+
+@register_quantization_config(METHOD)
+class PackedLayersConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Which layers are packed, for the quantizer.
+
+    Args:
+        layers: by the module names that the checkpoint uses.
+        compute_dtype: what products are computed in; None follows the activations.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, PackedLayer], compute_dtype: torch.dtype | None = None
+    ) -> None:
+        self.quant_method = METHOD
+        self.layers = dict(layers)
+        self.compute_dtype = compute_dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        """What appears when transformers prints or serializes the model's config."""
+        return {"quant_method": METHOD}
+
+
+@register_quantizer(METHOD)
+class PackedLayersQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps linear layers for packed ones while the model is on the meta device."""
+
+    quantization_config: PackedLayersConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        modules = find_modules(model, self.quantization_config.layers)
+        for stored_name, layer in self.quantization_config.layers.items():
+            name = modules[stored_name]
+            old: Any = model.get_submodule(name)
+            _check_shape(name, old, layer)
+            new = build_linear(
+                layer, bias=old.bias, compute_dtype=self.quantization_config.compute_dtype
+            )
+            # Else transformers draws random weights for layers that stay on the meta device
+            # because they are offloaded to disk.
+            new._is_hf_initialized = True  # type: ignore[assignment]
+            model.set_submodule(name, new)
+
+    def is_serializable(self) -> bool:
+        """`qtool quantize` writes packed folders; transformers cannot."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters may be trained over packed layers."""
+        return True
+
+
+def find_modules(model: Any, stored_names: Iterable[str]) -> dict[str, str]:
+    """Where in the model each packed layer of the checkpoint goes: stored name -> module name.
+
+    Names are changed as transformers will change them when it loads the tensors.
+
+    Raises:
+        QtoolError: unsupported, if the model has no linear layer for one.
+    """
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    parameters = model.state_dict()
+    found: dict[str, str] = {}
+    for stored in stored_names:
+        parameter = f"{stored}.weight"
+        if parameter not in parameters:
+            parameter, _ = rename_source_key(
+                parameter, renamings, [], model.base_model_prefix, parameters
+            )
+        found[stored] = parameter.removesuffix(".weight")
+        if found[stored] not in linear:
+            raise QtoolError(
+                f"{stored} is packed, but {type(model).__name__} has no linear layer of that name",
+                kind="unsupported",
+                hint="mixtures of experts with packed experts do not run yet; "
+                "else config.json belongs to another model",
+            )
+    return found
+
+
+def _check_shape(name: str, module: Any, layer: PackedLayer) -> None:
+    shape = tuple(module.weight.shape)
+    if isinstance(module, Conv1D):
+        shape = shape[::-1]  # kept as [in, out], packed as [out, in]
+    if shape != (layer.out_features, layer.in_features):
+        raise QtoolError(
+            f"{name}: config.json implies a weight of {list(shape)}, "
+            f"packed is one of {[layer.out_features, layer.in_features]}",
+            kind="bad_file",
+            hint="config.json and the weights do not belong together; fetch both again",
+        )

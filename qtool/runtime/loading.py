@@ -1,0 +1,265 @@
+"""From a checkpoint to a model that generates: one way for packed and full-precision weights.
+
+    loaded = load_model("org/model", LoadOptions(quant="nf4-dq"))
+    loaded.model.generate(...)
+
+transformers builds the model and places every tensor; the tensors come from our own checked
+readers (`qtool.runtime.weights`), so nothing is read that the headers' checks did not cover.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers
+
+from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.records import Checkpoint
+from qtool.errors import QtoolError
+from qtool.events import Finished, Note, OnEvent, Started, ignore_events
+from qtool.formats.precisions import QuantFormat, QuantizedPrecision
+from qtool.runtime.adapters import add_adapter
+from qtool.runtime.hf_quantizer import PackedLayersConfig
+from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
+from qtool.runtime.model_config import (
+    build_config,
+    check_quantization,
+    find_model_class,
+    layer_compute_dtype,
+    model_dtype,
+)
+from qtool.runtime.on_load import quantize_on_load
+from qtool.runtime.placement import Placement, choose_placement, describe_devices
+from qtool.runtime.weights import WeightSource, open_stored_weights
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load: `quant` packs a full-precision model on its way in.
+
+    `compute_dtype` is one of float32, float16, bfloat16, or None for what the checkpoint says;
+    `device` and `max_memory` as `qtool.runtime.placement` reads them.
+    """
+
+    quant: QuantizedPrecision | None = None
+    compute_dtype: str | None = None
+    device: str = "auto"
+    max_memory: str | None = None
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is ready to run.
+
+    Args:
+        model: a transformers model in eval mode, an adapter already in its layers.
+        eos_token_ids: the tokens that end a text.
+        max_context: tokens that the model was made for; None where nothing limits them.
+        num_packed_layers: linear layers that hold packed weights.
+        load_s: seconds that loading took.
+        devices: where the weights lie, for people: "cuda:0 + cpu".
+        memory: watches `device` from before the weights came.
+    """
+
+    model: Any
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+    max_context: int | None
+    num_packed_layers: int
+    load_s: float
+    device: torch.device
+    devices: str
+    memory: DeviceMemory
+    _offloaded: ExitStack
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Delete what was offloaded to disk; the model cannot run afterwards."""
+        self._offloaded.close()
+
+
+def load_model(
+    model: str, options: LoadOptions, *, on_event: OnEvent = ignore_events
+) -> LoadedModel:
+    """Load MODEL from a local folder or the Hub.
+
+    Raises:
+        QtoolError: what is wrong with the checkpoint, the options or the memory.
+    """
+    start_s = time.perf_counter()
+    checkpoint = open_checkpoint(model, need="files", on_event=on_event)
+    with quiet_transformers(), out_of_memory_as_error("loading the model"):
+        config = build_config(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
+        with _open_weights(checkpoint, options, on_event) as source, ExitStack() as offloaded:
+            dtype = model_dtype(checkpoint, options.compute_dtype)
+            placement = choose_placement(
+                options.device, options.max_memory, _loaded_bytes(source, dtype)
+            )
+            memory = DeviceMemory(placement.device)
+            on_event(Started("loading", source.total_bytes))
+            network = _build_model(
+                checkpoint,
+                config,
+                source,
+                placement,
+                dtype=dtype,
+                compute_dtype=layer_compute_dtype(checkpoint, options.compute_dtype),
+                offload_folder=offloaded.enter_context(tempfile.TemporaryDirectory()),
+                on_event=on_event,
+            )
+            on_event(Finished("loading"))
+            devices = describe_devices(network, placement)
+            if options.adapter is not None:
+                add_adapter(network, options.adapter)
+            return LoadedModel(
+                model=network,
+                tokenizer=tokenizer,
+                eos_token_ids=_eos_token_ids(checkpoint, config, tokenizer),
+                max_context=getattr(config.get_text_config(), "max_position_embeddings", None),
+                num_packed_layers=len(source.layers),
+                load_s=time.perf_counter() - start_s,
+                device=placement.device,
+                devices=devices,
+                memory=memory,
+                _offloaded=offloaded.pop_all(),
+            )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer; QtoolError if there is none that runs without its own code."""
+    assert checkpoint.folder is not None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            str(checkpoint.folder), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise QtoolError(
+            f"{checkpoint.id}: no usable tokenizer: {first_line}",
+            kind="not_found",
+            hint="tokenizer.json and tokenizer_config.json belong into the model's folder",
+        ) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' own log lines, warnings and progress bars; ours say it."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _open_weights(checkpoint: Checkpoint, options: LoadOptions, on_event: OnEvent) -> WeightSource:
+    if options.quant is not None:
+        return quantize_on_load(checkpoint, QuantFormat(options.quant), on_event)
+    source = open_stored_weights(checkpoint, on_event)
+    check_quantization(checkpoint, source.layers)
+    return source
+
+
+def _build_model(
+    checkpoint: Checkpoint,
+    config: Any,
+    source: WeightSource,
+    placement: Placement,
+    *,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None,
+    offload_folder: str,
+    on_event: OnEvent,
+) -> Any:
+    if placement.reason:
+        on_event(Note(f"{placement.device}: {placement.reason}"))
+    packed = PackedLayersConfig(source.layers, compute_dtype) if source.layers else None
+    network, report = find_model_class(config).from_pretrained(
+        None,
+        config=config,
+        state_dict=source.tensors,
+        quantization_config=packed,
+        dtype=dtype,
+        device_map=placement.device_map,
+        max_memory=placement.max_memory,
+        offload_folder=offload_folder,
+        offload_buffers=True,  # the packed layers' statistics are buffers
+        ignore_mismatched_sizes=True,  # reported below, by name
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    _check_report(checkpoint, report, on_event)
+    return network
+
+
+def _check_report(checkpoint: Checkpoint, report: dict[str, Any], on_event: OnEvent) -> None:
+    """Weights that are missing or of another shape are errors, superfluous ones a warning."""
+    hint = "config.json and the weights do not belong together, or the download is incomplete"
+    for name, found, expected in sorted(report["mismatched_keys"])[:1]:
+        raise QtoolError(
+            f"{checkpoint.id}: {name}: expected shape {list(expected)}, found {list(found)}",
+            kind="bad_file",
+            hint=hint,
+        )
+    if report["missing_keys"]:
+        raise QtoolError(
+            f"{checkpoint.id}: {_first_of(report['missing_keys'])} in no file",
+            kind="bad_file",
+            hint=hint,
+        )
+    if report.get("error_msgs"):
+        raise QtoolError(f"{checkpoint.id}: {report['error_msgs'][0]}", kind="bad_file", hint=hint)
+    if report["unexpected_keys"]:
+        text = f"{_first_of(report['unexpected_keys'])} stored, but not part of the model"
+        on_event(Note(text, level="warning"))
+
+
+def _first_of(names: Any) -> str:
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} more are" if others else f"{first} is"
+
+
+def _loaded_bytes(source: WeightSource, dtype: torch.dtype) -> int:
+    """What the weights take once loaded: packed ones as stored, others in the model's dtype."""
+    total = 0
+    for name, tensor in source.tensors.items():
+        module, _, part = name.rpartition(".")
+        kept = (module in source.layers and part != "bias") or not tensor.dtype.is_floating_point
+        total += math.prod(tensor.shape) * (tensor.dtype if kept else dtype).itemsize
+    return total
+
+
+def _eos_token_ids(checkpoint: Checkpoint, config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """From generation_config.json, else config.json; and the tokenizer's own."""
+    assert checkpoint.folder is not None
+    path = checkpoint.folder / GENERATION_CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    if found is None:
+        found = getattr(config.get_text_config(), "eos_token_id", None)
+    ids = found if isinstance(found, list) else [found]
+    return tuple(dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int)))

@@ -1,0 +1,163 @@
+"""The model's config.json, made safe and turned into transformers' own config.
+
+Nothing in a config may choose code: entries that name Python files, kernels or other weight files
+are dropped, and `trust_remote_code` is never given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+
+from qtool.checkpoint.records import Checkpoint
+from qtool.errors import QtoolError
+from qtool.runtime.linear import PackedLayer
+from qtool.runtime.weights import TORCH_DTYPES
+
+# Keys that would make transformers fetch or run something, at any depth.
+DROPPED_KEYS: Final = frozenset(
+    {
+        "auto_map",
+        "quantization_config",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "custom_generate",
+        "fusion_config",
+        "kernel_config",
+        "use_kernels",
+        "transformers_weights",
+        "extra_files",
+        "_name_or_path",
+        "_commit_hash",
+        "base_model_tp_plan",
+        "base_model_pp_plan",
+    }
+)
+FLOAT_DTYPES: Final = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def build_config(checkpoint: Checkpoint) -> Any:
+    """transformers' config object for the checkpoint.
+
+    Raises:
+        QtoolError: an architecture that this transformers does not know, or values it refuses.
+    """
+    fields = _without_dropped(checkpoint.config)
+    model_type = fields.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise QtoolError(
+            f"{checkpoint.id}: config.json says model_type {model_type!r}, which this transformers "
+            "does not know; qtool never runs a repository's own code",
+            kind="unsupported",
+            hint="upgrade transformers if the model is new: pip install --upgrade transformers",
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(fields)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise QtoolError(
+            f"{checkpoint.id}: config.json is not a valid {model_type} config: {error}",
+            kind="bad_file",
+            hint="fetch config.json again",
+        ) from error
+
+
+def find_model_class(config: Any) -> Any:
+    """The class that generates text with this config; VLMs too, used without images."""
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise QtoolError(
+        f"{config.model_type} models do not generate text",
+        kind="unsupported",
+        hint="generate runs decoder language models",
+    )
+
+
+def check_quantization(checkpoint: Checkpoint, layers: Mapping[str, PackedLayer]) -> None:
+    """Compare what config.json says about quantization with the packed layers found.
+
+    Raises:
+        QtoolError: another method, nothing packed although it says so, or
+            llm_int8_has_fp16_weight.
+    """
+    entry = _quantization_entry(checkpoint)
+    if not entry:
+        return
+    if entry.get("llm_int8_has_fp16_weight"):
+        raise QtoolError(
+            f"{checkpoint.id}: config.json says llm_int8_has_fp16_weight: its weights are 16-bit "
+            "and meant to be quantized anew in every forward pass, so nothing packed is in it",
+            kind="unsupported",
+            hint="remove quantization_config from its config.json to run it in 16 bit",
+        )
+    method = entry.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise QtoolError(
+            f"{checkpoint.id}: config.json says quant_method {method!r}, expected bitsandbytes",
+            kind="unsupported",
+            hint="start from the full-precision model, with --quant nf4-dq if it should be small",
+        )
+    if not layers:
+        raise QtoolError(
+            f"{checkpoint.id}: config.json says it is quantized, but no packed weight is in it",
+            kind="bad_file",
+            hint="fetch the weights again, or remove quantization_config from config.json",
+        )
+
+
+def model_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
+    """The dtype of activations and unpacked weights: asked for, config.json's, or the weights'."""
+    config = checkpoint.config
+    text = config.get("text_config")
+    for fields in (config, text if isinstance(text, Mapping) else {}):
+        asked = asked or fields.get("dtype") or fields.get("torch_dtype")
+    if asked in FLOAT_DTYPES:
+        return FLOAT_DTYPES[asked]
+    stored = {t.dtype for t in checkpoint.tensors.values() if t.name.endswith("weight")}
+    for name in ("BF16", "F16"):
+        if name in stored:
+            return TORCH_DTYPES[name]
+    return torch.float32
+
+
+def layer_compute_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype | None:
+    """What packed layers multiply in: asked for, else what config.json says for 4 bit.
+
+    None follows the activations.
+    """
+    if asked is not None:
+        return FLOAT_DTYPES[asked]
+    entry = _quantization_entry(checkpoint)
+    if not entry.get("load_in_4bit"):
+        return None
+    said = entry.get("bnb_4bit_compute_dtype")
+    return FLOAT_DTYPES.get(said.removeprefix("torch.")) if isinstance(said, str) else None
+
+
+def _quantization_entry(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    entry = checkpoint.config.get("quantization_config")
+    return entry if isinstance(entry, Mapping) else {}
+
+
+def _without_dropped(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_dropped(v) for k, v in value.items() if k not in DROPPED_KEYS}
+    if isinstance(value, list):
+        return [_without_dropped(item) for item in value]
+    return value

@@ -1,0 +1,136 @@
+"""Quantizing while loading: the bytes that `qtool quantize` would write, made tensor by tensor.
+
+The same plan and the same pipeline do the work; only the file is an anonymous one in memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from contextlib import ExitStack
+from typing import cast
+
+import numpy as np
+
+from qtool.architecture import build_architecture
+from qtool.backends import choose_backend
+from qtool.checkpoint.records import Checkpoint, TensorInfo
+from qtool.events import OnEvent
+from qtool.formats.bitsandbytes import QuantState, find_quantized
+from qtool.formats.precisions import NESTED_BLOCKSIZE, QuantFormat
+from qtool.formats.tensors import TORCH_NAMES, SourceDtype, TensorLayout
+from qtool.quantize.command import num_usable_cores
+from qtool.quantize.memory import PeakMemory
+from qtool.quantize.pipeline import PipelineSettings, ShardPipeline
+from qtool.quantize.plan import (
+    Recipe,
+    ShardPlan,
+    TensorPlan,
+    plan_tensors,
+    refuse_quantized_source,
+)
+from qtool.quantize.tiles import DEFAULT_TILE_BYTES
+from qtool.runtime.weights import (
+    ByteArray,
+    StoredTensors,
+    WeightSource,
+    add_packed,
+    plain_tensor,
+)
+
+
+def quantize_on_load(checkpoint: Checkpoint, fmt: QuantFormat, on_event: OnEvent) -> WeightSource:
+    """The weights of a full-precision checkpoint, packed when they are asked for.
+
+    Raises:
+        QtoolError: what `qtool quantize` raises for this checkpoint; for NaN and Inf when the
+            tensor is loaded.
+    """
+    refuse_quantized_source(checkpoint)
+    architecture = build_architecture(checkpoint.config)
+    plans = plan_tensors(checkpoint.tensors.values(), architecture, Recipe(format=fmt))
+    source = WeightSource({}, {}, checkpoint.weights_bytes, ExitStack())
+    stored = StoredTensors(checkpoint, source.closing, on_event)
+    for plan in plans:
+        tensor = cast(TensorInfo, plan.source)
+        if plan.action == "copy":
+            source.tensors[tensor.name] = plain_tensor(tensor, stored.read_bytes)
+            continue
+        quantized = find_quantized({part.name: part for part in plan.outputs})[tensor.name]
+        packed = _PackedTensor(checkpoint, plan, fmt, on_event)
+        state = None if fmt.is_int8 else _expected_state(plan, fmt)
+        place = f"{tensor.shard}: {tensor.name}"
+        add_packed(source, quantized, state, packed.read_bytes, place)
+    return source
+
+
+def _expected_state(plan: TensorPlan, fmt: QuantFormat) -> QuantState:
+    shape = plan.source.shape[::-1] if plan.transposed else plan.source.shape
+    return QuantState(
+        quant_type=fmt.quant_type,
+        blocksize=fmt.blocksize,
+        dtype=TORCH_NAMES[cast(SourceDtype, plan.source.dtype)],
+        shape=shape,
+        nested_blocksize=NESTED_BLOCKSIZE if fmt.double_quant else None,
+        nested_offset=0.0 if fmt.double_quant else None,
+    )
+
+
+class _PackedTensor:
+    """One tensor's packed parts: made when the first is read, dropped when each was read once.
+
+    A layer's parts are read one after the other, so about one tensor is held at a time.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: TensorPlan, fmt: QuantFormat, on_event: OnEvent
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._plan = plan
+        self._format = fmt
+        self._on_event = on_event
+        self._lock = threading.Lock()
+        self._parts: dict[str, ByteArray] = {}
+
+    def read_bytes(self, name: str) -> ByteArray:
+        """The bytes of one of the plan's outputs."""
+        with self._lock:
+            if name not in self._parts:
+                self._parts = self._quantize()
+            return self._parts.pop(name)
+
+    def _quantize(self) -> dict[str, ByteArray]:
+        shard = ShardPlan("", (self._plan,))
+        offsets, total_bytes = _place_outputs(shard.outputs())
+        fd = os.memfd_create("qtool")
+        try:
+            os.ftruncate(fd, total_bytes)
+            pipeline = ShardPipeline(
+                self._checkpoint,
+                shard,
+                self._format,
+                output_fd=fd,
+                offsets=offsets,
+                backend=choose_backend().backend,
+                settings=PipelineSettings(num_usable_cores(), DEFAULT_TILE_BYTES),
+            )
+            pipeline.run(self._on_event, PeakMemory())
+            data = np.frombuffer(mmap.mmap(fd, total_bytes), np.uint8)
+        finally:
+            os.close(fd)
+        parts = {
+            part.name: data[offsets[part.name] : offsets[part.name] + part.num_bytes]
+            for part in self._plan.outputs
+        }
+        # The weight stays in the file's own pages, which go when it goes; the rest is small.
+        weight = self._plan.outputs[0].name
+        return {name: part if name == weight else part.copy() for name, part in parts.items()}
+
+
+def _place_outputs(outputs: list[TensorLayout]) -> tuple[dict[str, int], int]:
+    offsets, total_bytes = {}, 0
+    for part in outputs:
+        offsets[part.name] = total_bytes
+        total_bytes += part.num_bytes
+    return offsets, total_bytes

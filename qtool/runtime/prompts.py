@@ -1,0 +1,67 @@
+"""Prompts to tokens: plain text, or a conversation through the tokenizer's chat template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qtool.errors import QtoolError
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether conversations can be put into the model's own form."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of plain text, with the special tokens that the tokenizer puts first."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    if not ids:
+        raise QtoolError("the prompt is empty", kind="usage", hint="give a PROMPT")
+    return ids
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Messages so far, oldest first."""
+
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def ask(self, text: str) -> None:
+        """The user says something."""
+        self.messages.append({"role": "user", "content": text})
+
+    def answered(self, text: str) -> None:
+        """The model said something."""
+        self.messages.append({"role": "assistant", "content": text})
+
+    def forget(self) -> None:
+        """Start again; the system message stays."""
+        self.messages.clear()
+
+    def encode(self, tokenizer: Any) -> list[int]:
+        """Tokens of the whole conversation, up to where the model answers.
+
+        Raises:
+            QtoolError: there is no template, or it refuses these messages.
+        """
+        if not has_chat_template(tokenizer):
+            raise QtoolError(
+                "the tokenizer has no chat template",
+                kind="usage",
+                hint="leave out --chat and --system, and give the text to continue",
+            )
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        try:
+            encoded = tokenizer.apply_chat_template(
+                system + self.messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except Exception as error:  # a template is a program; it may raise anything
+            raise QtoolError(
+                f"the chat template refuses this conversation: {error}",
+                kind="unsupported",
+                hint="some templates take no --system message; --no-chat continues plain text",
+            ) from error
+        ids: list[int] = encoded["input_ids"]
+        return ids

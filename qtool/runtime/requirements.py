@@ -1,0 +1,46 @@
+"""What must be installed before a model can run, said in one sentence if it is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+from qtool.errors import QtoolError
+
+RUN_PACKAGES: Final = ("torch", "transformers", "accelerate")
+OLDEST_TRANSFORMERS: Final = (5, 10)  # older releases follow hostile paths and names in checkpoints
+
+
+def require_run_extra() -> None:
+    """Raise QtoolError with the command that installs what is missing."""
+    missing = [name for name in RUN_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise QtoolError(
+            f"running models needs {_listed(missing)}, not installed here",
+            kind="unsupported",
+            hint='pip install "qtool[run]"',
+        )
+    try:
+        found = version("transformers")
+    except PackageNotFoundError:  # a source tree on the path: let it speak for itself
+        return
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TRANSFORMERS:
+        raise QtoolError(
+            f"transformers {found} is too old, expected 5.10 or later",
+            kind="unsupported",
+            hint='pip install --upgrade "qtool[run]"',
+        )
+
+
+def require_peft() -> None:
+    """The same for --adapter."""
+    if importlib.util.find_spec("peft") is None:
+        raise QtoolError(
+            "--adapter needs peft, not installed here", kind="unsupported", hint="pip install peft"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

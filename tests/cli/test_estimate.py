@@ -1,0 +1,204 @@
+"""`qtool estimate` as users and scripts see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.running import run
+from tests.hub_server import hub_server  # noqa: F401
+from tests.tiny_models import llama_config, write_llama
+
+PLAN_FIELDS = {
+    "quant",
+    "mode",
+    "runtime",
+    "batch",
+    "context",
+    "components",
+    "checkpoint_bytes",
+    "steady_bytes",
+    "allocated_peak_bytes",
+    "peak_bytes",
+    "load_peak_bytes",
+    "peak_low_bytes",
+    "peak_high_bytes",
+    "suggestions",
+    "fits",
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    write_llama(tmp_path / "model", num_shards=2)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A bare config of 8 billion parameters."""
+    config = llama_config(hidden=4096, layers=32, mlp=14336, vocab=128_256, heads=32)
+    config |= {"dtype": "bfloat16", "max_position_embeddings": 131_072, "num_key_value_heads": 8}
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "large"
+
+
+def test_json_is_one_document_with_the_contract_s_fields(model):
+    ran = run("estimate", model, "--gpu", "4090", "--json")
+    assert ran.exit_code == 0 and ran.stderr == ""
+    document = ran.document
+    assert document.keys() == {"schema", "command", "warnings", "model", "plans"}
+    assert (document["schema"], document["command"], document["warnings"]) == (1, "estimate", [])
+    facts = document["model"]
+    assert facts.keys() >= {
+        "id",
+        "architecture",
+        "source",
+        "parameters",
+        "active_parameters",
+        "checkpoint_parameters",
+    }
+    assert (facts["source"], facts["architecture"]) == ("headers", "LlamaForCausalLM")
+    assert [plan["quant"] for plan in document["plans"]] == ["bf16", "int8", "nf4", "nf4-dq"]
+    for plan in document["plans"]:
+        assert plan.keys() == PLAN_FIELDS
+        parts = plan["components"].values()
+        assert all(part.keys() == {"bytes", "basis"} for part in parts)
+        assert plan["peak_bytes"] == sum(part["bytes"] for part in parts)
+        assert all(type(plan[name]) is int for name in PLAN_FIELDS if name.endswith("_bytes"))
+        (fit,) = plan["fits"]
+        assert fit.keys() == {
+            "gpu",
+            "gpus",
+            "usable_bytes",
+            "verdict",
+            "max_context",
+            "max_batch",
+        }
+        assert fit["gpu"] == "NVIDIA GeForce RTX 4090" and fit["gpus"] == 1
+        assert fit["verdict"] == "yes" and fit["max_context"] == 128
+
+
+def test_options_reach_the_plan(model):
+    options = ("--quant", "fp16", "--quant", "fp4-dq", "--context", 77, "--batch", 3)
+    plans = run("estimate", model, *options, "--json").document["plans"]
+    assert [(plan["quant"], plan["context"], plan["batch"]) for plan in plans] == [
+        ("fp16", 77, 3),
+        ("fp4-dq", 77, 3),
+    ]
+    (wide,) = run("estimate", model, "--quant", "fp32", "--json").document["plans"]
+    (narrow,) = run("estimate", model, "--quant", "fp32", "--kv-dtype", "bf16", "--json").document[
+        "plans"
+    ]
+    assert wide["components"]["kv_cache"]["bytes"] == 2 * narrow["components"]["kv_cache"]["bytes"]
+
+
+def test_text_names_the_unit_the_source_and_every_plan(large):
+    ran = run("estimate", large, "--gpu", "4090", "--gpu", "RTX 4060")
+    assert ran.exit_code == 0
+    assert "GiB (2^30 bytes)" in ran.stdout and "8.03 B parameters" in ran.stdout
+    assert "config.json, exact if it is right" in ran.stdout
+    assert "~7.88" in ran.stdout and "~ a GPU's memory not confirmed" in ran.stdout
+    for word in ("bf16", "int8", "nf4", "nf4-dq", "✓ yes", "✗ no", "! tight"):
+        assert word in ran.stdout
+    assert "bf16: fits with" not in ran.stdout
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_text_fits_the_terminal(large, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    ran = run("estimate", large, "--gpu", "4090", "--gpu", "RTX PRO 6000", "--quant", "bf16")
+    lines = ran.stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    assert not any(line.rstrip().endswith("…") for line in lines)
+    assert ("allocator" in ran.stdout) == (width == 140)
+
+
+def test_nothing_fits_is_exit_code_3_with_what_would_help(large):
+    ran = run("estimate", large, "--quant", "bf16", "--gpu", "RTX 3060", "--gpu", "4060")
+    assert ran.exit_code == 3
+    assert "fits with --quant int8 (-" in ran.stdout
+    document = run("estimate", large, "--quant", "bf16", "--gpu", "3060", "--json").document
+    (plan,) = document["plans"]
+    assert plan["fits"][0]["verdict"] == "no" and plan["fits"][0]["max_context"] == 0
+    assert plan["suggestions"][0]["change"] == "--quant int8"
+    assert plan["suggestions"][0]["saves_bytes"] > 1 << 30
+
+
+def test_without_a_gpu_nothing_can_fail_to_fit(large):
+    ran = run("estimate", large, "--context", 10_000_000)
+    assert ran.exit_code == 0
+    assert "next: add --gpu" in ran.stderr and "is longer than" in ran.stderr
+    assert run("estimate", large, "--quiet", "--context", 131_072).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "said"),
+    [
+        (("--gpu", "a100"), "usage", "A100 40GB"),
+        (("--gpu", "rtx 4091"), "usage", "RTX 4090"),
+        (("--quant", "nf3"), "usage", "nf4-dq"),
+        (("--quant", "fp8"), "usage", "none of"),
+        (("--context", 0), "usage", "--context"),
+        (("--batch", "many"), "usage", "--batch"),
+        (("--headroom", 100), "usage", "--headroom"),
+    ],
+)
+def test_usage_errors_say_what_would_be_right(model, arguments, kind, said):
+    ran = run("estimate", model, *arguments, "--json")
+    assert ran.exit_code == 2 and ran.stdout == ""
+    assert ran.error["kind"] == kind
+    assert said in ran.error["message"] + ran.error["hint"]
+
+
+def test_a_quantized_folder_is_estimated_as_what_it_is(model, tmp_path):
+    run("quantize", model, "-o", tmp_path / "out", "--quant", "int8")
+    (plan,) = run("estimate", tmp_path / "out", "--json").document["plans"]
+    assert plan["quant"] == "int8"
+    ran = run("estimate", tmp_path / "out", "--quant", "nf4", "--json")
+    assert ran.exit_code == 1 and ran.error["kind"] == "unsupported"
+
+
+def test_no_color_and_no_escape_codes_when_piped(large):
+    assert "\x1b[" not in run("estimate", large, "--gpu", "4090").stdout
+    assert "\x1b[" in run("estimate", large, "--gpu", "4090", "--color", "always").stdout
+
+
+PROGRAM = "from qtool.cli import main; main()"
+
+
+def test_a_hub_model_is_estimated_from_its_headers(hub_server, tmp_path):  # noqa: F811
+    model = tmp_path / "model"
+    write_llama(model, hidden=512, num_shards=2)
+    commit = hub_server.add_model("org/model", model)
+    command = [sys.executable, "-c", PROGRAM, "estimate", "org/model@main", "--json"]
+    environment = hub_server.environment(tmp_path / "home", PYTHONPATH=str(Path.cwd()))
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    remote, local = json.loads(ran.stdout), run("estimate", model, "--json").document
+    assert remote["plans"] == local["plans"]
+    assert (remote["model"]["id"], remote["model"]["revision"]) == ("org/model", commit)
+    file_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    assert 0 < hub_server.sent_bytes(".safetensors") < file_bytes / 10
+
+
+def test_estimating_imports_nothing_heavy(model):
+    program = f"""
+import sys
+from qtool.cli import main
+sys.argv = ["qtool", "estimate", {str(model)!r}, "--json"]
+try:
+    main()
+finally:
+    heavy = {{"torch", "transformers", "numba", "cupy", "huggingface_hub"}} & sys.modules.keys()
+    assert not heavy, heavy
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    subprocess.run(
+        [sys.executable, "-c", program], env=environment, check=True, capture_output=True
+    )

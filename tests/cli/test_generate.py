@@ -1,0 +1,266 @@
+"""`qtool generate` as a user meets it: streams, JSON, prompts, chat, exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtool.runtime import requirements
+from tests.cli.running import run
+
+PROMPT = "Once upon a time"
+START = ", there was a little girl named Lily."
+PROGRAM = (sys.executable, "-c", "from qtool.cli import main; main()", "generate")
+TIMES = {"load", "prefill", "decode", "start_to_first_token"}
+DOCUMENT = {
+    "schema": int,
+    "command": str,
+    "text": str,
+    "prompt_tokens": int,
+    "new_tokens": int,
+    "token_ids": list,
+    "seconds": dict,
+    "prefill_tok_s": float,
+    "decode_tok_s": float,
+    "allocated_peak_bytes": int,
+    "peak_device_bytes": int,
+    "device": str,
+    "path": str,
+    "path_reason": str,
+    "stop_reason": str,
+    "warnings": list,
+}
+
+
+@pytest.fixture
+def stories(test_data: Path) -> Path:
+    return test_data / "models" / "stories260K-hf"
+
+
+def pipe_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_text_goes_to_stdout_and_statistics_to_stderr(stories: Path) -> None:
+    ran = run("generate", stories, PROMPT, "--max-new-tokens", 12)
+    assert ran.exit_code == 0
+    assert ran.stdout.startswith(", there was")
+    assert ran.stdout.endswith("\n")
+    assert "prompt 5 tokens" in ran.stderr
+    assert "new 12 tokens" in ran.stderr
+    assert "eager" in ran.stderr
+
+
+def test_quiet_says_the_text_only(stories: Path) -> None:
+    ran = run("generate", stories, PROMPT, "--max-new-tokens", 6, "--quiet")
+    assert ran.stdout.startswith(", there")
+    assert ran.stderr == ""
+
+
+def test_json_is_one_document_with_the_contracts_fields(stories: Path) -> None:
+    ran = run("generate", stories, PROMPT, "--max-new-tokens", 20, "--json", "--device", "cpu")
+    assert ran.stderr == ""
+    document = ran.document
+    assert set(document) == set(DOCUMENT)
+    for name, kind in DOCUMENT.items():
+        assert type(document[name]) is kind, name
+    assert set(document["seconds"]) == TIMES
+    assert all(isinstance(s, float) and s > 0 for s in document["seconds"].values())
+    assert document["schema"] == 1
+    assert document["command"] == "generate"
+    assert document["text"].startswith(START)
+    assert document["new_tokens"] == len(document["token_ids"]) == 20
+    assert document["prompt_tokens"] == 5
+    assert document["device"] == "cpu"
+    assert document["allocated_peak_bytes"] == document["peak_device_bytes"] == 0
+    assert document["path"] == "eager"
+    assert document["path_reason"]
+    assert document["stop_reason"] == "length"
+    assert document["warnings"] == []
+
+
+def test_quantizing_while_loading(stories: Path) -> None:
+    arguments = ("generate", stories, PROMPT, "--max-new-tokens", 8, "--json")
+    document = run(*arguments, "--quant", "nf4-dq").document
+    assert "dequantized" in document["path_reason"]
+    assert document["text"].startswith(", there was")
+
+
+@pytest.mark.parametrize("prompt", [["-"], []])
+def test_a_pipe_is_the_prompt(
+    stories: Path, monkeypatch: pytest.MonkeyPatch, prompt: list[str]
+) -> None:
+    pipe_in(monkeypatch, PROMPT + "\n")
+    ran = run("generate", stories, *prompt, "--max-new-tokens", 12, "--json")
+    assert ran.document["text"].startswith(", there was")
+    assert ran.document["prompt_tokens"] == 5
+
+
+def test_a_file_is_the_prompt(stories: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text(PROMPT + "\n")
+    ran = run("generate", stories, "--prompt-file", path, "--max-new-tokens", 12, "--json")
+    assert ran.document["text"].startswith(", there was")
+
+
+def test_a_stop_text_ends_the_answer(stories: Path) -> None:
+    document = run("generate", stories, PROMPT, "--stop", "Lily", "--json").document
+    assert document["stop_reason"] == "stop_string"
+    assert document["text"] == ", there was a little girl named "
+
+
+def test_useless_sampling_options_are_a_warning(stories: Path) -> None:
+    ran = run("generate", stories, PROMPT, "--max-new-tokens", 2, "--top-k", 5, "--json")
+    assert ran.document["warnings"] == ["--top-p and --top-k change nothing at --temperature 0"]
+
+
+BAD_USAGE: dict[str, tuple[list[Any], str]] = {
+    "two prompts": (["x", "--prompt-file", "y"], "both PROMPT and --prompt-file"),
+    "empty pipe": (["-"], "stdin holds no prompt"),
+    "no such device": (["x", "--device", "tpu"], "'tpu' is no device"),
+    "system without template": (["x", "--system", "s"], "no chat template"),
+    "chat without template": (["x", "--chat"], "no chat template"),
+    "context beyond the model": (["x", "--max-context", 9999], "made for 512 tokens"),
+    "prompt too long": (["x " * 600], "the context only 512"),
+    "malformed limits": (["x", "--max-memory", "lots"], "is not of the form"),
+    "temperature": (["x", "--temperature", -1], "-1"),
+    "no tokens": (["x", "--max-new-tokens", 0], "0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USAGE)
+def test_bad_usage_exits_2_with_a_hint(
+    stories: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    pipe_in(monkeypatch, "")
+    arguments, message = BAD_USAGE[case]
+    ran = run("generate", stories, *arguments, "--json")
+    assert ran.exit_code == 2
+    assert ran.stdout == ""
+    assert ran.error["kind"] == "usage"
+    assert message in ran.error["message"]
+    assert ran.error["hint"]
+
+
+def test_a_missing_prompt_file_is_not_found(stories: Path) -> None:
+    ran = run("generate", stories, "--prompt-file", "/nowhere/p.txt", "--json")
+    assert (ran.exit_code, ran.error["kind"]) == (1, "not_found")
+
+
+def test_a_missing_extra_is_one_sentence_and_one_command(
+    stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
+    ran = run("generate", stories, PROMPT, "--json")
+    assert ran.exit_code == 1
+    assert ran.error["message"].startswith("running models needs torch, transformers and")
+    assert ran.error["hint"] == 'pip install "qtool[run]"'
+
+
+# ---- In processes of their own ----------------------------------------------------------------
+
+
+@pytest.fixture
+def chatty(stories: Path, tmp_path: Path) -> Path:
+    """The stories model with a chat template that is the last message alone."""
+    folder = tmp_path / "chatty"
+    shutil.copytree(stories, folder, copy_function=shutil.copyfile)
+    path = folder / "tokenizer_config.json"
+    template = "{{ bos_token }}{{ messages[-1]['content'] }}"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    return folder
+
+
+def test_ctrl_c_keeps_the_text_and_exits_130(stories: Path) -> None:
+    command = [*PROGRAM, str(stories), PROMPT, "--max-new-tokens", "500", "--ignore-eos"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(12)  # streaming has begun
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert (first + stdout).decode().startswith(", there was")
+    assert b"interrupted" in stderr
+    assert b"Traceback" not in stderr
+
+
+class Terminal:
+    """The program on a terminal of its own."""
+
+    def __init__(self, *arguments: object) -> None:
+        self._fd, child = pty.openpty()
+        environment = os.environ | {"TERM": "dumb", "COLUMNS": "100"}
+        self.process = subprocess.Popen(
+            [*PROGRAM, *map(str, arguments)],
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            env=environment,
+            start_new_session=True,
+        )
+        os.close(child)
+        self.seen = ""
+
+    def wait_for(self, pattern: str, timeout_s: float = 120) -> str:
+        """Read until `pattern` appears after what was matched before."""
+        end_s = time.monotonic() + timeout_s
+        while not (match := re.search(pattern, self.seen)):
+            assert time.monotonic() < end_s, f"no {pattern!r} in {self.seen!r}"
+            if select.select([self._fd], [], [], 1)[0]:
+                self.seen += os.read(self._fd, 65536).decode(errors="replace")
+        found, self.seen = self.seen[: match.end()], self.seen[match.end() :]
+        return found
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._fd)
+
+
+def test_a_terminal_without_prompt_opens_a_chat(chatty: Path) -> None:
+    terminal = Terminal(chatty, "--max-new-tokens", 9, "--device", "cpu")
+    try:
+        assert "chat" in terminal.wait_for("/help for commands")
+        terminal.wait_for(">>> ")
+        terminal.type(PROMPT + "\n")
+        assert "there was a little" in terminal.wait_for(">>> ")
+        terminal.type("/help\n")
+        assert "/clear" in terminal.wait_for(">>> ")
+        terminal.type("Tim\x03")  # Ctrl-C drops the line
+        terminal.wait_for(">>> ")
+        terminal.type(PROMPT + "\n")
+        assert "there was a little" in terminal.wait_for(">>> ")
+        terminal.type("/exit\n")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
+
+
+def test_ctrl_c_in_a_chat_stops_the_answer_only(chatty: Path) -> None:
+    terminal = Terminal(chatty, "--max-new-tokens", 480, "--ignore-eos", "--device", "cpu")
+    try:
+        terminal.wait_for(">>> ")
+        terminal.type(PROMPT + "\n")
+        terminal.wait_for("there was")
+        terminal.type("\x03")
+        assert "interrupted" in terminal.wait_for(">>> ")
+        terminal.type("\x04")  # Ctrl-D
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()

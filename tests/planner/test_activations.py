@@ -1,0 +1,236 @@
+"""The closed forms of a prefill's peak against what transformers' and qtool's modules allocate."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtool.architecture import build_architecture
+from qtool.planner import weights
+from qtool.planner.activations import ATTENTION_MATRIX_BYTES, LayerShape, prefill_peak
+from qtool.planner.kv_cache import kv_cache_bytes
+from qtool.runtime import dequantize, linear
+from tests.architecture.oracle import build_model
+from tests.planner.storages import peak_bytes, prefill_peak_bytes
+
+MIB = 1 << 20
+CONTEXT = 2048
+
+# Widths apart from each other, so that no term stands in for another.
+SIZES = {
+    "hidden_size": 640,
+    "intermediate_size": 3000,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 10,
+    "vocab_size": 1000,
+    "max_position_embeddings": 4096,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 5}
+GEMMA = {**GROUPED, "head_dim": 64, "query_pre_attn_scalar": 64}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", GROUPED),
+    "llama, narrow MLP": ("LlamaForCausalLM", {**GROUPED, "intermediate_size": 64}),
+    "llama, wide cache": (
+        "LlamaForCausalLM",
+        {**SIZES, "num_key_value_heads": 10, "intermediate_size": 64},
+    ),
+    "mistral": ("MistralForCausalLM", {**GROUPED, "sliding_window": None}),
+    "mistral, sliding": ("MistralForCausalLM", {**GROUPED, "sliding_window": 512}),
+    "qwen2": ("Qwen2ForCausalLM", GROUPED),
+    "qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 64}),
+    "granite": ("GraniteForCausalLM", GROUPED),
+    "cohere": ("CohereForCausalLM", GROUPED),
+    "olmo": ("OlmoForCausalLM", GROUPED),
+    "olmo2": ("Olmo2ForCausalLM", GROUPED),
+    "olmo3": ("Olmo3ForCausalLM", {**GROUPED, "sliding_window": 512}),
+    "phi": ("PhiForCausalLM", GROUPED),
+    "smollm3": ("SmolLM3ForCausalLM", {**GROUPED, "pad_token_id": 0}),
+    "phi3": ("Phi3ForCausalLM", {**GROUPED, "pad_token_id": 0}),
+    "stablelm": ("StableLmForCausalLM", GROUPED),
+    "starcoder2": ("Starcoder2ForCausalLM", {**GROUPED, "sliding_window": None}),
+    "gemma": ("GemmaForCausalLM", {**GROUPED, "head_dim": 64}),
+    "gemma2": ("Gemma2ForCausalLM", {**GEMMA, "sliding_window": 512}),
+    "gemma3_text": ("Gemma3ForCausalLM", {**GEMMA, "sliding_window": 512}),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"n_embd": 640, "n_head": 10, "n_inner": 3000, "n_layer": 3, "vocab_size": 1000}
+        | {"n_positions": 4096},
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", SIZES),
+    "bloom": (
+        "BloomForCausalLM",
+        {"hidden_size": 640, "n_head": 10, "n_layer": 3, "vocab_size": 1000},
+    ),
+    "falcon": (
+        "FalconForCausalLM",
+        {"hidden_size": 640, "num_attention_heads": 10, "num_hidden_layers": 3}
+        | {"vocab_size": 1000, "ffn_hidden_size": 3000},
+    ),
+    "falcon, two norms": (
+        "FalconForCausalLM",
+        {"hidden_size": 640, "num_attention_heads": 10, "num_hidden_layers": 3}
+        | {"vocab_size": 1000, "ffn_hidden_size": 3000}
+        | {"new_decoder_architecture": True, "num_kv_heads": 5},
+    ),
+    "stablelm, parallel": ("StableLmForCausalLM", {**GROUPED, "use_parallel_residual": True}),
+    "opt": (
+        "OPTForCausalLM",
+        {"hidden_size": 640, "num_attention_heads": 10, "num_hidden_layers": 3}
+        | {"vocab_size": 1000, "ffn_dim": 3000, "word_embed_proj_dim": 640}
+        | {"max_position_embeddings": 4096},
+    ),
+}
+
+
+def planned_bytes(config, *, context, batch, element_bytes=2):
+    architecture = build_architecture(config)
+    layer = LayerShape.of(architecture)
+    sizes = {"context": context, "batch": batch, "element_bytes": element_bytes}
+    cache = kv_cache_bytes(layer.cache_layers, **sizes)
+    return cache + prefill_peak(layer, **sizes, dequant_buffer_bytes=0).total_bytes
+
+
+# Called without position ids, a model shares its positions between the sequences of a batch;
+# `generate` makes some for each.
+@pytest.mark.parametrize(("batch", "tolerance"), [(1, 0.011), (3, 0.03)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_peak_is_what_transformers_allocates(name, batch, tolerance):
+    class_name, sizes = CONFIGS[name]
+    config = {"model_type": name.partition(",")[0], "architectures": [class_name], **sizes}
+    model = build_model(config, class_name).to(torch.bfloat16).eval()
+    found = prefill_peak_bytes(model, context=CONTEXT, batch=batch)
+    planned = planned_bytes(config, context=CONTEXT, batch=batch)
+    assert planned == pytest.approx(found, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", sorted({name.partition(",")[0] for name in CONFIGS}))
+def test_models_without_fused_attention_are_the_listed_ones(name):
+    class_name, sizes = CONFIGS[name]
+    model = build_model({"model_type": name, **sizes}, class_name)
+    is_fused = model.config._attn_implementation == "sdpa"
+    assert is_fused == (name not in ATTENTION_MATRIX_BYTES)
+
+
+def test_every_known_decoder_is_compared():
+    from qtool.architecture import KNOWN_MODEL_TYPES
+
+    # The others: no attention, linear attention, or one of these behind a vision tower.
+    not_compared = {"gemma3", "mamba2", "qwen3_5", "qwen3_5_text", "qwen3_vl"}
+    compared = {name.partition(",")[0] for name in CONFIGS}
+    assert compared | not_compared == set(KNOWN_MODEL_TYPES)
+
+
+# -- qtool's own packed layers --------------------------------------------------------------------
+
+OUT_FEATURES, IN_FEATURES = 1280, 512
+
+
+def test_dequantizing_in_the_pieces_and_chunks_that_the_plan_assumes():
+    assert linear.MAX_DEQUANTIZED_ELEMENTS == weights.PIECE_ELEMENTS
+    assert dequantize.CHUNK_ELEMENTS["cuda"] == weights.CHUNK_ELEMENTS
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize("precision", ["int8", "nf4", "nf4-dq"])
+def test_packed_product_allocates_its_buffer(monkeypatch, precision, pieces):
+    """One product on the meta device: the planned buffer, the output, and nothing else."""
+    num_elements = OUT_FEATURES * IN_FEATURES
+    for module, name, value in (
+        (linear, "MAX_DEQUANTIZED_ELEMENTS", num_elements // pieces),
+        (weights, "PIECE_ELEMENTS", num_elements // pieces),
+        (weights, "CHUNK_ELEMENTS", num_elements // 16),
+    ):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setitem(dequantize.CHUNK_ELEMENTS, "meta", num_elements // 16)
+    if precision == "int8":
+        layer: Any = linear.Int8Layer(OUT_FEATURES, IN_FEATURES)
+    else:
+        layer = linear.FourBitLayer(
+            out_features=OUT_FEATURES,
+            in_features=IN_FEATURES,
+            quant_type="nf4",
+            blocksize=64,
+            dtype=torch.bfloat16,
+            double_quant=precision == "nf4-dq",
+        )
+    with torch.device("meta"):
+        packed = linear.build_linear(layer, bias=None, compute_dtype=None)
+        inputs = torch.empty(1, IN_FEATURES, dtype=torch.bfloat16)
+        if precision != "int8":
+            dequantize._byte_to_pair("nf4", inputs.device)  # cached: not part of a product
+    found = peak_bytes(lambda: packed(inputs), [*packed.parameters(), *packed.buffers(), inputs])
+    planned = weights._dequant_buffer_bytes(
+        weights._PackedWeight((OUT_FEATURES, IN_FEATURES), 2, precision, 64, ()), 2
+    )
+    output_bytes = OUT_FEATURES * 2
+    assert planned == pytest.approx(found - output_bytes, rel=0.03)
+
+
+# -- measured on a GPU ----------------------------------------------------------------------------
+
+
+def bitsandbytes_buffer_bytes(quant, out_features, in_features):
+    """bitsandbytes dequantizes a whole weight, and absmax twice with double quantization."""
+    if quant == "bf16":
+        return 0
+    num_elements = out_features * in_features
+    return 2 * num_elements + (2 * 4 * num_elements // 64 if quant == "nf4-dq" else 0)
+
+
+@pytest.mark.parametrize("quant", ["bf16", "nf4", "nf4-dq"])
+def test_peak_agrees_with_transformers_and_bitsandbytes_on_a_gpu(test_data, quant):
+    """Allocated beyond weights and workspace: 0.5 % from 2,048 tokens on, 1 MiB at 128 tokens.
+
+    bitsandbytes' layers dequantize as qtool's do, only its buffer differs.
+    """
+    folders = {"llama-3.2-3b": "mlc--llama3_2_3b", "llama-3.1-8b": "meta-llama--Meta-Llama-3.1-8B"}
+    lines = (test_data / "measured" / "h200_transformers_bitsandbytes.jsonl").read_text()
+    rows = [json.loads(line) for line in lines.splitlines()]
+    rows = [row for row in rows if row["kind"] == "generate" and row["quant"] == quant]
+    assert len(rows) == 10
+    for row in rows:
+        config = json.loads(
+            (test_data / "configs" / folders[row["model"]] / "config.json").read_text()
+        )
+        layer = LayerShape.of(build_architecture(config))
+        sizes = {"context": row["context"], "batch": row["batch"], "element_bytes": 2}
+        buffer_bytes = bitsandbytes_buffer_bytes(quant, layer.mlp, layer.hidden)
+        peak = prefill_peak(layer, **sizes, dequant_buffer_bytes=buffer_bytes)
+        planned_mib = (kv_cache_bytes(layer.cache_layers, **sizes) + peak.total_bytes) / MIB
+        found_mib = row["peak"] - row["alloc"]
+        assert planned_mib == pytest.approx(found_mib, rel=0.005, abs=1.1), row
+
+
+# -- properties -----------------------------------------------------------------------------------
+
+ARCHITECTURES = {
+    name: build_architecture(
+        {"model_type": name.partition(",")[0], "architectures": [class_name], **sizes}
+    )
+    for name, (class_name, sizes) in CONFIGS.items()
+}
+
+
+@given(
+    name=st.sampled_from(sorted(ARCHITECTURES)),
+    context=st.integers(1, 1 << 20),
+    batch=st.integers(1, 512),
+    buffer_bytes=st.integers(0, 1 << 30),
+)
+def test_peak_grows_with_context_batch_and_buffer(name, context, batch, buffer_bytes):
+    layer = LayerShape.of(ARCHITECTURES[name])
+
+    def peak(context, batch, buffer_bytes):
+        sizes = {"context": context, "batch": batch, "element_bytes": 2}
+        found = prefill_peak(layer, **sizes, dequant_buffer_bytes=buffer_bytes)
+        return found.total_bytes + kv_cache_bytes(layer.cache_layers, **sizes)
+
+    least = peak(context, batch, buffer_bytes)
+    assert 0 < least <= peak(context, batch, buffer_bytes + 1)
+    assert least < peak(context + 1, batch, buffer_bytes)
+    assert least < peak(context, batch + 1, buffer_bytes)

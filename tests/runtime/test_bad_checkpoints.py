@@ -1,0 +1,202 @@
+"""Folders that must not load, each with its own sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtool.errors import QtoolError
+from qtool.runtime.loading import LoadOptions, load_model
+from tests.runtime.folders import PackedFolders, edit_config, edit_tensors
+
+MODEL = "TinyStories-656K-hf"
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+SCB = WEIGHT.replace("weight", "SCB")
+
+Tensors = dict[str, torch.Tensor]
+
+
+def load(folder: Path) -> None:
+    load_model(str(folder), LoadOptions(device="cpu"))
+
+
+def edit_state(tensors: Tensors, **changes: object) -> None:
+    state = json.loads(tensors[STATE].numpy().tobytes())
+    blob = json.dumps(state | changes).encode()
+    tensors[STATE] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+
+
+def fill(name: str, value: float) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        tensors[name].view(-1)[1] = value
+
+    return edit
+
+
+def drop(name: str) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.pop(name)
+
+
+def shorten(name: str) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        tensors[name] = tensors[name][:-1].clone()
+
+    return edit
+
+
+BAD_NF4_DQ = {
+    "missing absmax": (drop(f"{WEIGHT}.absmax"), "absmax.*missing"),
+    "missing nested_absmax": (drop(f"{WEIGHT}.nested_absmax"), "nested_absmax.*missing"),
+    "missing quant_map": (drop(f"{WEIGHT}.quant_map"), "quant_map.*missing"),
+    "missing nested_quant_map": (drop(f"{WEIGHT}.nested_quant_map"), "nested_quant_map.*missing"),
+    "missing quant_state": (drop(STATE), "lacks its quant_state"),
+    "missing weight": (drop(WEIGHT), "statistics of a packed weight that is not there"),
+    "short absmax": (shorten(f"{WEIGHT}.absmax"), "absmax.*elements"),
+    "short nested_absmax": (shorten(f"{WEIGHT}.nested_absmax"), "nested_absmax.*elements"),
+    "short packed weight": (shorten(WEIGHT), "up_proj.weight.*bytes"),
+    "NaN in nested_absmax": (fill(f"{WEIGHT}.nested_absmax", float("nan")), "NaN or infinity"),
+    "another code table": (fill(f"{WEIGHT}.quant_map", 0.5), "not the code table of nf4"),
+    "unknown key": (lambda t: edit_state(t, extra=1), "extra"),
+    "unknown type": (lambda t: edit_state(t, quant_type="int4"), "quant_type"),
+    "block size 63": (lambda t: edit_state(t, blocksize=63), "blocksize"),
+    "another shape": (lambda t: edit_state(t, shape=[8, 8]), "packed size|bytes|elements"),
+    "transposed shape": (
+        lambda t: edit_state(t, shape=json.loads(t[STATE].numpy().tobytes())["shape"][::-1]),
+        "config.json implies a weight of",
+    ),
+    "infinite offset": (lambda t: edit_state(t, nested_offset=float("inf")), "NaN or infinity"),
+    "no norm": (drop("model.norm.weight"), "model.norm.weight is in no file"),
+    "norm of another size": (shorten("model.norm.weight"), "model.norm.weight: expected shape"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NF4_DQ)
+def test_bad_four_bit_folder_is_refused(
+    packed_folders: PackedFolders, tmp_path: Path, case: str
+) -> None:
+    edit, message = BAD_NF4_DQ[case]
+    folder = edit_tensors(packed_folders.by_qtool(MODEL, "nf4-dq"), tmp_path / "bad", edit)
+    with pytest.raises(QtoolError, match=message) as caught:
+        load(folder)
+    assert caught.value.kind in ("bad_file", "unsupported")
+    assert caught.value.hint
+    if "norm" not in case and "transposed" not in case:
+        assert "model.safetensors" in str(caught.value)
+        assert WEIGHT in str(caught.value)
+
+
+BAD_INT8 = {
+    "missing SCB": (drop(SCB), "weight_format|statistics of a packed weight"),
+    "NaN in SCB": (fill(SCB, float("nan")), "NaN or infinity"),
+    "short SCB": (shorten(SCB), "SCB.*elements"),
+    "column format": (
+        lambda t: t.update({f"{WEIGHT}_format": torch.tensor(2, dtype=torch.uint8)}),
+        "weight_format is 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INT8)
+def test_bad_int8_folder_is_refused(
+    packed_folders: PackedFolders, tmp_path: Path, case: str
+) -> None:
+    edit, message = BAD_INT8[case]
+    folder = edit_tensors(packed_folders.by_qtool(MODEL, "int8"), tmp_path / "bad", edit)
+    with pytest.raises(QtoolError, match=message):
+        load(folder)
+
+
+def test_int8_without_weight_format_loads(packed_folders: PackedFolders, tmp_path: Path) -> None:
+    def drop_all(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("weight_format")]:
+            del tensors[name]
+
+    folder = packed_folders.by_qtool(MODEL, "int8")
+    load(edit_tensors(folder, tmp_path / "old", drop_all))
+
+
+def quantization_entry(folder: Path) -> dict[str, object]:
+    config = json.loads((folder / "config.json").read_text())
+    return dict(config["quantization_config"])
+
+
+def test_int8_with_16_bit_weights_is_refused_with_the_reason(
+    packed_folders: PackedFolders, tmp_path: Path
+) -> None:
+    folder = packed_folders.by_qtool(MODEL, "int8")
+    entry = quantization_entry(folder) | {"llm_int8_has_fp16_weight": True}
+    with pytest.raises(QtoolError, match="quantized anew in every forward"):
+        load(edit_config(folder, tmp_path / "bad", quantization_config=entry))
+
+
+def test_another_quantization_method_is_refused(models: Path, tmp_path: Path) -> None:
+    folder = edit_config(
+        models / MODEL, tmp_path / "gptq", quantization_config={"quant_method": "gptq", "bits": 4}
+    )
+    with pytest.raises(QtoolError, match="'gptq', expected bitsandbytes"):
+        load(folder)
+
+
+def test_a_config_that_says_packed_over_plain_weights_is_refused(
+    packed_folders: PackedFolders, models: Path, tmp_path: Path
+) -> None:
+    entry = quantization_entry(packed_folders.by_qtool(MODEL, "nf4"))
+    folder = edit_config(models / MODEL, tmp_path / "plain", quantization_config=entry)
+    with pytest.raises(QtoolError, match="no packed weight"):
+        load(folder)
+
+
+def test_packed_weights_without_a_config_entry_load(
+    packed_folders: PackedFolders, tmp_path: Path
+) -> None:
+    folder = packed_folders.by_qtool(MODEL, "nf4")
+    load(edit_config(folder, tmp_path / "silent", quantization_config=None))
+
+
+def test_an_unknown_model_type_is_refused(models: Path, tmp_path: Path) -> None:
+    folder = edit_config(models / MODEL, tmp_path / "unknown", model_type="no_such_model")
+    with pytest.raises(QtoolError, match="'no_such_model', which this transformers"):
+        load(folder)
+
+
+def test_a_model_that_makes_no_text_is_refused(models: Path, tmp_path: Path) -> None:
+    folder = edit_config(models / MODEL, tmp_path / "vit", model_type="vit")
+    with pytest.raises(QtoolError, match="do not generate text"):
+        load(folder)
+
+
+def test_code_named_by_a_config_is_never_run(models: Path, tmp_path: Path) -> None:
+    folder = edit_config(
+        models / MODEL,
+        tmp_path / "code",
+        auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+        _attn_implementation_internal="someone/kernels",
+        attn_implementation="someone/kernels",
+    )
+    marker = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    load(folder)
+    assert not marker.exists()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mute"
+    shutil.copytree(models / MODEL, folder, ignore=shutil.ignore_patterns("token*", "special*"))
+    with pytest.raises(QtoolError, match="no usable tokenizer"):
+        load(folder)
+
+
+def test_tensors_beside_the_model_are_a_warning(models: Path, tmp_path: Path) -> None:
+    def add(tensors: Tensors) -> None:
+        tensors["vision.weight"] = torch.ones(2, 2)
+
+    folder = edit_tensors(models / MODEL, tmp_path / "more", add)
+    notes: list[object] = []
+    load_model(str(folder), LoadOptions(device="cpu"), on_event=notes.append)
+    assert any("vision.weight is stored, but not part" in str(note) for note in notes)

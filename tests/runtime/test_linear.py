@@ -1,0 +1,120 @@
+"""The packed linear layers as modules: products, pieces, dtypes, autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qtool.runtime import linear
+from qtool.runtime.linear import FourBitLayer, Int8Layer, Linear4bit, LinearInt8, build_linear
+
+OUT, IN = 37, 22  # 814 weights: no whole number of blocks, blocks straddle rows
+
+
+def filled(*, double_quant: bool = True, dtype: torch.dtype = torch.bfloat16) -> Linear4bit:
+    torch.manual_seed(3)
+    layer = Linear4bit(
+        FourBitLayer(OUT, IN, "nf4", 64, dtype, double_quant), bias=torch.randn(OUT, dtype=dtype)
+    )
+    layer.weight.data.random_(0, 256)
+    if double_quant:
+        layer.absmax.random_(0, 256)
+        layer.nested_absmax.uniform_(0.1, 1)
+        layer.nested_quant_map.copy_(torch.linspace(-1, 1, 256))
+        layer.nested_offset.fill_(1.5)
+    else:
+        layer.absmax.uniform_(0.1, 1)
+    return layer
+
+
+def filled_int8() -> LinearInt8:
+    torch.manual_seed(4)
+    layer = LinearInt8(Int8Layer(OUT, IN), bias=torch.randn(OUT))
+    layer.weight.data.random_(-127, 128)
+    layer.SCB.uniform_(0.1, 1)
+    return layer
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_forward_multiplies_the_dequantized_weight(double_quant: bool, dtype: torch.dtype) -> None:
+    layer = filled(double_quant=double_quant, dtype=dtype)
+    x = torch.randn(2, 5, IN).to(dtype)
+    expected = functional.linear(x, layer.dequantize(), layer.bias)
+    assert torch.equal(layer(x), expected)
+    assert layer(x).shape == (2, 5, OUT)
+
+
+def test_int8_forward_multiplies_the_dequantized_weight() -> None:
+    layer = filled_int8()
+    x = torch.randn(3, IN)
+    assert torch.equal(layer(x), functional.linear(x, layer.dequantize(), layer.bias))
+
+
+def test_compute_dtype_is_used_inside_and_the_input_dtype_returned() -> None:
+    layer = filled()
+    layer.compute_dtype = torch.float32
+    x = torch.randn(3, IN).bfloat16()
+    expected = functional.linear(x.float(), layer.dequantize().float(), layer.bias.float())
+    assert torch.equal(layer(x), expected.bfloat16())
+
+
+@pytest.mark.parametrize("max_elements", [1, 3 * IN, 10 * IN])
+@pytest.mark.parametrize("kind", ["4bit", "int8"])
+def test_large_layers_are_multiplied_in_pieces_of_rows(
+    monkeypatch: pytest.MonkeyPatch, max_elements: int, kind: str
+) -> None:
+    layer = filled(dtype=torch.float32) if kind == "4bit" else filled_int8()
+    x = torch.randn(4, IN)
+    expected = layer(x)
+    largest = 0
+    whole_rows = layer.dequantize_rows
+
+    def watched(start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, stop - start)
+        return whole_rows(start, stop, dtype)
+
+    monkeypatch.setattr(linear, "MAX_DEQUANTIZED_ELEMENTS", max_elements)
+    monkeypatch.setattr(layer, "dequantize_rows", watched)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert largest == max(max_elements // IN, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_statistics_keep_their_dtype_when_the_model_is_converted(dtype: torch.dtype) -> None:
+    model = nn.Sequential(filled(), filled(double_quant=False), filled_int8())
+    before = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    model.to(dtype)
+    for name, tensor in model.named_buffers():
+        assert tensor.dtype == before[name].dtype, name
+        assert torch.equal(tensor, before[name]), name
+    assert model[0].bias.dtype == dtype
+    assert model[0].weight.dtype == torch.uint8
+
+
+def test_gradients_reach_the_input_and_no_packed_weight() -> None:
+    layer = filled(dtype=torch.float32)
+    x = torch.randn(3, IN, requires_grad=True)
+    layer(x).sum().backward()
+    expected = torch.ones(3, OUT) @ layer.dequantize()
+    torch.testing.assert_close(x.grad, expected)
+    assert layer.weight.grad is None
+
+
+def test_meta_layers_declare_the_shapes_of_the_format() -> None:
+    with torch.device("meta"):
+        layer = build_linear(
+            FourBitLayer(256, 512, "fp4", 32, torch.bfloat16, True), bias=None, compute_dtype=None
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+    assert shapes == {
+        "weight": (65536, 1),
+        "absmax": (4096,),
+        "nested_absmax": (16,),
+        "nested_quant_map": (256,),
+        "nested_offset": (),
+    }
+    assert "fp4-dq, blocksize=32" in repr(layer)

@@ -1,0 +1,126 @@
+"""Streamed text is the decoded text: whole characters, right spaces, nothing past a stop string."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from qtool.runtime.text_stream import MAX_HELD_TOKENS, TextStream
+from tests.conftest import test_data_or_none as data_or_none
+
+TOKENIZERS = ("tinylm-19m", "stories260K-hf", "slm4096-gpt2-hf", "TinyStories-656K-hf")
+
+
+@cache
+def tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+class ByteTokenizer:
+    """One token per byte; 256 is a special token without text."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+def stream_bytes(text: bytes, **arguments: Any) -> tuple[TextStream, list[str]]:
+    pieces: list[str] = []
+    stream = TextStream(ByteTokenizer(), write=pieces.append, **arguments)
+    for byte in text:
+        stream.add(byte)
+    return stream, pieces
+
+
+def test_characters_come_whole_and_at_once() -> None:
+    stream, pieces = stream_bytes("aé😀b".encode())
+    assert pieces == ["a", "é", "😀", "b"]
+    stream.end()
+    assert stream.text == "aé😀b"
+
+
+def test_half_a_character_at_the_end_is_shown_as_such() -> None:
+    stream, pieces = stream_bytes("aé".encode()[:-1])
+    assert pieces == ["a"]
+    stream.end()
+    assert "".join(pieces) == stream.text == "a\N{REPLACEMENT CHARACTER}"
+
+
+def test_invalid_bytes_do_not_hold_the_text_back_for_ever() -> None:
+    stream, pieces = stream_bytes(b"\xff" * (MAX_HELD_TOKENS + 2))
+    assert len("".join(pieces)) >= MAX_HELD_TOKENS
+    assert not stream.stopped
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("one two three", ["two"], "one "),
+        ("one two three", ["three", "two"], "one "),
+        ("aaab", ["aab"], "a"),
+        ("abcabd", ["abd"], "abc"),
+        ("é!", ["!"], "é"),
+        ("nothing", ["two"], "nothing"),
+        ("tw", ["two"], "tw"),
+        ("x", [""], "x"),
+    ],
+)
+def test_text_ends_before_the_first_stop_string(text: str, stops: list[str], expected: str) -> None:
+    stream, pieces = stream_bytes(text.encode(), stop_strings=stops)
+    stream.end()
+    assert "".join(pieces) == stream.text == expected
+    assert stream.stopped == (expected != text)
+
+
+def test_nothing_of_a_stop_string_is_ever_written() -> None:
+    stream, pieces = stream_bytes(b"hello <|e", stop_strings=["<|end|>"])
+    assert "".join(pieces) == "hello "
+    stream.end()
+    assert stream.text == "hello <|e"
+
+
+@given(text=st.text(max_size=30), stop=st.text(min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_any_text_and_stop_string(text: str, stop: str) -> None:
+    stream, pieces = stream_bytes(text.encode(errors="replace"), stop_strings=[stop])
+    stream.end()
+    plain = text.encode(errors="replace").decode()
+    assert stream.text == "".join(pieces) == plain.partition(stop)[0]
+
+
+@pytest.mark.skipif(data_or_none() is None, reason="QTOOL_TEST_DATA is not set")
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=st.text(st.characters(max_codepoint=0x1FFFF, exclude_categories=["Cs"]), max_size=60))
+@example(text="Once upon a time, there was\n a  double  space")
+@example(text="naïve 日本語 😀😀 end")
+@settings(max_examples=60, deadline=None)
+def test_streamed_equals_decoded_with_real_tokenizers(name: str, text: str) -> None:
+    data = data_or_none()
+    assert data is not None
+    tok = tokenizer(data / "models" / name)
+    ids = tok(text)["input_ids"]
+    for start in {0, len(ids) // 2}:
+        stream = TextStream(tok, prompt_ids=ids[:start])
+        for token_id in ids[start:]:
+            stream.add(token_id)
+        stream.end()
+        before = tok.decode(ids[:start], skip_special_tokens=True)
+        if before.endswith("\N{REPLACEMENT CHARACTER}"):
+            continue  # the prompt ends within a character: the texts do not join
+        assert before + stream.text == tok.decode(ids, skip_special_tokens=True)
+
+
+def test_a_special_token_does_not_eat_the_next_space(models: Path) -> None:
+    tok = tokenizer(models / "stories260K-hf")
+    ids = tok("Once upon")["input_ids"]
+    ids = [*ids, tok.eos_token_id, *tok(" a time", add_special_tokens=False)["input_ids"]]
+    stream = TextStream(tok)
+    for token_id in ids:
+        stream.add(token_id)
+    stream.end()
+    assert stream.text == tok.decode(ids, skip_special_tokens=True)
