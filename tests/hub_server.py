@@ -67,6 +67,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.ignore_ranges = False
         self.is_cut_off = False
+        self.is_login_page = False  # as the networks of hotels answer
         self.failures_to_come = 0  # how many of the next requests for weights answer 503
         # Weights come from another origin, as they do from the Hub's content delivery network.
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self)) for _ in "ab"]
@@ -158,8 +159,13 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if hub.is_cut_off:
                 self.close_connection = True
                 return
+            if hub.is_login_page:
+                self._send(200, b"<html>Please log in</html>", {"Content-Type": "text/html"})
+                return
             url = urlsplit(self.path)
             try:
+                if self._token() not in ("", TOKEN, TOKEN_WITHOUT_ACCESS):
+                    raise _Answer(401, "", "Invalid credentials in Authorization header")
                 if url.path.startswith("/api/models/"):
                     query = parse_qs(url.query)
                     self._api(url.path.removeprefix("/api/models/"), query)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qtool.backends import SourceArray, decision_tables
+from qtool.backends import decision_tables
 from qtool.backends.decision_tables import INFINITY_BITS
+from qtool.backends.protocol import SourceArray
 from qtool.formats.codebooks import CODES, dynamic_map
 from qtool.formats.floats import NUMPY_DTYPES
 from qtool.formats.precisions import BLOCKSIZES, NESTED_BLOCKSIZE, QuantType

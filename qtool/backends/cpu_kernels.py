@@ -11,8 +11,10 @@ bytes must be the same; only its layout differs:
   packing into nibbles as a pass of its own.
 
 16-bit sources are quantized as integers with `decision_tables`. Elsewhere the element type tells
-the dtype: uint16 is bfloat16, int16 is the bits of float16, float32 is itself. Every kernel is
-compiled on first use and cached on disk.
+the dtype: uint16 is bfloat16, int16 is the bits of float16, float32 is itself.
+
+Every kernel is compiled on first use and cached on disk. The cache looks at this file only: after a
+change to what it imports (the code tables, say), save it anew.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from numba import njit, types
 from numba.extending import overload
 
 from qtool.formats.codebooks import FP4_THRESHOLDS, NF4_THRESHOLDS
+from qtool.formats.double_quant import SUM_GROUP
+from qtool.formats.int8 import INVERSE_127
+from qtool.formats.precisions import NESTED_BLOCKSIZE
 
 STRIP: Final = 4096  # the largest block size; all others divide it
-SUM_GROUP: Final = 256
 
 # Division by zero gives infinity, as in the reference, instead of an exception.
 _OPTIONS: Final = {"nogil": True, "error_model": "numpy"}
@@ -35,7 +39,6 @@ _OPTIONS: Final = {"nogil": True, "error_model": "numpy"}
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 _LOWEST = np.float32(np.finfo(np.float32).min)
 _INFINITY_BITS = np.uint32(0x7F800000)
-_INVERSE_127 = np.float32(7.874015718698502e-3)
 _ROUND_TO_INT = np.float32(1.5 * 2**23)  # adding it leaves the rounded integer in the low bits
 
 _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7, _T8, _T9, _T10, _T11, _T12, _T13, _T14 = NF4_THRESHOLDS
@@ -60,7 +63,7 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def helper(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For what only kernels call: without the entry points from Python, which cost compile time."""
+    """Compile what only kernels call, without entry points from Python, which take a while."""
     compiled = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
     return compiled  # type: ignore[no-any-return]
 
@@ -329,7 +332,7 @@ def dequantize_4bit(packed: Any, absmax: Any, code: Any, blocksize: int, values:
     entries = np.empty(16, values.dtype)
     for block in range(absmax.size):
         for c in range(16):
-            entries[c] = _narrow(_flush(code[c] * absmax[block]), entries[c])
+            entries[c] = _narrow(_flush(code[c] * absmax[block]), entries[0])
         first, stop = block * blocksize, min((block + 1) * blocksize, values.size)
         for j in range(u64(first // 2), u64(stop // 2)):
             values[j << u64(1)] = entries[packed[j] >> 4]
@@ -374,11 +377,11 @@ def _halving_sum(group: Any) -> Any:
 
 @kernel
 def quantize_absmax(
-    absmax: Any, offset: float, guesses: Any, thresholds: Any, codes: Any, nested_absmax: Any
+    absmax: Any, offset: float, guesses: Any, steps: Any, codes: Any, nested_absmax: Any
 ) -> None:
     """8-bit codes (m,) and nested_absmax (ceil(m/256),) of `absmax` (m,) minus `offset`.
 
-    `guesses` and `thresholds` are `decision_tables.dynamic_guesses` and its thresholds.
+    `guesses` and `steps` are `decision_tables.dynamic_guesses` and `dynamic_steps`.
     """
     strip = np.empty(STRIP, np.float32)
     for start in range(0, absmax.size, STRIP):
@@ -386,12 +389,12 @@ def quantize_absmax(
         count = u64(stop - start)
         for j in range(count):
             strip[j] = absmax[u64(start) + j] - offset
-        for j in range(count, u64(STRIP)):
+        for j in range(count, u64(STRIP)):  # padding has no part in the nested absmax
             strip[j] = 0
-        _scale_blocks(strip, SUM_GROUP, nested_absmax, start // SUM_GROUP)
+        _scale_blocks(strip, NESTED_BLOCKSIZE, nested_absmax, start // NESTED_BLOCKSIZE)
         for j in range(count):
             guess = guesses[f32(strip[j]).view(np.uint32) >> u32(16)]
-            codes[u64(start) + j] = guess + (strip[j] > thresholds[guess])
+            codes[u64(start) + j] = guess + (strip[j] > steps[guess])
 
 
 @kernel
@@ -400,7 +403,7 @@ def dequantize_absmax(
 ) -> None:
     """Fill `absmax` float32 (m,) from `codes` uint8 (m,)."""
     for j in range(codes.size):
-        scaled = _flush(dynamic_map[codes[j]] * nested_absmax[j // SUM_GROUP])
+        scaled = _flush(dynamic_map[codes[j]] * nested_absmax[j // NESTED_BLOCKSIZE])
         absmax[j] = _flush(scaled + offset)
 
 
@@ -439,7 +442,7 @@ def dequantize_int8(codes: Any, scb: Any, row_size: int, values: Any) -> None:
     entries = np.empty(256, values.dtype)
     for r in range(scb.size):
         for c in range(-128, 128):
-            entries[c & 255] = _narrow(f32(c) * scb[r] * _INVERSE_127, entries[0])
+            entries[c & 255] = _narrow(f32(c) * scb[r] * INVERSE_127, entries[0])
         for j in range(u64(r * row_size), u64((r + 1) * row_size)):
             values[j] = entries[u8(codes[j])]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import shutil
 import threading
 import time
@@ -137,13 +138,17 @@ def _list_repository(repo_id: str, revision: str | None) -> HubRepository:
             info = api.model_info(
                 repo_id, revision=revision, files_metadata=True, timeout=LIST_TIMEOUT_S
             )
-        except (KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise _no_hub_answer(repo_id) from error
-        if info.sha is None or info.siblings is None:
+    if info.sha is None or info.siblings is None:
+        raise _no_hub_answer(repo_id)
+    files: dict[str, int] = {}
+    for file in sorted(info.siblings, key=lambda file: file.rfilename):
+        if file.size is None:
             raise _no_hub_answer(repo_id)
-    files = {file.rfilename: file.size or 0 for file in info.siblings}
-    visible = {name: files[name] for name in sorted(files) if not _is_hidden(name)}
-    return HubRepository(repo_id, info.sha, visible)
+        if not _is_hidden(file.rfilename):
+            files[file.rfilename] = file.size
+    return HubRepository(repo_id, info.sha, files)
 
 
 def _is_hidden(name: str) -> bool:

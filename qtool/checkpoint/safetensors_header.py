@@ -119,7 +119,8 @@ def _check_start(start: bytes, *, file: str, file_bytes: int) -> int:
     json_bytes = int.from_bytes(start[:LENGTH_BYTES], "little")
     if json_bytes > MAX_JSON_BYTES:
         expected = f"expected a header of at most {MAX_JSON_BYTES:,} bytes"
-        _reject(file, f"{expected}, found a length of {json_bytes:,}")
+        begins = quoted(start[:LENGTH_BYTES].decode("latin-1"))
+        _reject(file, f"{expected}, found a length of {json_bytes:,} (it begins with {begins})")
     if LENGTH_BYTES + json_bytes > file_bytes:
         expected = f"expected a header of {json_bytes:,} bytes"
         _reject(file, f"{expected}, found a file of {file_bytes:,}: it is truncated")

@@ -59,8 +59,8 @@ def parse_json_object(
         _reject(file, str(fault), hint)
     except RecursionError:
         _reject(file, "expected JSON of moderate depth, found hundreds of nested levels", hint)
-    except ValueError as error:  # an integer of thousands of digits
-        _reject(file, f"expected numbers of sane size, found one that is not: {error}", hint)
+    except ValueError:  # Python's limit for the digits of an integer
+        _reject(file, "expected numbers of sane size, found one of thousands of digits", hint)
     if not isinstance(value, dict):
         _reject(file, f"expected a JSON object, found {json_type(value)}", hint)
     return value

@@ -76,7 +76,7 @@ def find_weight_files(source: FileSource, on_event: OnEvent) -> WeightFiles:
 def read_index(source: FileSource, name: str) -> Mapping[str, str]:
     """The index's weight_map, tensor name -> shard, every shard a plain file name."""
     file = source.describe(name)
-    hint = "download or save the model again; the index does not fit its files"
+    hint = "download or save the model again; its index is damaged"
     data = read_whole(source, name, max_bytes=MAX_INDEX_BYTES, hint=hint)
     weight_map: Any = parse_json_object(data, file=file, hint=hint).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

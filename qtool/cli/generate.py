@@ -113,7 +113,9 @@ def generate(
     ] = None,
     device: Annotated[
         str,
-        typer.Option(metavar="DEVICE", rich_help_panel=LOADING_PANEL, help="auto, cpu, cuda[:N]."),
+        typer.Option(
+            "--device", metavar="DEVICE", rich_help_panel=LOADING_PANEL, help="auto, cpu, cuda[:N]."
+        ),
     ] = "auto",
     max_memory: Annotated[
         str | None,

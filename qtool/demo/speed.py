@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qtool.backends import Backend
+from qtool.backends.protocol import Backend
 from qtool.formats.precisions import NESTED_BLOCKSIZE
 
 SHAPE: Final = (4096, 4096)  # an attention weight of an 8 billion parameter model

@@ -12,7 +12,8 @@ from typing import Any, Final, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from qtool.backends import Backend, BackendChoice, choose_backend
+from qtool.backends import BackendChoice, choose_backend
+from qtool.backends.protocol import Backend
 from qtool.doctor.records import Check
 from qtool.formats import double_quant, floats, four_bit, int8
 from qtool.formats.precisions import QuantType

@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from qtool.backends import Backend
+from qtool.backends.protocol import Backend
 from qtool.checkpoint.records import Checkpoint, TensorInfo
 from qtool.errors import QtoolError
 from qtool.events import Advanced, Finished, OnEvent, Started, ignore_events

@@ -29,10 +29,9 @@ from qtool.formats.bitsandbytes import (
     QuantState,
     find_quantized,
     layout_problems,
-    parse_quant_state,
 )
 from qtool.inspection.summary import known_architecture
-from qtool.inspection.weights import TensorFiles
+from qtool.inspection.weights import TensorFiles, read_quant_state
 from qtool.quantize.output_folder import MANIFEST, WORK_FOLDER
 
 INDEX_NAME: Final = f"model{INDEX}"
@@ -62,10 +61,14 @@ class StoredFolder:
     on_event: OnEvent
 
     @property
-    def weight_map(self) -> Mapping[str, Any]:
-        """The index's entries; empty where there is no usable index."""
-        weight_map = self.index.get("weight_map") if isinstance(self.index, Mapping) else None
-        return weight_map if isinstance(weight_map, Mapping) else {}
+    def index_entries(self) -> Mapping[str, Any]:
+        """The index's weight_map as it is; empty where there is no usable index."""
+        return _weight_map(self.index)
+
+    @property
+    def weight_map(self) -> Mapping[str, str]:
+        """The entries of the index that name a file: tensor -> shard."""
+        return {name: shard for name, shard in self.index_entries.items() if isinstance(shard, str)}
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -138,7 +141,11 @@ def read_stored_folder(path: Path, reader: TensorFiles, on_event: OnEvent) -> St
         headers=headers,
         tensors=tensors,
         quantized=quantized,
-        states=_read_states(quantized, reader),
+        states={
+            weight.name: _or_error(lambda weight=weight: read_quant_state(weight, reader))  # type: ignore[misc]
+            for weight in quantized.values()
+            if weight.quant_state is not None
+        },
         architecture=known_architecture(config) if isinstance(config, Mapping) else None,
         reader=reader,
         on_event=on_event,
@@ -149,26 +156,14 @@ def _shards(source: LocalFolder, index: object) -> list[str]:
     """The model's files that are there: those the index names, those named like shards, or the
     only safetensors file."""
     names = [name for name in source.files if is_shard_name(name)]
-    weight_map = index.get("weight_map") if isinstance(index, Mapping) else None
-    indexed = set(weight_map.values()) if isinstance(weight_map, Mapping) else set()
+    indexed = {shard for shard in _weight_map(index).values() if isinstance(shard, str)}
     chosen = [name for name in names if name in indexed or _MODEL_SHARD.fullmatch(name)]
     return chosen or [name for name in names if name.endswith(SAFETENSORS)][:1]
 
 
-def _read_states(
-    quantized: Mapping[str, QuantizedWeight], reader: TensorFiles
-) -> dict[str, QuantState | QtoolError]:
-    def read(blob: TensorInfo) -> QuantState:
-        try:
-            return parse_quant_state(reader.read_bytes(blob).tobytes())
-        except ValueError as error:
-            raise QtoolError(str(error), kind="bad_file", hint=_HINT) from error
-
-    blobs = {w.name: blob for w in quantized.values() if (blob := w.quant_state) is not None}
-    return {
-        name: _or_error(lambda blob=blob: read(blob))  # type: ignore[misc]
-        for name, blob in blobs.items()
-    }
+def _weight_map(index: object) -> Mapping[str, Any]:
+    weight_map = index.get("weight_map") if isinstance(index, Mapping) else None
+    return weight_map if isinstance(weight_map, Mapping) else {}
 
 
 def _read_json(source: LocalFolder, name: str) -> Mapping[str, Any]:

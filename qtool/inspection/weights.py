@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from qtool.backends import Backend
+from qtool.backends.protocol import Backend
 from qtool.checkpoint.reading import ShardReader
 from qtool.checkpoint.records import TensorInfo
 from qtool.errors import QtoolError
@@ -31,6 +31,7 @@ from qtool.formats.floats import NUMPY_DTYPES, widen
 from qtool.formats.precisions import BLOCKSIZES, NESTED_BLOCKSIZE
 from qtool.formats.tensors import TORCH_NAMES, SourceDtype, TensorLayout
 
+MAX_QUANT_STATE_BYTES: Final = 1 << 16  # bitsandbytes writes about 170
 TILE_ELEMENTS: Final = NESTED_BLOCKSIZE * max(BLOCKSIZES)  # 1 Mi: some 10 MiB of work
 _SOURCE_DTYPES: Final = {torch_name: dtype for dtype, torch_name in TORCH_NAMES.items()}
 
@@ -110,7 +111,9 @@ def read_quant_state(weight: QuantizedWeight, files: TensorFiles) -> QuantState:
     """
     blob = cast(TensorInfo, weight.quant_state)
     try:
-        return parse_quant_state(files.read_bytes(blob).tobytes())
+        # one byte more than is allowed is enough to be refused
+        data = files.read_bytes(blob, 0, min(blob.num_bytes, MAX_QUANT_STATE_BYTES + 1))
+        return parse_quant_state(data.tobytes())
     except ValueError as error:
         raise QtoolError(
             f"{blob.shard}: {blob.name}: {error}", kind="bad_file", hint="see all with --verify"

@@ -132,9 +132,7 @@ def unmodelled_warnings(model: PlannedModel) -> list[str]:
     architecture = model.architecture
     if architecture is None:
         return []
-    warnings = [f"not counted: {part}" for part in architecture.unmodelled]
+    parts = list(architecture.unmodelled)
     if not architecture.cache_layers:
-        warnings.append("not counted: cache, activations and buffers of a model without attention")
-    if "vision_config" in model.config:
-        warnings.append("text prompts only: images take memory that is not counted")
-    return warnings
+        parts.append("cache, activations and buffers of a model without attention")
+    return ["not counted: " + "; ".join(parts)] if parts else []

@@ -31,10 +31,10 @@ class _WorkingSet:
     def total_bytes(self) -> int:
         return self.kv_cache_bytes + self.peak.total_bytes
 
-    def components(self) -> dict[ComponentName, Component]:
+    def components(self, activations_basis: Basis) -> dict[ComponentName, Component]:
         return {
             "kv_cache": Component(self.kv_cache_bytes, "exact"),
-            "activations": Component(self.peak.activations_bytes, "formula"),
+            "activations": Component(self.peak.activations_bytes, activations_basis),
             "logits": Component(self.peak.logits_bytes, "exact"),
             "dequant_buffer": Component(self.peak.dequant_buffer_bytes, "formula"),
         }
@@ -51,6 +51,7 @@ class MemoryBudget:
     quant: str
     weights: Weights
     weights_basis: Basis
+    activations_basis: Basis
     layer: LayerShape | None
     max_context: int | None
     kv_element_bytes: int
@@ -64,6 +65,9 @@ class MemoryBudget:
             quant=quant,
             weights=weights,
             weights_basis="header" if model.source == "headers" else "exact",
+            activations_basis="heuristic"
+            if architecture and architecture.unmodelled
+            else "formula",
             layer=LayerShape.of(architecture) if architecture and has_attention else None,
             max_context=architecture.max_context if architecture else None,
             kv_element_bytes=KV_DTYPE_BYTES.get(kv_dtype, weights.element_bytes),
@@ -76,7 +80,7 @@ class MemoryBudget:
         components: dict[ComponentName, Component] = {}
         components["weights"] = Component(self.weights.device_bytes, self.weights_basis)
         if working_set:
-            components |= working_set.components()
+            components |= working_set.components(self.activations_basis)
         components["workspace"] = Component(WORKSPACE_BYTES, "heuristic")
         components["runtime_overhead"] = Component(CONTEXT_BYTES, "heuristic")
         components["allocator"] = Component(allocator_bytes(dynamic_bytes), "heuristic")

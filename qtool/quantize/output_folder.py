@@ -117,8 +117,10 @@ class OutputFolder:
         """Sync, hash, rename and journal the file that `create_file` made."""
         partial = self._partial(name)
         record = _sync_and_hash(partial)
-        partial.replace(self.path / name)
-        _sync_folder(self.path)
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(target)
+        _sync_folder(target.parent)
         entry = {"file": name, "bytes": record.num_bytes, "sha256": record.sha256}
         _append_line(self._work / JOURNAL, entry)
         self.finished[name] = record

@@ -18,8 +18,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from qtool.backends import Backend, SourceArray
-from qtool.checkpoint.reading import ShardReader
+from qtool.backends.protocol import Backend, SourceArray
+from qtool.checkpoint.reading import ShardReader, open_shard
 from qtool.checkpoint.records import Checkpoint, TensorInfo
 from qtool.errors import QtoolError
 from qtool.events import Advanced, OnEvent
@@ -83,7 +83,7 @@ class ShardPipeline:
         """Write all tensor data; returns when the last byte was handed to the system."""
         with ExitStack() as stack:
             for name in {cast(TensorInfo, tensor.source).shard for tensor in self._shard.tensors}:
-                reader = ShardReader(self._checkpoint.path_of(name))
+                reader = open_shard(self._checkpoint, name)
                 self._readers[name] = stack.enter_context(reader)
             pool = stack.enter_context(ThreadPoolExecutor(self._settings.num_workers))
             tiles = cut_shard(self._shard, self._format, self._settings.tile_bytes)

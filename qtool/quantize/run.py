@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool.backends import Backend
+from qtool.backends.protocol import Backend
 from qtool.checkpoint.records import Checkpoint
 from qtool.checkpoint.safetensors_header import EncodedHeader, encode_header
 from qtool.errors import QtoolError

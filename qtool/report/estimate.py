@@ -23,12 +23,13 @@ from qtool.report.output import Output
 from qtool.report.units import format_count, format_gib
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
     from rich.text import Text
 
 WIDE_COLUMNS: Final = 124  # enough for every component in a column of its own
 MAX_BAR_CELLS: Final = 72
+FITS_CELLS: Final = 57  # what a GPU's row takes beside its name
 NOT_KNOWN: Final = "-"
 
 VERDICT_SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
@@ -120,7 +121,7 @@ class EstimateView:
         yield from _bars(plans, options.max_width)
         if self.estimate.gpus:
             yield ""
-            yield _fits_table(self.estimate)
+            yield _fits_table(self.estimate, options.max_width)
             yield from _advice(plans)
         yield ""
         yield _provenance(self.estimate)
@@ -244,16 +245,17 @@ def _bars(plans: tuple[MemoryPlan, ...], width: int) -> Iterable[Text]:
             drawn = end
         bar.append(f" {format_gib(plan.peak_bytes)}")
         yield bar
-    legend = Text(" " * name_cells)
+    legend = Text(" " * (name_cells - 3))
     for name, sign, style, _ in GROUPS:
-        legend.append(sign, style)
-        legend.append(f" {name}   ")
+        legend.append(f"   {sign}", style)
+        legend.append(f" {name}")
     yield legend
 
 
-def _fits_table(estimate: Estimate) -> RenderableType:
+def _fits_table(estimate: Estimate, width: int) -> Table:
     table = new_table()
-    table.add_column("GPU", overflow="ellipsis", no_wrap=True)
+    gpu_cells = max(width - FITS_CELLS, 8)
+    table.add_column("GPU", overflow="ellipsis", no_wrap=True, max_width=gpu_cells)
     table.add_column("usable", justify="right", no_wrap=True)
     table.add_column("quant", no_wrap=True)
     table.add_column("fits", no_wrap=True)
@@ -287,7 +289,7 @@ def _advice(plans: Iterable[MemoryPlan]) -> Iterable[Text]:
         if any(fit.verdict != "no" for fit in plan.fits):
             continue
         changes = ", or ".join(map(_change_text, plan.suggestions))
-        helps = f"fits with {changes}" if changes else "no precision, context or batch makes it fit"
+        helps = f"fits with {changes}" if changes else "no single change makes it fit"
         yield Text.assemble((f"{plan.quant}: ", "bold"), helps)
 
 

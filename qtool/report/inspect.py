@@ -129,9 +129,9 @@ def _report_summary(output: Output, inspection: Inspection, *, tensors: bool) ->
 def _headline(inspection: Inspection) -> Text:
     from rich.text import Text
 
-    facts = [inspection.quant or "unknown precision", inspection.quant_method]
+    facts = [inspection.quant or "unknown precision", printable(inspection.quant_method or "")]
     if inspection.compute_dtype:
-        facts.append(f"compute dtype {inspection.compute_dtype}")
+        facts.append(f"compute dtype {printable(inspection.compute_dtype)}")
     sizes = [
         f"{format_count(inspection.parameters)} parameters",
         f"{format_bytes(inspection.weights_bytes)} of weights",
@@ -172,6 +172,7 @@ def _dtype_table(dtypes: Mapping[str, Total]) -> Table:
 def _tensor_table(tensors: Iterable[InspectedTensor]) -> Table:
     """Every tensor in the files' order, statistics below the weight that they belong to."""
     from rich.table import Table
+    from rich.text import Text
 
     statistics: dict[str, list[InspectedTensor]] = defaultdict(list)
     weights: list[InspectedTensor] = []
@@ -184,10 +185,10 @@ def _tensor_table(tensors: Iterable[InspectedTensor]) -> Table:
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("quant", no_wrap=True)
     for weight in weights:
-        table.add_row(weight.name, *_tensor_cells(weight))
+        table.add_row(Text(weight.name), *_tensor_cells(weight))
         for tensor in statistics[weight.name]:
             name = f"  .{_suffix(tensor.name, weight.name)}"
-            table.add_row(name, *_tensor_cells(tensor), style="dim")
+            table.add_row(Text(name), *_tensor_cells(tensor), style="dim")
     return table
 
 
@@ -205,7 +206,9 @@ def _suffix(name: str, weight_name: str) -> str:
 def _report_comparison(
     output: Output, comparison: Comparison, against: str, *, in_full: bool
 ) -> None:
-    output.answer("", f"[bold]error against[/bold] {against}")
+    from rich.text import Text
+
+    output.answer("", Text.assemble(("error against ", "bold"), against))
     errors = sorted(comparison.errors, key=_badness, reverse=True)
     if errors:
         output.answer(_kind_table(errors), "")
@@ -296,18 +299,25 @@ def _problem_text(problem: Problem) -> Text:
     return Text.assemble(
         ("✗ ", "red"),
         (problem.rule, "bold"),
-        f"  {place}\n    expected  {problem.expected}\n    found     {problem.found}",
+        f"  {printable(place)}\n    expected  {printable(problem.expected)}"
+        f"\n    found     {printable(problem.found)}",
     )
+
+
+def printable(text: str) -> str:
+    """`text` from a file that nobody vouches for, without what would steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _table(first: str, others: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Names left, numbers right."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(first, overflow="fold")
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # names may hold what would be markup
     return table

@@ -10,7 +10,7 @@ and no other rule of its own applies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -68,6 +68,14 @@ class PackedLayersQuantizer(HfQuantizer):  # type: ignore[misc]
             # because they are offloaded to disk.
             new._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, new)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # With a quantizer, releases of transformers before 5.2x let other shapes pass.
+        for name, tensor in model.state_dict().items():
+            if tensor.shape != self._shapes[name]:
+                raise wrong_shape(name, self._shapes[name], tensor.shape)
+        return model
 
     def is_serializable(self) -> bool:
         """`qtool quantize` writes packed folders; transformers cannot."""
@@ -108,14 +116,19 @@ def find_modules(model: Any, stored_names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def wrong_shape(name: str, expected: Sequence[int], found: Sequence[int]) -> QtoolError:
+    """The error for a tensor whose shape contradicts config.json."""
+    return QtoolError(
+        f"{name}: config.json implies shape {list(expected)}, found {list(found)}",
+        kind="bad_file",
+        hint="config.json and the weights do not belong together; fetch both again",
+    )
+
+
 def _check_shape(name: str, module: Any, layer: PackedLayer) -> None:
-    shape = tuple(module.weight.shape)
+    expected = tuple(module.weight.shape)
     if isinstance(module, Conv1D):
-        shape = shape[::-1]  # kept as [in, out], packed as [out, in]
-    if shape != (layer.out_features, layer.in_features):
-        raise QtoolError(
-            f"{name}: config.json implies a weight of {list(shape)}, "
-            f"packed is one of {[layer.out_features, layer.in_features]}",
-            kind="bad_file",
-            hint="config.json and the weights do not belong together; fetch both again",
-        )
+        expected = expected[::-1]  # kept as [in, out], packed as [out, in]
+    found = (layer.out_features, layer.in_features)
+    if found != expected:
+        raise wrong_shape(f"{name}.weight", expected, found)

@@ -29,7 +29,7 @@ from qtool.errors import QtoolError
 from qtool.events import Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 from qtool.runtime.adapters import add_adapter
-from qtool.runtime.hf_quantizer import PackedLayersConfig
+from qtool.runtime.hf_quantizer import PackedLayersConfig, wrong_shape
 from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
 from qtool.runtime.model_config import (
     build_config,
@@ -217,12 +217,8 @@ def _build_model(
 def _check_report(checkpoint: Checkpoint, report: dict[str, Any], on_event: OnEvent) -> None:
     """Weights that are missing or of another shape are errors, superfluous ones a warning."""
     hint = "config.json and the weights do not belong together, or the download is incomplete"
-    for name, found, expected in sorted(report["mismatched_keys"])[:1]:
-        raise QtoolError(
-            f"{checkpoint.id}: {name}: expected shape {list(expected)}, found {list(found)}",
-            kind="bad_file",
-            hint=hint,
-        )
+    for name, found, expected in report["mismatched_keys"]:
+        raise wrong_shape(f"{checkpoint.id}: {name}", expected, found)
     if report["missing_keys"]:
         raise QtoolError(
             f"{checkpoint.id}: {_first_of(report['missing_keys'])} in no file",

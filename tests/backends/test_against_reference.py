@@ -93,10 +93,25 @@ def weights(draw, max_size=9000):
     return make_values(kind, dtype, size, draw(st.integers(0, 2**32 - 1))), dtype
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__.strip("_"))
+def test_every_kind_of_value_gives_the_same_bytes(kind, dtype):
+    for seed in range(4):
+        values = make_values(kind, dtype, 5000, seed)
+        check_4_bit_quantization(values, dtype, "nf4", 64)
+        check_4_bit_quantization(values, dtype, "fp4", 64)
+        check_double_quantization(values, dtype)
+        check_int8_quantization(values.reshape(-1, 100), dtype)
+
+
 @many_examples
 @given(weights(), st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCKSIZES))
 def test_4_bit_quantization_gives_the_same_bytes(weight, quant_type, blocksize):
     values, dtype = weight
+    check_4_bit_quantization(values, dtype, quant_type, blocksize)
+
+
+def check_4_bit_quantization(values, dtype, quant_type, blocksize):
     packed, absmax, num_bad = quantize_4bit(CPU, values, dtype, quant_type, blocksize)
     expected = quantize_4bit(REFERENCE, values, dtype, quant_type, blocksize)
     assert_same_bits(packed, expected[0], "packed")
@@ -121,7 +136,10 @@ def test_4_bit_dequantization_gives_the_same_values(weight, quant_type, blocksiz
 @many_examples
 @given(weights(max_size=70_000))
 def test_double_quantization_gives_the_same_bytes_and_offset(weight):
-    values, dtype = weight
+    check_double_quantization(*weight)
+
+
+def check_double_quantization(values, dtype):
     absmax = floats.flush_subnormals(floats.widen(values, dtype))
     codes, nested, offset = quantize_absmax(CPU, absmax)
     expected = quantize_absmax(REFERENCE, absmax)
@@ -140,17 +158,21 @@ def test_double_quantization_gives_the_same_bytes_and_offset(weight):
 def test_int8_rows_give_the_same_bytes_and_values(weight, row_size, dtype):
     values, source = weight
     rows = values[: values.size // row_size * row_size].reshape(-1, row_size)
-    codes, scb, num_bad = quantize_int8(CPU, rows, source)
-    expected = quantize_int8(REFERENCE, rows, source)
-    assert_same_bits(codes, expected[0], "codes")
-    assert_same_bits(scb, expected[1], "SCB")
-    assert num_bad == expected[2]
-
+    codes, scb = check_int8_quantization(rows, source)
     found = np.empty(rows.shape, floats.NUMPY_DTYPES[dtype])
     wanted = np.empty_like(found)
     CPU.dequantize_int8(codes, scb, dtype, found)
     REFERENCE.dequantize_int8(codes, scb, dtype, wanted)
     assert_same_values(found, wanted, dtype)
+
+
+def check_int8_quantization(rows, dtype):
+    codes, scb, num_bad = quantize_int8(CPU, rows, dtype)
+    expected = quantize_int8(REFERENCE, rows, dtype)
+    assert_same_bits(codes, expected[0], "codes")
+    assert_same_bits(scb, expected[1], "SCB")
+    assert num_bad == expected[2]
+    return codes, scb
 
 
 def assert_same_values(found, expected, dtype):

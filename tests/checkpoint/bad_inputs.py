@@ -95,7 +95,12 @@ _bytes_case(
     b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n",
     "Git LFS pointer",
 )
-_bytes_case("web-page", b"<!DOCTYPE html><html><body>Not found</body></html>", "found a length of")
+_bytes_case(
+    "web-page",
+    b"<!DOCTYPE html><html><body>Not found</body></html>",
+    "found a length of",
+    "<!DOCTYP",
+)
 _bytes_case("header-leading-space", file_bytes(b' {"a":1}'), "begins with '{'")
 _bytes_case("header-array", file_bytes(b"[1, 2]"), "begins with '{'")
 _bytes_case("header-not-utf-8", file_bytes(b'{"\xff\xfe":1}'), "UTF-8", "0xff", "offset 2")

@@ -91,6 +91,14 @@ class TestHeaders:
         hub.ignore_ranges = True
         assert len(open_checkpoint(ID, need="headers").tensors) == len(shapes)
 
+    def test_are_not_pieced_together_wrongly_by_such_a_server(self, hub: HubServer, tmp_path: Path):
+        shapes = {f"model.layers.{i}.weight": (4,) for i in range(4000)}
+        hub.add_model(ID, tiny_models.write_single(tmp_path / "source", shapes))
+        hub.ignore_ranges = True
+        error = error_of(ID)
+        assert error.kind == "network"
+        assert "ignores range requests" in error.message
+
     def test_survive_a_busy_server(self, hub: HubServer, sharded: Path):
         hub.add_model(ID, sharded)
         hub.failures_to_come = 2
@@ -145,6 +153,14 @@ class TestRevisions:
             assert checkpoint.id == ID
             assert list(checkpoint.tensors) == ["only.weight"]
 
+    def test_pick_what_is_downloaded(self, hub: HubServer, tmp_path: Path):
+        hub.add_model(ID, tiny_models.write_single(tmp_path / "a"))
+        other = tiny_models.write_single(tmp_path / "b", {"only.weight": (2, 2)})
+        commit = hub.add_model(ID, other, revision="small")
+        checkpoint = open_checkpoint(f"{ID}@small", need="files")
+        assert checkpoint.revision == commit
+        assert list(checkpoint.tensors) == ["only.weight"]
+
     def test_may_hold_slashes(self, hub: HubServer, sharded: Path):
         commit = hub.add_model(ID, sharded, revision="refs/pr/1")
         assert open_checkpoint(f"{ID}@refs/pr/1", need="headers").revision == commit
@@ -193,6 +209,15 @@ class TestAccess:
         assert error_of(ID).kind == "not_found"
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         assert open_checkpoint(ID, need="headers").tensors
+
+    def test_with_a_wrong_token(
+        self, hub: HubServer, sharded: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        hub.add_model(ID, sharded)
+        monkeypatch.setenv("HF_TOKEN", "hf_expired")
+        error = error_of(ID)
+        assert (error.kind, error.exit_code) == ("auth", 4)
+        assert "Invalid credentials" in error.message
 
     def test_to_a_model_that_does_not_exist(self, hub: HubServer, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -265,6 +290,12 @@ class TestWithoutConnection:
         assert any(
             isinstance(e, Note) and e.level == "warning" and commit in e.text for e in events
         )
+
+    def test_a_login_page_is_a_network_error(self, hub: HubServer):
+        hub.is_login_page = True
+        error = error_of(ID)
+        assert error.kind == "network"
+        assert "expected the Hub's description of a model" in error.message
 
     def test_an_uncached_model_is_a_network_error(self, hub: HubServer):
         hub.stop_answering()

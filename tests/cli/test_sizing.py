@@ -44,7 +44,7 @@ def test_models_and_gpus_in_json(model):
 @pytest.mark.parametrize("width", [80, 140])
 def test_text_fits_the_terminal(model, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
-    for arguments in ((), (model,), ("--gpu", "4090"), (model, "--vram", 12.5)):
+    for arguments in ((), (model, "--quant", "nf4"), (model, "--vram", 12.5)):
         lines = run("sizing", *arguments).stdout.splitlines()
         assert max(map(len, lines)) <= width
 

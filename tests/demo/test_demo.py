@@ -17,6 +17,8 @@ from qtool.backends.cpu import CpuBackend
 from qtool.demo.speed import SHAPE, measure_speed
 from qtool.resources import demo_model_path
 
+pytestmark = pytest.mark.slow
+
 # No server answers there: what works with it works offline.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
 STEPS = ("estimate", "quantize", "inspect", "generate", "generate", "sizing")

@@ -66,6 +66,7 @@ def test_tokenizer_and_model_agree() -> None:
     assert tokenizer.model_max_length == config["max_position_embeddings"]
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_the_cards(test_data: Path) -> None:
     text = (test_data / "text/tinyshakespeare.txt").read_text(encoding="utf-8")
     held_out = text[int(len(text) * (1 - HELD_OUT_FRACTION)) :]
@@ -83,6 +84,7 @@ def test_held_out_loss_is_the_cards(test_data: Path) -> None:
     assert bits_per_byte == pytest.approx(_card_figure("bits per byte"), abs=2e-4)
 
 
+@pytest.mark.slow
 def test_script_accepts_the_cards_command_and_makes_the_same_kind_of_folder(
     tmp_path: Path,
 ) -> None:

@@ -176,6 +176,15 @@ def test_nan_shows_in_every_measure(tmp_path):
     assert all(math.isnan(measure) for measure in measures)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_nan_is_not_lost_in_whichever_part_it_comes(place):
+    sums = ErrorSums()
+    for part in range(3):
+        sums.add(np.full(4, np.nan if part == place else 2, np.float32), np.ones(4, np.float32))
+    error = sums.as_layer_error("x.weight", "nf4")
+    assert math.isnan(error.mse) and math.isnan(error.max_abs_error)
+
+
 floats32 = st.floats(-1e3, 1e3, width=32)
 
 

@@ -60,6 +60,15 @@ def test_int8_without_weight_format_is_sound(tmp_path):
     assert verify_folder(parts.write(tmp_path / "out")).problems == ()
 
 
+@pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_either_of_two_tied_weights_may_be_the_stored_one(stored, tmp_path):
+    parts, _ = quantized_llama(NF4, tied=True)
+    embedding = parts["model.embed_tokens.weight"]
+    del parts["model.embed_tokens.weight"]
+    parts.shards[FIRST][stored] = ("BF16", embedding)
+    assert verify_folder(parts.write(tmp_path / "out")).problems == ()
+
+
 def test_zeros_padded_as_gpus_pad_them_are_sound(tmp_path):
     parts, _ = quantized_llama(NF4)
     parts[Q][-32:] = 0  # the last block holds zeros only, whose code on a GPU is 0

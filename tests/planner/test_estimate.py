@@ -38,6 +38,7 @@ def test_default_context_ends_at_what_the_model_was_made_for(tmp_path):
 def test_a_longer_context_than_the_model_s_is_planned_with_a_warning(tmp_path):
     found = estimate(write_config(tmp_path, max_position_embeddings=300), context=301)
     assert found.plans[0].context == 301
+    assert estimate(tmp_path, context=300).warnings == ()
     assert "301 is longer" in found.warnings[0] and "300" in found.warnings[0]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from qtool.planner.memory import MemoryBudget
 from qtool.planner.model import open_model
+from qtool.planner.overhead import CONTEXT_LOW_BYTES, WORKSPACE_BYTES, WORKSPACE_LOW_BYTES
 from qtool.planner.records import OUTSIDE_ALLOCATOR
 from qtool.planner.reference_models import reference_models
 
@@ -48,6 +49,8 @@ def test_peak_alone_is_the_plan_s(small, context, batch):
         plan = budget.plan(context=context, batch=batch)
         assert budget.peak_bytes(context=context, batch=batch) == plan.peak_bytes
         assert plan.peak_low_bytes < plan.peak_bytes < plan.peak_high_bytes
+        low = plan.allocated_peak_bytes - WORKSPACE_BYTES + WORKSPACE_LOW_BYTES
+        assert plan.peak_low_bytes == low + CONTEXT_LOW_BYTES
         assert plan.load_peak_bytes < plan.steady_bytes < plan.peak_bytes
 
 
@@ -90,6 +93,13 @@ def test_a_model_without_attention_has_weights_and_overhead_only(tmp_path):
     plan = MemoryBudget.of(open_model(str(tmp_path)), "bf16").plan(context=9, batch=1)
     assert plan.components.keys() == {"weights", "workspace", "runtime_overhead", "allocator"}
     assert plan.components["allocator"].bytes == 0
+
+
+def test_activations_of_layers_that_are_not_modelled_are_a_heuristic(test_data):
+    hybrid = open_model(str(test_data / "configs" / "Qwen--Qwen3.5-27B"))
+    plan = MemoryBudget.of(hybrid, "bf16").plan(context=9, batch=1)
+    assert plan.components["activations"].basis == "heuristic"
+    assert plan.components["kv_cache"].bytes > 0  # of its attention layers
 
 
 # What the driver holds on the GPU of the measurements, with cuBLAS in use.

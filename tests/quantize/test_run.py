@@ -167,12 +167,14 @@ def test_sizes_on_disk_are_the_planned_ones(tmp_path):
 def test_manifest_lists_every_file_with_its_checksum(tmp_path):
     write_llama(tmp_path / "in", num_shards=2)
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    (tmp_path / "in" / "chat_templates").mkdir()
+    (tmp_path / "in" / "chat_templates" / "tools.jinja").write_text("x")
     quantize(tmp_path / "in", tmp_path / "out")
     digests = folder_digest(tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "qtool_manifest.json").read_text())
     digests.pop("qtool_manifest.json")
     assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == digests
-    assert "tokenizer.json" in digests and "config.json" in digests
+    assert {"config.json", "tokenizer.json", "chat_templates/tools.jinja"} <= digests.keys()
 
 
 def test_progress_adds_up_to_the_total(tmp_path):

@@ -68,11 +68,14 @@ BAD_NF4_DQ = {
     "another shape": (lambda t: edit_state(t, shape=[8, 8]), "packed size|bytes|elements"),
     "transposed shape": (
         lambda t: edit_state(t, shape=json.loads(t[STATE].numpy().tobytes())["shape"][::-1]),
-        "config.json implies a weight of",
+        r"up_proj\.weight: config.json implies shape \[384, 128\], found \[128, 384\]",
     ),
     "infinite offset": (lambda t: edit_state(t, nested_offset=float("inf")), "NaN or infinity"),
     "no norm": (drop("model.norm.weight"), "model.norm.weight is in no file"),
-    "norm of another size": (shorten("model.norm.weight"), "model.norm.weight: expected shape"),
+    "norm of another size": (
+        shorten("model.norm.weight"),
+        r"model\.norm\.weight: config.json implies shape",
+    ),
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from qtool.checkpoint.config_json import CONFIG_NAME
+from qtool.checkpoint.names import quoted
 from qtool.errors import QtoolError
 from qtool.formats.bitsandbytes import QuantizedWeight
 from qtool.formats.tensors import TORCH_NAMES
@@ -93,13 +94,13 @@ def skip_modules(folder: StoredFolder) -> Iterator[Finding]:
     if entry is None or not folder.quantized or folder.architecture is None:
         return
     find, skip = folder.architecture.find, entry.get("llm_int8_skip_modules")
+    if skip is not None and not _is_list_of_names(skip):
+        yield Finding(CONFIG_NAME, None, "llm_int8_skip_modules: a list of names", quoted(skip))
+        return
     try:
-        rule = (
-            folder.architecture.quantizable()
-            if skip is None
-            else folder.architecture.replaced(skip)
-        )
-    except QtoolError as error:
+        model = folder.architecture
+        rule = model.quantizable() if skip is None else model.replaced(skip)
+    except QtoolError as error:  # a name that is no regular expression
         yield unreadable(CONFIG_NAME, error)
         return
     for tensor in folder.tensors.values():
@@ -131,9 +132,14 @@ def _one_value(
 ) -> Iterator[Finding]:
     """`key` has the one value that all 4-bit weights have."""
     entry = _entry(folder)
-    if entry is not None and held and {stated := entry.get(key, default)} != held:
+    stated = None if entry is None else entry.get(key, default)
+    if entry is not None and held and [stated] != list(held):
         values = " and ".join(sorted(map(_json, held)))
         yield Finding(CONFIG_NAME, None, f"{key} {values}, as the weights are", _json(stated))
+
+
+def _is_list_of_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _json(value: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -37,7 +37,7 @@ def index(folder: StoredFolder) -> Iterator[Finding]:
     """Several shards have an index, and it is readable."""
     if isinstance(folder.index, QtoolError):
         yield unreadable(INDEX_NAME, folder.index)
-    elif folder.index is not None and not folder.weight_map:
+    elif folder.index is not None and not folder.index_entries:
         found = quoted(folder.index.get("weight_map"))
         yield Finding(INDEX_NAME, None, "weight_map: tensor -> shard", found)
     elif folder.index is None and len(folder.headers) > 1:
@@ -47,22 +47,21 @@ def index(folder: StoredFolder) -> Iterator[Finding]:
 
 def index_name(folder: StoredFolder) -> Iterator[Finding]:
     """The index names plain files of its folder."""
-    for tensor, shard in folder.weight_map.items():
+    for tensor, shard in folder.index_entries.items():
         if not isinstance(shard, str) or not is_shard_name(shard):
             yield Finding(INDEX_NAME, tensor, "a file name in the same folder", quoted(shard))
 
 
 def missing_shard(folder: StoredFolder) -> Iterator[Finding]:
     """Every shard that the index names is there."""
-    for shard in sorted({name for name in folder.weight_map.values() if isinstance(name, str)}):
+    for shard, num_tensors in sorted(Counter(folder.weight_map.values()).items()):
         if is_shard_name(shard) and shard not in folder.files:
-            num_tensors = sum(value == shard for value in folder.weight_map.values())
             yield Finding(shard, None, f"a file with {num_tensors} tensors", "no such file")
 
 
 def index_tensor(folder: StoredFolder) -> Iterator[Finding]:
     """Every tensor of the index lies in the shard it names."""
-    names = {shard: _names(found) for shard, found in folder.headers.items()}
+    names = {shard: set(_names(found)) for shard, found in folder.headers.items()}
     for tensor, shard in folder.weight_map.items():
         if isinstance(folder.headers.get(shard), Header) and tensor not in names[shard]:
             place = folder.tensors[tensor].shard if tensor in folder.tensors else "no shard"
@@ -71,31 +70,29 @@ def index_tensor(folder: StoredFolder) -> Iterator[Finding]:
 
 def unindexed_tensor(folder: StoredFolder) -> Iterator[Finding]:
     """Every tensor of the shards is in the index."""
-    indexed_shards = set(map(str, folder.weight_map.values()))
+    weight_map = folder.weight_map
+    indexed_shards = set(weight_map.values())
     for tensor in folder.tensors.values():
-        if tensor.shard in indexed_shards and tensor.name not in folder.weight_map:
+        if tensor.shard in indexed_shards and tensor.name not in weight_map:
             yield Finding(tensor.shard, tensor.name, f"an entry in {INDEX_NAME}", "none")
 
 
 def unindexed_shard(folder: StoredFolder) -> Iterator[Finding]:
     """The index names every shard."""
-    if folder.weight_map:
-        indexed_shards = set(map(str, folder.weight_map.values()))
-        for shard in folder.headers:
-            if shard not in indexed_shards:
-                loaded = "; transformers loads it instead" if shard == SINGLE_FILE else ""
-                yield Finding(shard, None, f"named by {INDEX_NAME}", f"not named{loaded}")
+    indexed_shards = set(folder.weight_map.values())
+    for shard in folder.headers if indexed_shards else ():
+        if shard not in indexed_shards:
+            loaded = "; transformers loads it instead" if shard == SINGLE_FILE else ""
+            yield Finding(shard, None, f"named by {INDEX_NAME}", f"not named{loaded}")
 
 
 def total_size(folder: StoredFolder) -> Iterator[Finding]:
     """The index's total_size is the sum of the tensors' bytes."""
     metadata = folder.index.get("metadata") if isinstance(folder.index, Mapping) else None
     stated = metadata.get("total_size") if isinstance(metadata, Mapping) else None
-    complete = all(isinstance(found, Header) for found in folder.headers.values())
-    if stated is not None and complete:
-        num_bytes = sum(tensor.num_bytes for tensor in folder.tensors.values())
-        if stated != num_bytes:
-            yield Finding(INDEX_NAME, None, f"total_size {num_bytes}", quoted(stated))
+    num_bytes = sum(tensor.num_bytes for tensor in folder.tensors.values())
+    if stated not in (None, num_bytes) and _all_shards_readable(folder):
+        yield Finding(INDEX_NAME, None, f"total_size {num_bytes}", quoted(stated))
 
 
 def duplicate_tensor(folder: StoredFolder) -> Iterator[Finding]:
@@ -117,6 +114,11 @@ def unfinished_run(folder: StoredFolder) -> Iterator[Finding]:
     for name in folder.files:
         if name.endswith(_LEFTOVERS):
             yield Finding(name, None, "finished files only", "a file in work")
+
+
+def _all_shards_readable(folder: StoredFolder) -> bool:
+    headers = [folder.headers.get(shard) for shard in set(folder.weight_map.values())]
+    return all(isinstance(found, Header) for found in (*headers, *folder.headers.values()))
 
 
 def _names(found: Header | QtoolError) -> list[str]:
