@@ -1,8 +1,7 @@
 # Everything runs in .venv, which the first target that needs it creates. `make help` lists them.
 #
 #   make PYTHON=python3.12 demo      another Python, 3.11 or newer
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
-#                                    PyTorch without the CUDA libraries
+#   PIP_EXTRA_INDEX_URL=URL make demo   another package index too, such as PyTorch's CPU builds
 
 PYTHON ?= python3
 BIN := .venv/bin

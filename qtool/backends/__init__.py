@@ -26,5 +26,5 @@ def choose_backend(choice: BackendChoice = "auto") -> ChosenBackend:
     """The backend for this machine, with the reason, which the output shows."""
     from qtool.backends.cpu import CpuBackend, describe_cpu
 
-    reason = "asked for" if choice == "cpu" else "auto: the CPU kernels are the ones installed"
+    reason = "asked for" if choice == "cpu" else "auto: the kernels of this version run on the CPU"
     return ChosenBackend(CpuBackend(), f"{reason} ({describe_cpu()})")

@@ -9,10 +9,16 @@ import typer
 from qtool.cli import options
 from qtool.cli.session import verb_session
 
+EXAMPLES = (
+    "qtool doctor",
+    "qtool doctor ./out",
+    "qtool doctor --json",
+)
+
 CheckedModel = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="Look at this model's settings too: a local folder, or a Hub id.",
         show_default=False,
     ),
@@ -31,14 +37,6 @@ def doctor(
 
     Ends with a real round trip of a small tensor through every backend. Exit code 1 if a check
     failed; warnings do not count.
-
-    Examples:
-
-      qtool doctor
-
-      qtool doctor ./out          # also its compute dtype, pad token, size
-
-      qtool doctor --json
     """
     with verb_session(
         "doctor", json_output=json_output, quiet=quiet, verbose=verbose, color=color

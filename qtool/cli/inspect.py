@@ -10,14 +10,13 @@ from qtool.cli import options
 from qtool.cli.session import verb_session
 from qtool.errors import EXIT_CODES
 
-EXAMPLES = """
-[bold]Examples[/bold]\n
-qtool inspect ./out\n
-qtool inspect ./out --verify\n
-qtool inspect ./out --against ./Llama-3.1-8B\n
-qtool inspect unsloth/Llama-3.2-1B-bnb-4bit --tensors\n
-qtool inspect ./out --tensors --json
-"""
+EXAMPLES = (
+    "qtool inspect ./out",
+    "qtool inspect ./out --verify",
+    "qtool inspect ./out --against ./Llama-3.1-8B",
+    "qtool inspect unsloth/Llama-3.2-1B-bnb-4bit",
+    "qtool inspect ./out --tensors --json",
+)
 
 
 def inspect(

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -56,6 +57,8 @@ class StoredFolder:
     tensors: Mapping[str, TensorInfo]  # of the readable shards; the first of each name
     quantized: Mapping[str, QuantizedWeight]
     states: Mapping[str, QuantState | QtoolError]  # by 4-bit weight
+    # Those whose statistics can be read without guessing: sizes, dtypes and code table fit.
+    sound_weights: tuple[tuple[QuantizedWeight, QuantState | None], ...]
     architecture: Architecture | None
     reader: TensorFiles
     on_event: OnEvent
@@ -87,18 +90,10 @@ class StoredFolder:
         """Whether a run of `qtool quantize` left its journal behind."""
         return (self.path / WORK_FOLDER).exists()
 
-    def sound_weights(self) -> Iterator[tuple[QuantizedWeight, QuantState | None]]:
-        """Quantized weights whose statistics can be read without guessing: sizes, dtypes, type."""
-        for weight in self.quantized.values():
-            state = self.states.get(weight.name)
-            if isinstance(state, QtoolError) or layout_problems(weight, state):
-                continue
-            if state is None or weight.precision.startswith(state.quant_type):
-                yield weight, state
-
+    @property
     def sound_four_bit(self) -> Iterator[tuple[QuantizedWeight, QuantState]]:
         """The 4-bit ones of `sound_weights`."""
-        for weight, state in self.sound_weights():
+        for weight, state in self.sound_weights:
             if state is not None:
                 yield weight, state
 
@@ -120,18 +115,22 @@ def read_stored_folder(path: Path, reader: TensorFiles, on_event: OnEvent) -> St
         QtoolError: the folder itself cannot be listed.
     """
     source = LocalFolder(path)
-    config = _if_there(source, CONFIG_NAME, lambda: read_config(source))
-    index = _if_there(source, INDEX_NAME, lambda: _read_json(source, INDEX_NAME))
-    manifest = _if_there(source, MANIFEST, lambda: _read_json(source, MANIFEST))
+    config = _if_there(source, CONFIG_NAME, partial(read_config, source))
+    index = _if_there(source, INDEX_NAME, partial(_read_json, source, INDEX_NAME))
+    manifest = _if_there(source, MANIFEST, partial(_read_json, source, MANIFEST))
     headers = {
-        shard: _or_error(lambda shard=shard: read_header(path / shard))  # type: ignore[misc]
-        for shard in _shards(source, index)
+        shard: _or_error(partial(read_header, path / shard)) for shard in _shards(source, index)
     }
     tensors: dict[str, TensorInfo] = {}
     for header in headers.values():
         for tensor in header.tensors if isinstance(header, Header) else ():
             tensors.setdefault(tensor.name, tensor)
     quantized = find_quantized(tensors)
+    states = {
+        weight.name: _or_error(partial(read_quant_state, weight, reader))
+        for weight in quantized.values()
+        if weight.quant_state is not None
+    }
     return StoredFolder(
         path=path,
         files=source.files,
@@ -141,11 +140,8 @@ def read_stored_folder(path: Path, reader: TensorFiles, on_event: OnEvent) -> St
         headers=headers,
         tensors=tensors,
         quantized=quantized,
-        states={
-            weight.name: _or_error(lambda weight=weight: read_quant_state(weight, reader))  # type: ignore[misc]
-            for weight in quantized.values()
-            if weight.quant_state is not None
-        },
+        states=states,
+        sound_weights=tuple(_sound_weights(quantized, states)),
         architecture=known_architecture(config) if isinstance(config, Mapping) else None,
         reader=reader,
         on_event=on_event,
@@ -159,6 +155,17 @@ def _shards(source: LocalFolder, index: object) -> list[str]:
     indexed = {shard for shard in _weight_map(index).values() if isinstance(shard, str)}
     chosen = [name for name in names if name in indexed or _MODEL_SHARD.fullmatch(name)]
     return chosen or [name for name in names if name.endswith(SAFETENSORS)][:1]
+
+
+def _sound_weights(
+    quantized: Mapping[str, QuantizedWeight], states: Mapping[str, QuantState | QtoolError]
+) -> Iterator[tuple[QuantizedWeight, QuantState | None]]:
+    for weight in quantized.values():
+        state = states.get(weight.name)
+        if isinstance(state, QtoolError) or layout_problems(weight, state):
+            continue
+        if state is None or weight.precision.startswith(state.quant_type):
+            yield weight, state
 
 
 def _weight_map(index: object) -> Mapping[str, Any]:

@@ -5,9 +5,10 @@ checked against the storages that transformers' own modules allocate (tests/plan
 of the activation dtype, counted per token of the prompt, and h, i, q, kv are the widths of hidden
 state, MLP, queries and keys:
 
-    MLP product      c*h + m*i                    c hidden-sized, m MLP-sized tensors alive
-    largest linear   c*h + (m-1)*i + its dequantized weight
-    attention        3*h + max(4*q, q + 4*kv)     rotating queries, then keys
+    activation       c*h + m*i              between the MLP's linear layers
+    largest linear   c*h + l*i + its weight in floating point
+    dequantizing     c*h + i + what makes that weight from codes, before the output exists
+    attention        3*h + max(4*q, q + 4*kv)    rotating queries, then keys
     logits           2*h + one row of the vocabulary per sequence
 
 Attention itself is fused (no matrix of tokens x tokens) except where transformers has no such path.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from qtool.architecture import Architecture
 from qtool.planner.kv_cache import CacheLayers, overhang_bytes
@@ -32,12 +33,19 @@ HIDDEN_COPIES_WITH_NORM: Final = {
     "stablelm": ("post_attention_layernorm.weight", 6),
 }
 
-# MLP-sized tensors alive at its product, by the projections it has; `gelu_new` is spelled out in
-# Python and keeps two more than a fused activation.
-GATED_MLP_COPIES: Final = 3
-FUSED_GATE_MLP_COPIES: Final = 4
-PLAIN_MLP_COPIES: Final = 2
-MLP_COPIES: Final = {"gpt2": 4, "phi": 4}
+
+class MlpCopies(NamedTuple):
+    """MLP-sized tensors alive between its linear layers, and when the largest of them is done."""
+
+    activation: int
+    linear: int
+
+
+GATED_MLP: Final = MlpCopies(3, 2)
+FUSED_GATE_MLP: Final = MlpCopies(4, 2)
+PLAIN_MLP: Final = MlpCopies(2, 1)
+# `gelu_new` is spelled out in Python and keeps two more than a fused activation.
+MLP_COPIES: Final = {"gpt2": MlpCopies(4, 1), "phi": MlpCopies(4, 1)}
 
 # Bytes per entry of the attention matrix (heads x tokens x tokens) where it is materialised:
 # scores in 16 bit, their float32 copy, the float32 softmax; sums with ALiBi and mask before them.
@@ -54,13 +62,13 @@ LOGIT_COPY_BYTES: Final = 4  # the float32 copy that a token is chosen from
 class LayerShape:
     """What one layer's activations are made of, in elements per token; see the module's text.
 
-    `mask` and `attention_matrix_bytes` say what grows with the square of the context.
+    `attention_matrix_bytes` are per pair of tokens: 0 where attention is fused.
     """
 
     hidden: int
     hidden_copies: int
     mlp: int
-    mlp_copies: int
+    mlp_copies: MlpCopies
     attention: int
     rotary: int
     vocabulary: int
@@ -105,6 +113,17 @@ class LayerShape:
 
 
 @dataclass(frozen=True, slots=True)
+class DequantBuffer:
+    """What a packed linear layer takes: while its weight is made, and while it is multiplied by."""
+
+    dequantizing_bytes: int
+    product_bytes: int
+
+
+NO_BUFFER: Final = DequantBuffer(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillPeak:
     """What is alive, in bytes, at the moment that needs most beside weights and cache."""
 
@@ -124,15 +143,14 @@ def prefill_peak(
     context: int,
     batch: int,
     element_bytes: int,
-    dequant_buffer_bytes: int,
+    buffer: DequantBuffer = NO_BUFFER,
     converted_bytes: int = 0,
 ) -> PrefillPeak:
     """The peak of one forward pass over `batch` prompts of `context` tokens each.
 
     Args:
         element_bytes: of activations and cache.
-        dequant_buffer_bytes: what the largest packed linear layer takes to be multiplied; 0 where
-            none is packed.
+        buffer: what the largest packed linear layer takes beside its inputs and output.
         converted_bytes: per element where packed layers compute in another dtype than the
             activations', so that their inputs and outputs exist twice.
     """
@@ -143,16 +161,15 @@ def prefill_peak(
     in_layer += overhang_bytes(
         layer.cache_layers, context=context, batch=batch, element_bytes=element_bytes
     )
-    hidden = elements * layer.hidden_copies * layer.hidden
+    hidden = in_layer + elements * layer.hidden_copies * layer.hidden
     mlp = elements * layer.mlp
     twice = tokens * converted_bytes * (layer.hidden + layer.mlp)
     matrix = batch * context * context * layer.attention_matrix_bytes
     logits_bytes = batch * layer.vocabulary * (element_bytes + LOGIT_COPY_BYTES)
     moments = (
-        PrefillPeak(in_layer + hidden + layer.mlp_copies * mlp, 0, 0),
-        PrefillPeak(
-            in_layer + hidden + (layer.mlp_copies - 1) * mlp + twice, dequant_buffer_bytes, 0
-        ),
+        PrefillPeak(hidden + layer.mlp_copies.activation * mlp, 0, 0),
+        PrefillPeak(hidden + layer.mlp_copies.linear * mlp + twice, buffer.product_bytes, 0),
+        PrefillPeak(hidden + mlp + twice, buffer.dequantizing_bytes, 0),
         PrefillPeak(in_layer + elements * layer.attention + matrix, 0, 0),
         PrefillPeak(in_layer + elements * 2 * layer.hidden, 0, logits_bytes),
     )
@@ -166,12 +183,12 @@ def _hidden_copies(architecture: Architecture) -> int:
     return copies_with_norm if has_norm else copies
 
 
-def _mlp_copies(architecture: Architecture) -> int:
+def _mlp_copies(architecture: Architecture) -> MlpCopies:
     if architecture.model_type in MLP_COPIES:
         return MLP_COPIES[architecture.model_type]
     for name in architecture.tensors:
         if name.endswith("gate_up_proj.weight"):
-            return FUSED_GATE_MLP_COPIES
+            return FUSED_GATE_MLP
         if name.endswith("gate_proj.weight"):
-            return GATED_MLP_COPIES
-    return PLAIN_MLP_COPIES
+            return GATED_MLP
+    return PLAIN_MLP

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from qtool.events import OnEvent, ignore_events
+from qtool.planner.activations import NO_BUFFER
 from qtool.planner.fit import fit, is_unfit, suggest
 from qtool.planner.gpus import Gpu, resolve_gpus
 from qtool.planner.memory import KvDtype, MemoryBudget
@@ -40,7 +41,7 @@ def estimate_model(request: EstimateRequest, on_event: OnEvent = ignore_events) 
 
     Raises:
         QtoolError: an unknown GPU, a model that is not there or damaged, a precision that it
-            cannot be planned at, a context beyond what it was made for.
+            cannot be planned at.
     """
     gpus = resolve_gpus(request.gpus)
     return estimate_opened(open_model(request.model, on_event), gpus, request)
@@ -119,7 +120,7 @@ def quantization_warnings(model: PlannedModel, budgets: Iterable[MemoryBudget]) 
             f"{model.id} computes in float32, so cache and activations take twice what they would "
             "in bfloat16 (generate --compute-dtype bfloat16)"
         )
-    if any(budget.weights.dequant_buffer_bytes == 0 for budget in quantized):
+    if any(budget.weights.buffer == NO_BUFFER for budget in quantized):
         warnings.append(
             f"no linear layer of {model.id} is one that bitsandbytes replaces, so quantizing it "
             "changes nothing"

@@ -22,8 +22,8 @@ FieldBasis = Literal["confirmed", "derived", "recalled"]
 MIB = 1 << 20
 GIB = 1 << 30
 
-# What a driver keeps for itself, for GPUs whose visible total nobody logged: eight logged totals
-# lie 1.3 to 3.7 % under the reported one up to 48 GiB, and 0.4 to 0.85 GiB under it above.
+# What a driver keeps for itself, for GPUs whose visible total nobody logged: nine logged totals
+# lie 1.3 to 2.9 % under the reported one up to 48 GiB, and 0.60 to 0.85 GiB under it above.
 VISIBLE_SHARE_SMALL = 0.985
 VISIBLE_LOSS_LARGE_BYTES = 768 * MIB
 LARGE_GPU_BYTES = 48 * GIB

@@ -1,7 +1,9 @@
 """One plan: a model at one precision, context and batch, component by component.
 
-budget = MemoryBudget.of(model, "nf4-dq", kv_dtype="auto")
-budget.plan(context=8192, batch=1).peak_bytes
+    budget = MemoryBudget.of(model, "nf4-dq", kv_dtype="auto")
+    budget.plan(context=8192, batch=1).peak_bytes
+
+The peak is that of a prompt which fills the context in one forward pass; decoding takes less.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, Self
 
-from qtool.planner.activations import LayerShape, PrefillPeak, prefill_peak
+from qtool.planner.activations import NO_BUFFER, LayerShape, PrefillPeak, prefill_peak
 from qtool.planner.kv_cache import kv_cache_bytes
 from qtool.planner.model import PlannedModel
 from qtool.planner.overhead import CONTEXT_BYTES, WORKSPACE_BYTES, allocator_bytes, peak_band
@@ -120,13 +122,13 @@ class MemoryBudget:
         if self.layer is None:
             return None
         weights = self.weights
-        converts = weights.dequant_buffer_bytes and weights.compute_bytes != weights.element_bytes
+        converts = weights.buffer != NO_BUFFER and weights.compute_bytes != weights.element_bytes
         peak = prefill_peak(
             self.layer,
             context=context,
             batch=batch,
             element_bytes=weights.element_bytes,
-            dequant_buffer_bytes=weights.dequant_buffer_bytes,
+            buffer=weights.buffer,
             converted_bytes=weights.compute_bytes if converts else 0,
         )
         return _WorkingSet(self.kv_cache_bytes(context=context, batch=batch), peak)

@@ -137,7 +137,8 @@ class PlannedModel:
     @property
     def _skip_modules(self) -> tuple[str, ...]:
         skip = self._quantization.get("llm_int8_skip_modules")
-        return tuple(name for name in skip if isinstance(name, str)) if skip else ()
+        names = skip if isinstance(skip, list) else ()
+        return tuple(name for name in names if isinstance(name, str))
 
     def _stored_parameters(self) -> int:
         """Elements in the files, packed weights counted as the weights they stand for."""

@@ -14,6 +14,7 @@ from typing import Final
 from qtool.architecture import Architecture
 from qtool.formats.bitsandbytes import QuantizedWeight
 from qtool.formats.tensors import DTYPE_BITS, TensorLayout
+from qtool.planner.activations import NO_BUFFER, DequantBuffer
 from qtool.quantize.plan import Recipe, plan_tensors
 
 CAST_DTYPES: Final = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -36,14 +37,14 @@ class Weights:
 
     `checkpoint_bytes` is the sum of the tensors in its files, `device_bytes` what lies on the
     device when it runs, `read_per_token_bytes` the part of it that computing a token reads,
-    `dequant_buffer_bytes` the most that multiplying by a packed weight takes beside. Activations
-    have `element_bytes`, products with packed weights are computed in `compute_bytes`.
+    `buffer` the most that multiplying by a packed weight takes beside. Activations have
+    `element_bytes`, products with packed weights are computed in `compute_bytes`.
     """
 
     checkpoint_bytes: int
     device_bytes: int
     read_per_token_bytes: int
-    dequant_buffer_bytes: int
+    buffer: DequantBuffer
     element_bytes: int
     compute_bytes: int
 
@@ -139,7 +140,8 @@ def _add_up(
     element_bytes: int,
     compute_bytes: int,
 ) -> Weights:
-    checkpoint_bytes = device_bytes = looked_up_bytes = dequant_bytes = 0
+    checkpoint_bytes = device_bytes = looked_up_bytes = 0
+    buffer = NO_BUFFER
     loaded: set[str] = set()
     for tensor in copied:
         checkpoint_bytes += tensor.num_bytes
@@ -158,12 +160,12 @@ def _add_up(
     for group in packed:
         checkpoint_bytes += sum(part.num_bytes for part in group.parts)
         device_bytes += sum(part.num_bytes for part in group.parts if _is_on_device(part))
-        dequant_bytes = max(dequant_bytes, _dequant_buffer_bytes(group, compute_bytes))
+        buffer = max(buffer, _buffer(group, compute_bytes), key=_dequantizing_bytes)
     return Weights(
         checkpoint_bytes=checkpoint_bytes,
         device_bytes=device_bytes,
         read_per_token_bytes=device_bytes - looked_up_bytes,
-        dequant_buffer_bytes=dequant_bytes,
+        buffer=buffer,
         element_bytes=element_bytes,
         compute_bytes=compute_bytes,
     )
@@ -182,16 +184,29 @@ def _is_on_device(part: TensorLayout) -> bool:
     return last not in ("quant_map", "weight_format") and not last.startswith("bitsandbytes__")
 
 
-def _dequant_buffer_bytes(weight: _PackedWeight, compute_bytes: int) -> int:
+def _buffer(weight: _PackedWeight, compute_bytes: int) -> DequantBuffer:
     """What multiplying by the weight takes: a floating-point piece, and making it from codes."""
     num_elements, columns = math.prod(weight.shape), weight.shape[-1]
     piece = min(num_elements, max(PIECE_ELEMENTS // columns, 1) * columns)
-    chunk = min(piece, CHUNK_ELEMENTS)
+    product_bytes = piece * compute_bytes
     if weight.precision == "int8":
-        return piece * compute_bytes + chunk * FLOAT32_BYTES
-    num_blocks = -(-num_elements // weight.blocksize)
-    absmax_bytes = num_blocks * FLOAT32_BYTES if weight.precision.endswith("-dq") else 0
-    values_bytes = min(piece, 2 * chunk) * FLOAT32_BYTES
-    converted_bytes = piece * compute_bytes if compute_bytes != weight.decoded_bytes else 0
-    making_bytes = max(values_bytes + chunk * INDEX_BYTES, converted_bytes)
-    return absmax_bytes + piece * weight.decoded_bytes + making_bytes
+        values_bytes = min(piece, CHUNK_ELEMENTS) * FLOAT32_BYTES
+        return DequantBuffer(product_bytes + values_bytes, product_bytes)
+    decoded_bytes = piece * weight.decoded_bytes
+    if weight.precision.endswith("-dq"):
+        decoded_bytes += -(-num_elements // weight.blocksize) * FLOAT32_BYTES  # absmax
+    converted_bytes = product_bytes if compute_bytes != weight.decoded_bytes else 0
+    making_bytes = max(_chunk_bytes(piece), converted_bytes)
+    return DequantBuffer(decoded_bytes + making_bytes, product_bytes)
+
+
+def _chunk_bytes(piece: int) -> int:
+    """The most that the 4-bit chunks of `piece` elements take at once."""
+    first = min(piece, CHUNK_ELEMENTS)
+    second = min(piece - first, CHUNK_ELEMENTS)
+    alone_bytes = first * (FLOAT32_BYTES + INDEX_BYTES)
+    return max(alone_bytes, first * FLOAT32_BYTES + second * (FLOAT32_BYTES + INDEX_BYTES))
+
+
+def _dequantizing_bytes(buffer: DequantBuffer) -> int:
+    return buffer.dequantizing_bytes

@@ -219,6 +219,21 @@ class ShardPipeline:
             raise _nonfinite_error(tile, values, num_bad, is_int8=self._format.is_int8)
 
 
+def warm_up_kernels(backend: Backend, dtype: SourceDtype, fmt: QuantFormat) -> None:
+    """Run every kernel that the pipeline calls for `dtype` and `fmt` once, on one small block."""
+    values = np.zeros((1, fmt.blocksize), NUMPY_DTYPES[dtype])
+    flat = cast(SourceArray, values.reshape(-1))
+    backend.count_nonfinite(flat, dtype)
+    if fmt.is_int8:
+        codes, scb = np.empty(values.shape, np.int8), np.empty(1, np.float32)
+        backend.quantize_int8(cast(SourceArray, values), dtype, codes, scb)
+        return
+    packed, absmax = np.empty(flat.size // 2, np.uint8), np.empty(1, np.float32)
+    backend.quantize_4bit(flat, dtype, fmt.quant_type, fmt.blocksize, packed, absmax)
+    if fmt.double_quant:
+        backend.quantize_absmax(absmax, np.empty(1, np.uint8), np.empty(1, np.float32))
+
+
 def _constant_statistics(fmt: QuantFormat) -> dict[str, NDArray[Any]]:
     """The statistics that are the same for every weight, by the last part of their names."""
     if fmt.is_int8:

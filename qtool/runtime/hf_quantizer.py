@@ -71,7 +71,7 @@ class PackedLayersQuantizer(HfQuantizer):  # type: ignore[misc]
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        # With a quantizer, releases of transformers before 5.2x let other shapes pass.
+        # With a quantizer, transformers 5.17 lets other shapes pass.
         for name, tensor in model.state_dict().items():
             if tensor.shape != self._shapes[name]:
                 raise wrong_shape(name, self._shapes[name], tensor.shape)

@@ -98,8 +98,10 @@ def weights(draw, max_size=9000):
 def test_every_kind_of_value_gives_the_same_bytes(kind, dtype):
     for seed in range(4):
         values = make_values(kind, dtype, 5000, seed)
-        check_4_bit_quantization(values, dtype, "nf4", 64)
-        check_4_bit_quantization(values, dtype, "fp4", 64)
+        for quant_type in ("nf4", "fp4"):
+            check_4_bit_quantization(values, dtype, quant_type, 64)
+            for target in DTYPES:
+                check_4_bit_dequantization(values, dtype, quant_type, 64, target)
         check_double_quantization(values, dtype)
         check_int8_quantization(values.reshape(-1, 100), dtype)
 
@@ -125,7 +127,10 @@ def check_4_bit_quantization(values, dtype, quant_type, blocksize):
     weights(), st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCKSIZES), st.sampled_from(DTYPES)
 )
 def test_4_bit_dequantization_gives_the_same_values(weight, quant_type, blocksize, dtype):
-    values, source = weight
+    check_4_bit_dequantization(*weight, quant_type, blocksize, dtype)
+
+
+def check_4_bit_dequantization(values, source, quant_type, blocksize, dtype):
     packed, absmax, _ = quantize_4bit(REFERENCE, values, source, quant_type, blocksize)
     arguments = (packed, absmax, quant_type, blocksize, dtype, values.size)
     assert_same_values(
@@ -151,6 +156,17 @@ def check_double_quantization(values, dtype):
     CPU.dequantize_absmax(codes, nested, offset, found)
     REFERENCE.dequantize_absmax(codes, nested, offset, wanted)
     assert_same_bits(found, wanted, "read back")
+
+
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 65_536, 65_537, 70_001])
+def test_the_offset_is_summed_in_the_same_order(size):
+    """Large values that cancel each other: what is left of the small ones depends on the order."""
+    rng = np.random.default_rng(size)
+    large = rng.random(size // 3) * 2.0 ** rng.integers(50, 70, size // 3)
+    values = np.concatenate([large, -large, rng.random(size - 2 * large.size)])
+    values = rng.permutation(values).astype(np.float32)
+    _, _, offset = quantize_absmax(CPU, values)
+    assert offset == double_quant.mean_in_fixed_order(values)
 
 
 @many_examples

@@ -25,6 +25,12 @@ def test_weights_go_through_float16():
     assert codes[1] == [0, 0]
 
 
+def test_the_scale_is_127_times_the_reciprocal_not_a_quotient():
+    """Half steps of which CUDA, whose division multiplies by the reciprocal, gave these codes."""
+    assert quantize([[-0.026184082, 0.052368164]])[0] == [[-64, 127]]
+    assert quantize([[0.024490356, 0.048980713]])[0] == [[63, 127]]
+
+
 def test_rows_of_zeros_and_nan_have_code_0_and_scb_0():
     assert quantize([[0.0, -0.0], [np.nan, np.nan]]) == ([[0, 0], [0, 0]], [0.0, 0.0])
 

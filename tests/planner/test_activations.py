@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from qtool.architecture import build_architecture
 from qtool.planner import weights
-from qtool.planner.activations import ATTENTION_MATRIX_BYTES, LayerShape, prefill_peak
+from qtool.planner.activations import (
+    ATTENTION_MATRIX_BYTES,
+    NO_BUFFER,
+    DequantBuffer,
+    LayerShape,
+    prefill_peak,
+)
 from qtool.planner.kv_cache import kv_cache_bytes
 from qtool.runtime import dequantize, linear
 from tests.architecture.oracle import build_model
@@ -92,7 +98,7 @@ def planned_bytes(config, *, context, batch, element_bytes=2):
     layer = LayerShape.of(architecture)
     sizes = {"context": context, "batch": batch, "element_bytes": element_bytes}
     cache = kv_cache_bytes(layer.cache_layers, **sizes)
-    return cache + prefill_peak(layer, **sizes, dequant_buffer_bytes=0).total_bytes
+    return cache + prefill_peak(layer, **sizes).total_bytes
 
 
 # Called without position ids, a model shares its positions between the sequences of a batch;
@@ -135,18 +141,19 @@ def test_dequantizing_in_the_pieces_and_chunks_that_the_plan_assumes():
     assert dequantize.CHUNK_ELEMENTS["cuda"] == weights.CHUNK_ELEMENTS
 
 
-@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize(("pieces", "chunks"), [(1, 1), (1, 1.5), (1, 16), (4, 16)])
 @pytest.mark.parametrize("precision", ["int8", "nf4", "nf4-dq"])
-def test_packed_product_allocates_its_buffer(monkeypatch, precision, pieces):
+def test_packed_product_allocates_its_buffer(monkeypatch, precision, pieces, chunks):
     """One product on the meta device: the planned buffer, the output, and nothing else."""
     num_elements = OUT_FEATURES * IN_FEATURES
+    chunk = int(num_elements / chunks)
     for module, name, value in (
         (linear, "MAX_DEQUANTIZED_ELEMENTS", num_elements // pieces),
         (weights, "PIECE_ELEMENTS", num_elements // pieces),
-        (weights, "CHUNK_ELEMENTS", num_elements // 16),
+        (weights, "CHUNK_ELEMENTS", chunk),
     ):
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setitem(dequantize.CHUNK_ELEMENTS, "meta", num_elements // 16)
+    monkeypatch.setitem(dequantize.CHUNK_ELEMENTS, "meta", chunk)
     if precision == "int8":
         layer: Any = linear.Int8Layer(OUT_FEATURES, IN_FEATURES)
     else:
@@ -164,22 +171,23 @@ def test_packed_product_allocates_its_buffer(monkeypatch, precision, pieces):
         if precision != "int8":
             dequantize._byte_to_pair("nf4", inputs.device)  # cached: not part of a product
     found = peak_bytes(lambda: packed(inputs), [*packed.parameters(), *packed.buffers(), inputs])
-    planned = weights._dequant_buffer_bytes(
+    planned = weights._buffer(
         weights._PackedWeight((OUT_FEATURES, IN_FEATURES), 2, precision, 64, ()), 2
     )
-    output_bytes = OUT_FEATURES * 2
-    assert planned == pytest.approx(found - output_bytes, rel=0.03)
+    assert planned.dequantizing_bytes == pytest.approx(found - OUT_FEATURES * 2, rel=0.03)
+    assert planned.product_bytes == num_elements // pieces * 2
 
 
 # -- measured on a GPU ----------------------------------------------------------------------------
 
 
-def bitsandbytes_buffer_bytes(quant, out_features, in_features):
+def bitsandbytes_buffer(quant, layer):
     """bitsandbytes dequantizes a whole weight, and absmax twice with double quantization."""
     if quant == "bf16":
-        return 0
-    num_elements = out_features * in_features
-    return 2 * num_elements + (2 * 4 * num_elements // 64 if quant == "nf4-dq" else 0)
+        return NO_BUFFER
+    num_elements = layer.mlp * layer.hidden
+    num_bytes = 2 * num_elements + (2 * 4 * num_elements // 64 if quant == "nf4-dq" else 0)
+    return DequantBuffer(num_bytes, num_bytes)
 
 
 @pytest.mark.parametrize("quant", ["bf16", "nf4", "nf4-dq"])
@@ -199,8 +207,7 @@ def test_peak_agrees_with_transformers_and_bitsandbytes_on_a_gpu(test_data, quan
         )
         layer = LayerShape.of(build_architecture(config))
         sizes = {"context": row["context"], "batch": row["batch"], "element_bytes": 2}
-        buffer_bytes = bitsandbytes_buffer_bytes(quant, layer.mlp, layer.hidden)
-        peak = prefill_peak(layer, **sizes, dequant_buffer_bytes=buffer_bytes)
+        peak = prefill_peak(layer, **sizes, buffer=bitsandbytes_buffer(quant, layer))
         planned_mib = (kv_cache_bytes(layer.cache_layers, **sizes) + peak.total_bytes) / MIB
         found_mib = row["peak"] - row["alloc"]
         assert planned_mib == pytest.approx(found_mib, rel=0.005, abs=1.1), row
@@ -227,7 +234,8 @@ def test_peak_grows_with_context_batch_and_buffer(name, context, batch, buffer_b
 
     def peak(context, batch, buffer_bytes):
         sizes = {"context": context, "batch": batch, "element_bytes": 2}
-        found = prefill_peak(layer, **sizes, dequant_buffer_bytes=buffer_bytes)
+        buffer = DequantBuffer(2 * buffer_bytes, buffer_bytes)
+        found = prefill_peak(layer, **sizes, buffer=buffer)
         return found.total_bytes + kv_cache_bytes(layer.cache_layers, **sizes)
 
     least = peak(context, batch, buffer_bytes)

@@ -8,6 +8,7 @@ import pytest
 
 from qtool.errors import QtoolError
 from qtool.formats.precisions import QUANTIZED_PRECISIONS
+from qtool.planner.activations import NO_BUFFER
 from qtool.planner.model import open_model
 from qtool.planner.reference_models import reference_models
 from tests.tiny_models import llama_config, llama_shapes, write_llama
@@ -75,7 +76,7 @@ def test_a_cast_is_elements_times_their_size(llama, quant, element_bytes):
     assert weights.checkpoint_bytes == weights.device_bytes == elements * element_bytes
     embedding = config["vocab_size"] * config["hidden_size"] * element_bytes
     assert weights.read_per_token_bytes == weights.device_bytes - embedding
-    assert weights.dequant_buffer_bytes == 0
+    assert weights.buffer == NO_BUFFER
 
 
 def linear_elements(config):
@@ -120,7 +121,7 @@ def test_the_largest_layer_decides_the_buffer(tmp_path, dtype, quant, bytes_per_
     config = write_llama(tmp_path, dtype=dtype, hidden=128, mlp=256)
     largest = max(linear_elements(config))
     weights = open_model(str(tmp_path)).weights(quant)
-    assert weights.dequant_buffer_bytes == largest * bytes_per_weight
+    assert weights.buffer.dequantizing_bytes == largest * bytes_per_weight
 
 
 def test_precisions_take_less_the_fewer_bits_they_have():

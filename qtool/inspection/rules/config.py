@@ -10,7 +10,7 @@ from qtool.checkpoint.names import quoted
 from qtool.errors import QtoolError
 from qtool.formats.bitsandbytes import QuantizedWeight
 from qtool.formats.tensors import TORCH_NAMES
-from qtool.inspection.rules.rule import Finding, unreadable
+from qtool.inspection.rules.rule import Finding
 from qtool.inspection.stored_folder import StoredFolder
 
 # torch's names of the dtypes that packed bytes may be labelled with.
@@ -101,7 +101,8 @@ def skip_modules(folder: StoredFolder) -> Iterator[Finding]:
         model = folder.architecture
         rule = model.quantizable() if skip is None else model.replaced(skip)
     except QtoolError as error:  # a name that is no regular expression
-        yield unreadable(CONFIG_NAME, error)
+        expected = "llm_int8_skip_modules: names or regular expressions"
+        yield Finding(CONFIG_NAME, None, expected, error.message)
         return
     for tensor in folder.tensors.values():
         parameter = find(tensor.name)

@@ -56,7 +56,9 @@ def missing_shard(folder: StoredFolder) -> Iterator[Finding]:
     """Every shard that the index names is there."""
     for shard, num_tensors in sorted(Counter(folder.weight_map.values()).items()):
         if is_shard_name(shard) and shard not in folder.files:
-            yield Finding(shard, None, f"a file with {num_tensors} tensors", "no such file")
+            yield Finding(
+                shard, None, f"a file, for {num_tensors} entries of the index", "no such file"
+            )
 
 
 def index_tensor(folder: StoredFolder) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from qtool.formats.bitsandbytes import (
 )
 from qtool.formats.codebooks import CODES, PADDING_CODES, dynamic_map
 from qtool.formats.tensors import TensorLayout
-from qtool.inspection.rules.rule import Finding, unreadable
+from qtool.inspection.rules.rule import Finding
 from qtool.inspection.stored_folder import StoredFolder
 
 
@@ -49,7 +49,8 @@ def quant_state(folder: StoredFolder) -> Iterator[Finding]:
     for name, state in folder.states.items():
         if isinstance(state, QtoolError):
             blob = cast(TensorInfo, folder.quantized[name].quant_state)
-            yield unreadable(blob.shard, state, tensor=blob.name)
+            expected = "a JSON object with exactly the known keys and values"
+            yield Finding(blob.shard, blob.name, expected, str(state.__cause__ or state))
 
 
 def quant_type(folder: StoredFolder) -> Iterator[Finding]:
@@ -67,7 +68,8 @@ def layout(folder: StoredFolder) -> Iterator[Finding]:
     for weight in folder.quantized.values():
         state = folder.states.get(weight.name)
         for problem in layout_problems(weight, None if isinstance(state, QtoolError) else state):
-            expected = f"{problem.rule}: {problem.expected}"
+            is_dtype = problem.rule == "statistics"
+            expected = f"dtype {problem.expected}" if is_dtype else problem.expected
             yield Finding(_shard(weight.weight), problem.tensor, expected, problem.found)
 
 
@@ -82,35 +84,35 @@ def packed_shape(folder: StoredFolder) -> Iterator[Finding]:
 
 def quant_map(folder: StoredFolder) -> Iterator[Finding]:
     """quant_map is the code table, bit for bit."""
-    for weight, state in folder.sound_four_bit():
+    for weight, state in folder.sound_four_bit:
         table = CODES[state.quant_type]
         yield from _compare_table(folder, weight, "quant_map", table)
 
 
 def nested_quant_map(folder: StoredFolder) -> Iterator[Finding]:
     """nested_quant_map is the dynamic map, bit for bit."""
-    for weight, state in folder.sound_four_bit():
+    for weight, state in folder.sound_four_bit:
         if state.nested_offset is not None:
             yield from _compare_table(folder, weight, "nested_quant_map", dynamic_map())
 
 
 def absmax(folder: StoredFolder) -> Iterator[Finding]:
     """absmax is finite and not negative."""
-    for weight, state in folder.sound_four_bit():
+    for weight, state in folder.sound_four_bit:
         if state.nested_offset is None:
             yield from _check_magnitudes(folder, weight.statistics["absmax"])
 
 
 def nested_absmax(folder: StoredFolder) -> Iterator[Finding]:
     """nested_absmax is finite and not negative."""
-    for weight, state in folder.sound_four_bit():
+    for weight, state in folder.sound_four_bit:
         if state.nested_offset is not None:
             yield from _check_magnitudes(folder, weight.statistics["nested_absmax"])
 
 
 def nested_offset(folder: StoredFolder) -> Iterator[Finding]:
     """nested_offset is finite and not negative."""
-    for weight, state in folder.sound_four_bit():
+    for weight, state in folder.sound_four_bit:
         offset = state.nested_offset
         if offset is not None and not 0 <= offset < np.inf:
             blob = cast(TensorInfo, weight.quant_state)
@@ -119,7 +121,7 @@ def nested_offset(folder: StoredFolder) -> Iterator[Finding]:
 
 def padding(folder: StoredFolder) -> Iterator[Finding]:
     """An odd last value is padded with the code of zero."""
-    for weight, state in folder.sound_four_bit():
+    for weight, state in folder.sound_four_bit:
         if state.num_elements % 2 == 0:
             continue
         size = weight.weight.num_bytes
@@ -133,7 +135,7 @@ def padding(folder: StoredFolder) -> Iterator[Finding]:
 
 def scb(folder: StoredFolder) -> Iterator[Finding]:
     """SCB is finite and not negative."""
-    for weight, state in folder.sound_weights():
+    for weight, state in folder.sound_weights:
         if state is None:
             yield from _check_magnitudes(folder, weight.statistics["SCB"])
 
@@ -160,8 +162,8 @@ def _compare_table(
     different = np.flatnonzero(values.view(np.uint32) != table.view(np.uint32))
     if different.size:
         first = int(different[0])
-        expected = f"the format's code table, entry {first} = {table[first]!r}"
-        found = f"{values[first]!r} ({different.size} of {table.size} entries differ)"
+        expected = f"the format's code table, entry {first} = {table[first]!s}"
+        found = f"{values[first]!s} ({different.size} of {table.size} entries differ)"
         yield Finding(_shard(stored), stored.name, expected, found)
 
 

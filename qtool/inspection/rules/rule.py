@@ -28,9 +28,9 @@ def rule_name(rule: Rule) -> str:
     return rule.__name__.replace("_", "-")
 
 
-def unreadable(file: str, error: QtoolError, *, tensor: str | None = None) -> Finding:
+def unreadable(file: str, error: QtoolError) -> Finding:
     """A finding from an error whose message reads "...: expected X, found Y"."""
     match = re.search(r"\bexpected (.*?), found (.*)", error.message, re.DOTALL)
     if match:
-        return Finding(file, tensor, match.group(1), match.group(2))
-    return Finding(file, tensor, "a readable file", error.message)
+        return Finding(file, None, match.group(1), match.group(2))
+    return Finding(file, None, "a readable file", error.message)
