@@ -35,7 +35,7 @@ HOMES = {
     "peft": {"runtime", "finetune"},
     "cupy": {"backends"},
     "numba": {"backends"},
-    "huggingface_hub": {"checkpoint"},
+    "huggingface_hub": {"checkpoint", "doctor"},
 }
 # Modules that no start-up, help or plan may load.
 HEAVY = ["torch", "transformers", "accelerate", "cupy", "numba"]

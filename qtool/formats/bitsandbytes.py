@@ -153,8 +153,8 @@ def _four_bit_layouts(
 def _packed_weight(weight: TensorLayout, fmt: QuantFormat) -> TensorLayout:
     """The packed bytes under the label of `fmt.quant_storage`.
 
-    Another label than asked for on single tensors would be read as numbers, not as bytes, by
-    loaders that go by the config, so an odd byte is an error instead.
+    The config names one storage dtype for all layers and loaders go by it, so a tensor that it
+    cannot hold is an error rather than an exception to the rule.
     """
     dtype = _STORAGE_DTYPES[fmt.quant_storage]
     packed_bytes = (weight.num_elements + 1) // 2

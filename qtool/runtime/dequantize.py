@@ -1,4 +1,4 @@
-"""Packed weights back to floating point, in plain torch, on any device.
+"""Packed weights back to floating point, on any device: plain torch, or our kernels on the CPU.
 
 Bit for bit what bitsandbytes' kernels return:
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qtool.formats.codebooks import CODES, FP4_SIGN_BIT
 from qtool.formats.precisions import NESTED_BLOCKSIZE, QuantType
+from qtool.runtime.dequantize_host import SOURCE_DTYPES, dequantize_blocks, dequantize_rows
 
 INT8_SCALE = 7.874015718698502e-3  # bitsandbytes' literal for 1/127
 
@@ -50,6 +51,11 @@ def dequantize_4bit(
         `dtype` (stop - start,).
     """
     out = torch.empty(stop - start, dtype=dtype, device=packed.device)
+    if packed.device.type == "cpu" and start % blocksize == 0 and dtype in SOURCE_DTYPES:
+        covered = absmax[start // blocksize : -(-stop // blocksize)]
+        codes = packed.reshape(-1)[start // 2 : (stop + 1) // 2]
+        dequantize_blocks(codes, covered, quant_type, blocksize, out)
+        return out
     step = max(CHUNK_ELEMENTS.get(packed.device.type, 1 << 22) // blocksize, 1) * blocksize
     pairs = _byte_to_pair(quant_type, packed.device)
     flat = packed.reshape(-1)
@@ -86,6 +92,9 @@ def dequantize_absmax(
 def dequantize_int8(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of an LLM.int8() weight: `codes` int8 (r, c), `scb` float32 (r,) -> `dtype` (r, c)."""
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    if codes.device.type == "cpu" and dtype in SOURCE_DTYPES:
+        dequantize_rows(codes, scb, out)
+        return out
     step = max(CHUNK_ELEMENTS.get(codes.device.type, 1 << 22) // codes.shape[1], 1)
     for begin in range(0, codes.shape[0], step):
         rows = slice(begin, begin + step)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 import transformers
@@ -39,10 +39,19 @@ from qtool.runtime.model_config import (
     model_dtype,
 )
 from qtool.runtime.on_load import quantize_on_load
-from qtool.runtime.placement import Placement, choose_placement, describe_devices
+from qtool.runtime.placement import (
+    Placement,
+    choose_placement,
+    describe_devices,
+    resolve_device,
+)
 from qtool.runtime.weights import WeightSource, open_stored_weights
 
-GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG: Final = "generation_config.json"
+SLOW_FLOAT32: Final = (
+    "config.json asks for products in float32, which is slow on a GPU; "
+    "--compute-dtype bfloat16 is faster"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +117,10 @@ def load_model(
         tokenizer = load_tokenizer(checkpoint)
         with _open_weights(checkpoint, options, on_event) as source, ExitStack() as offloaded:
             dtype = model_dtype(checkpoint, options.compute_dtype)
+            memory = DeviceMemory(resolve_device(options.device))
             placement = choose_placement(
                 options.device, options.max_memory, _loaded_bytes(source, dtype)
             )
-            memory = DeviceMemory(placement.device)
             on_event(Started("loading", source.total_bytes))
             network = _build_model(
                 checkpoint,
@@ -148,7 +157,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             str(checkpoint.folder), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception for bad files
         first_line = str(error).strip().partition("\n")[0]
         raise QtoolError(
             f"{checkpoint.id}: no usable tokenizer: {first_line}",
@@ -195,21 +204,32 @@ def _build_model(
 ) -> Any:
     if placement.reason:
         on_event(Note(f"{placement.device}: {placement.reason}"))
+    if compute_dtype == torch.float32 != dtype and placement.device.type == "cuda":
+        on_event(Note(SLOW_FLOAT32, level="warning"))
     packed = PackedLayersConfig(source.layers, compute_dtype) if source.layers else None
-    network, report = find_model_class(config).from_pretrained(
-        None,
-        config=config,
-        state_dict=source.tensors,
-        quantization_config=packed,
-        dtype=dtype,
-        device_map=placement.device_map,
-        max_memory=placement.max_memory,
-        offload_folder=offload_folder,
-        offload_buffers=True,  # the packed layers' statistics are buffers
-        ignore_mismatched_sizes=True,  # reported below, by name
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    model_class = find_model_class(config)
+    try:
+        network, report = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=source.tensors,
+            quantization_config=packed,
+            dtype=dtype,
+            device_map=placement.device_map,
+            max_memory=placement.max_memory,
+            offload_folder=offload_folder,
+            offload_buffers=True,  # the packed layers' statistics are buffers
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise QtoolError(
+            f"{checkpoint.id}: transformers {transformers.__version__} cannot build the "
+            f"{model_class.__name__} of this config.json: {error}",
+            kind="bad_file",
+            hint="fetch config.json again; QTOOL_DEBUG=1 shows where it fails",
+        ) from error
     _check_report(checkpoint, report, on_event)
     return network
 

@@ -19,7 +19,7 @@ HOST_ALLOCATION_FAILED: Final = ("can't allocate memory", "DefaultCPUAllocator")
 
 
 class DeviceMemory:
-    """Watches the GPU that a run computes on; made before the process touches it."""
+    """Watches the GPU that a run computes on; made before the process's CUDA context is."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None

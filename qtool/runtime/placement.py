@@ -50,7 +50,7 @@ def choose_placement(device: str, max_memory: str | None, weights_bytes: int) ->
     Raises:
         QtoolError: usage, for a device that is not there or a malformed --max-memory.
     """
-    chosen = _resolve_device(device)
+    chosen = resolve_device(device)
     if max_memory is not None:
         limits = parse_max_memory(max_memory)
         _check_gpus_exist(limits, chosen)
@@ -103,7 +103,8 @@ def parse_max_memory(text: str) -> dict[int | str, int]:
     return limits
 
 
-def _resolve_device(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
+    """The device that `--device` names; makes no CUDA context. QtoolError if it is not there."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return torch.device("cuda", 0) if num_gpus else torch.device("cpu")

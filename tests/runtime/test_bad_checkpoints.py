@@ -195,6 +195,24 @@ def test_a_folder_without_a_tokenizer_is_refused(models: Path, tmp_path: Path) -
         load(folder)
 
 
+def test_a_broken_tokenizer_is_named(models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "garbled"
+    shutil.copytree(models / MODEL, folder, copy_function=shutil.copyfile)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(QtoolError, match="no usable tokenizer"):
+        load(folder)
+
+
+@pytest.mark.parametrize("values", [{"num_attention_heads": 0}, {"hidden_act": "no_such"}])
+def test_a_config_that_cannot_be_built_is_refused(
+    models: Path, tmp_path: Path, values: dict[str, object]
+) -> None:
+    folder = edit_config(models / MODEL, tmp_path / "broken", **values)
+    with pytest.raises(QtoolError, match=r"cannot build|not a valid llama config") as caught:
+        load(folder)
+    assert caught.value.kind == "bad_file"
+
+
 def test_tensors_beside_the_model_are_a_warning(models: Path, tmp_path: Path) -> None:
     def add(tensors: Tensors) -> None:
         tensors["vision.weight"] = torch.ones(2, 2)

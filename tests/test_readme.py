@@ -1,0 +1,81 @@
+"""The README's commands run, and print what it shows.
+
+Digits are not compared: times and speeds differ, and sizes have tests of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def console_blocks() -> list[tuple[str, str]]:
+    """(command, output shown) of every ```console block; each holds one command."""
+    blocks = re.findall(r"^```console\n\$ (.+?)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [(command, shown) for command, shown in blocks]
+
+
+def shape_of(text: str) -> list[str]:
+    """The text's lines with numbers and runs of spaces made alike."""
+    lines = (re.sub(r"\d[\d,.]*", "#", line) for line in text.splitlines())
+    return [re.sub(r"[\s─━]+", " ", line).strip() for line in lines if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder that looks like a clone to the commands."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "qtool" / "demo_model", folder / "qtool" / "demo_model")
+    return folder
+
+
+def test_the_readme_shows_the_five_verbs():
+    verbs = {shlex.split(command)[1] for command, _ in console_blocks()}
+    assert verbs >= {"estimate", "sizing", "quantize", "inspect", "generate"}
+
+
+@pytest.mark.slow
+def test_console_blocks_show_what_the_commands_print(place):
+    for command, shown in console_blocks():
+        program, *words = shlex.split(command)
+        assert program == "qtool"
+        done = subprocess.run(
+            [sys.executable, "-m", "qtool", *words],
+            cwd=place,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "COLUMNS": "100", "PYTHONPATH": str(ROOT)},
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}"
+        if words[0] != "generate":  # sampled text may differ between CPUs in the last bits
+            assert shape_of(done.stdout) == shape_of(shown), command
+
+
+def test_every_verb_of_the_readme_exists():
+    from qtool.cli.app import VERBS
+
+    verbs = {verb for panel in VERBS.values() for verb in panel}
+    assert set(re.findall(r"`qtool (\w+)[` ]", README)) <= verbs
+
+
+def test_the_two_commands_are_make_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
+def test_links_point_at_files_that_exist(link):
+    assert (ROOT / link).exists()
