@@ -26,7 +26,6 @@ app = typer.Typer(
     name="qtool",
     help="Does this language model fit my GPU? Plan its memory, quantize it, inspect it, run it.",
     epilog="Every option can also be set by a variable: --compute-dtype by QTOOL_COMPUTE_DTYPE.",
-    no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -86,6 +85,7 @@ def build_command() -> Any:
     _register_verbs()
     group = typer.main.get_command(app)
     _bind_environment(group)
+    group.rich_markup_mode = None  # plain text loads no rich: the program's help appears at once
     return group
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     """Run qtool and exit with the contract's code."""
     command = build_command()
     try:
-        result = command(prog_name="qtool", standalone_mode=False)
+        result = command(sys.argv[1:] or ["--help"], prog_name="qtool", standalone_mode=False)
     except Exception as error:  # usage errors; verbs report their own inside verb_session
         sys.exit(_report_outside_verb(error))
     except KeyboardInterrupt:
@@ -110,8 +110,6 @@ def _report_outside_verb(error: Exception) -> int:
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "qtool"
         message = error.format_message()
-        if not message:  # no arguments: the help was printed
-            return int(exit_code)
         error = QtoolError(message, kind="usage", hint=f"see `{path} --help`")
     report_error(output, error)
     return getattr(error, "exit_code", 1)

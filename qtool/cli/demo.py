@@ -31,9 +31,10 @@ def demo(
     verbose: options.Verbose = False,
     color: options.Color = "auto",
 ) -> None:
-    """Show estimate, quantize, inspect, generate and sizing on a small model that ships with qtool.
+    """Run the verbs on a small model that ships with qtool.
 
-    Works offline and takes some seconds. The text before and after needs the [run] extra.
+    Shows estimate, quantize, inspect, generate and sizing. Works offline and takes some seconds.
+    The text before and after needs the [run] extra.
     """
     with verb_session(
         "demo", json_output=json_output, quiet=quiet, verbose=verbose, color=color

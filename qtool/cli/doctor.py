@@ -33,10 +33,10 @@ def doctor(
     verbose: options.Verbose = False,
     color: options.Color = "auto",
 ) -> None:
-    """Check this machine: versions, GPU, disk, Hub, CPU; each problem with its fix.
+    """Check this machine; each problem comes with its fix.
 
-    Ends with a real round trip of a small tensor through every backend. Exit code 1 if a check
-    failed; warnings do not count.
+    Looks at versions, GPU, disk, Hub and CPU, and ends with a real round trip of a small tensor
+    through every backend. Exit code 1 if a check failed; warnings do not count.
     """
     with verb_session(
         "doctor", json_output=json_output, quiet=quiet, verbose=verbose, color=color

@@ -93,7 +93,7 @@ def estimate(
     verbose: options.Verbose = False,
     color: options.Color = "auto",
 ) -> None:
-    """Say how much GPU memory MODEL takes at each precision, and whether that fits.
+    """Plan the GPU memory of MODEL at each precision.
 
     Reads file headers and config.json only, never weights. Checkpoint sizes are exact: they come
     from the plan that `qtool quantize` carries out.

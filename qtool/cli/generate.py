@@ -131,9 +131,10 @@ def generate(
     verbose: options.Verbose = False,
     color: options.Color = "auto",
 ) -> None:
-    """Run MODEL: text streams to stdout as it is made, statistics go to stderr.
+    """Run MODEL: complete a prompt, or chat.
 
-    MODEL may be a folder that `qtool quantize` or bitsandbytes wrote, or a full-precision one.
+    Text streams to stdout as it is made, statistics go to stderr. MODEL may be a folder that
+    `qtool quantize` or bitsandbytes wrote, or a full-precision one.
     """
     with verb_session(
         "generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color

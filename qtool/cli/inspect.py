@@ -47,7 +47,7 @@ def inspect(
     verbose: options.Verbose = False,
     color: options.Color = "auto",
 ) -> None:
-    """Say what a checkpoint holds: precision, parameters, bytes, dtypes.
+    """Say what a checkpoint holds; measure and verify it.
 
     Works on any safetensors folder: full precision, qtool's and bitsandbytes' own. With --verify
     the exit code is 3 if a rule is broken.

@@ -93,7 +93,7 @@ def quantize(
     verbose: options.Verbose = False,
     color: options.Color = "auto",
 ) -> None:
-    """Write MODEL in 4 or 8 bit, shard by shard, in bounded memory.
+    """Write MODEL in 4 or 8 bit, in bounded memory.
 
     The output is a plain Hugging Face folder in the bitsandbytes layout. Run the same command again
     to continue after an interruption.

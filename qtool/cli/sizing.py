@@ -61,7 +61,7 @@ def sizing(
     verbose: options.Verbose = False,
     color: options.Color = "auto",
 ) -> None:
-    """Say what runs where: GPUs against models, with the longest context that fits.
+    """Show which models run on which GPUs, with what context.
 
     Without MODEL a guide by memory size. The speed shown is a ceiling, the GPU's memory bandwidth
     over the bytes that each token reads.
