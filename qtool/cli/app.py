@@ -83,7 +83,7 @@ def _bind_environment(group: Any) -> None:
 def build_command() -> Any:
     """The whole command tree, ready to be invoked."""
     _register_verbs()
-    group = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
     _bind_environment(group)
     group.rich_markup_mode = None  # plain text loads no rich: the program's help appears at once
     return group

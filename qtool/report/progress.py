@@ -1,6 +1,7 @@
 """Progress of byte-counted work: one bar with bytes, GB/s and time left, or plain lines.
 
-The bar appears only when stderr is a terminal; elsewhere each stage prints one line when it ends.
+The bar appears only when stderr is a terminal; elsewhere each stage that takes
+a second or more prints one line when it ends.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from qtool.report.output import Output
 
 REFRESHES_PER_S = 8
+WORTH_A_LINE_S = 1.0  # quicker stages are not worth a line in a log
 
 
 @contextmanager
@@ -76,13 +78,15 @@ class _LineEvents:
                     self._output.detail(f"{item}")
                     self._item = item
             case Finished(stage):
-                seconds = time.perf_counter() - self._start_s
-                rate = format_rate(self._done_bytes, seconds)
-                self._output.note(
-                    f"{stage}: {format_bytes(self._done_bytes)} in {seconds:.1f} s ({rate})"
-                )
+                self._report(stage, time.perf_counter() - self._start_s)
             case Note():
                 self._output.on_note(event)
+
+    def _report(self, stage: str, seconds: float) -> None:
+        if seconds >= WORTH_A_LINE_S:
+            rate = format_rate(self._done_bytes, seconds)
+            done = format_bytes(self._done_bytes)
+            self._output.note(f"{stage}: {done} in {seconds:.1f} s ({rate})")
 
 
 def _bar(console: Console) -> Progress:

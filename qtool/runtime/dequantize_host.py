@@ -30,7 +30,7 @@ MIN_ELEMENTS_PER_THREAD: Final = 1 << 18  # below, handing work over takes longe
 def dequantize_blocks(
     packed: Tensor, absmax: Tensor, quant_type: QuantType, blocksize: int, out: Tensor
 ) -> None:
-    """Fill `out` (n,) from `packed` uint8 (ceil(n/2),) and `absmax` float32 (ceil(n/blocksize),)."""
+    """Fill `out` (n,): `packed` is uint8 (ceil(n/2),), `absmax` float32 (ceil(n/blocksize),)."""
     codes, scales, values = _as_numpy(packed), _as_numpy(absmax), _as_numpy(out)
     dtype, backend = SOURCE_DTYPES[out.dtype], CpuBackend()
 

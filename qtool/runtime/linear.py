@@ -19,6 +19,9 @@ from qtool.runtime.dequantize import dequantize_4bit, dequantize_absmax, dequant
 # The largest piece of a weight that exists in floating point at a time: 128 MiB in bfloat16. Layers
 # beyond it (the MLP of a 70B model) are multiplied in several pieces of whole rows.
 MAX_DEQUANTIZED_ELEMENTS = 1 << 26
+# In host memory pieces that the allocator keeps for the next one: fresh pages cost more than the
+# decoding (it returns blocks above 32 MiB to the system at once).
+MAX_HOST_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Int8Layer:
 
 
 PackedLayer = FourBitLayer | Int8Layer
+RowDecoder = Callable[[int, int], Tensor]
 
 
 class _PackedLinear(nn.Linear):
@@ -59,8 +63,8 @@ class _PackedLinear(nn.Linear):
         self.compute_dtype = compute_dtype
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
-    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows [start, stop) of the weight: `dtype` (stop - start, in)."""
+    def row_decoder(self, dtype: torch.dtype) -> RowDecoder:
+        """A function that makes rows [start, stop) of the weight: `dtype` (stop - start, in)."""
         raise NotImplementedError
 
     def dequantize(self) -> Tensor:
@@ -80,11 +84,13 @@ class _PackedLinear(nn.Linear):
         dtype = self.compute_dtype or input.dtype
         x = input.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        step = max(MAX_DEQUANTIZED_ELEMENTS // self.in_features, 1)
+        rows = self.row_decoder(dtype)
+        limit = MAX_DEQUANTIZED_ELEMENTS if x.device.type != "cpu" else MAX_HOST_ELEMENTS
+        step = max(limit // self.in_features, 1)
         pieces = [
             functional.linear(
                 x,
-                self.dequantize_rows(row, min(row + step, self.out_features), dtype),
+                rows(row, min(row + step, self.out_features)),
                 None if bias is None else bias[row : row + step],
             )
             for row in range(0, self.out_features, step)
@@ -144,22 +150,27 @@ class Linear4bit(_PackedLinear):
         for name, shape in nested_shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.float32))
 
-    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows [start, stop) of the weight: rounded to the recorded dtype, then to `dtype`."""
-        values = dequantize_4bit(
-            self.weight,
-            self._float_absmax(),
-            quant_type=self.layer.quant_type,
-            blocksize=self.layer.blocksize,
-            start=start * self.in_features,
-            stop=stop * self.in_features,
-            dtype=self.layer.dtype,
-        )
-        return values.view(stop - start, self.in_features).to(dtype)
+    def row_decoder(self, dtype: torch.dtype) -> RowDecoder:
+        """Makes rows rounded to the recorded dtype, then to `dtype`."""
+        absmax = self._float_absmax()  # once for all rows
+
+        def decode(start: int, stop: int) -> Tensor:
+            values = dequantize_4bit(
+                self.weight,
+                absmax,
+                quant_type=self.layer.quant_type,
+                blocksize=self.layer.blocksize,
+                start=start * self.in_features,
+                stop=stop * self.in_features,
+                dtype=self.layer.dtype,
+            )
+            return values.view(stop - start, self.in_features).to(dtype)
+
+        return decode
 
     def dequantize(self) -> Tensor:
         """The whole weight [out, in] in its recorded dtype, bit-equal to bitsandbytes'."""
-        return self.dequantize_rows(0, self.out_features, self.layer.dtype)
+        return self.row_decoder(self.layer.dtype)(0, self.out_features)
 
     def _float_absmax(self) -> Tensor:
         if not self.layer.double_quant:
@@ -198,13 +209,15 @@ class LinearInt8(_PackedLinear):
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.register_buffer("SCB", torch.empty(layer.out_features, dtype=torch.float32))
 
-    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows [start, stop) of the weight, computed in float32 and rounded to `dtype`."""
-        return dequantize_int8(self.weight[start:stop], self.SCB[start:stop], dtype)
+    def row_decoder(self, dtype: torch.dtype) -> RowDecoder:
+        """Makes rows computed in float32 and rounded to `dtype`."""
+        return lambda start, stop: dequantize_int8(
+            self.weight[start:stop], self.SCB[start:stop], dtype
+        )
 
     def dequantize(self) -> Tensor:
         """The whole weight [out, in] in float32, bit-equal to bitsandbytes'."""
-        return self.dequantize_rows(0, self.out_features, torch.float32)
+        return self.row_decoder(torch.float32)(0, self.out_features)
 
 
 def build_linear(

@@ -100,7 +100,7 @@ def test_options_reach_the_plan(model):
 
 
 def test_text_names_the_unit_the_source_and_every_plan(large):
-    ran = run("estimate", large, "--gpu", "4090", "--gpu", "RTX 4060")
+    ran = run("estimate", large, "--context", 5120, "--gpu", "4090", "--gpu", "RTX 4060")
     assert ran.exit_code == 0
     assert "GiB (2^30 bytes)" in ran.stdout and "8.03 B parameters" in ran.stdout
     assert "config.json, exact if it is right" in ran.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -70,15 +72,20 @@ def test_large_layers_are_multiplied_in_pieces_of_rows(
     x = torch.randn(4, IN)
     expected = layer(x)
     largest = 0
-    whole_rows = layer.dequantize_rows
+    decoder_of = layer.row_decoder
 
-    def watched(start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        nonlocal largest
-        largest = max(largest, stop - start)
-        return whole_rows(start, stop, dtype)
+    def watched(dtype: torch.dtype) -> Callable[[int, int], torch.Tensor]:
+        rows = decoder_of(dtype)
 
-    monkeypatch.setattr(linear, "MAX_DEQUANTIZED_ELEMENTS", max_elements)
-    monkeypatch.setattr(layer, "dequantize_rows", watched)
+        def decode(start: int, stop: int) -> torch.Tensor:
+            nonlocal largest
+            largest = max(largest, stop - start)
+            return rows(start, stop)
+
+        return decode
+
+    monkeypatch.setattr(linear, "MAX_HOST_ELEMENTS", max_elements)
+    monkeypatch.setattr(layer, "row_decoder", watched)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     assert largest == max(max_elements // IN, 1)
 
