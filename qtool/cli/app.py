@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from inspect import cleandoc
 from typing import Annotated, Any
@@ -14,22 +16,30 @@ from qtool.cli.session import report_error
 from qtool.errors import EXIT_CODES, QtoolError
 from qtool.report.output import Output
 
-# Panel of the help -> verbs; the function of qtool.cli.VERB that bears its name is the command.
-VERBS = {
-    "Plan": ("estimate", "sizing"),
-    "Make": ("quantize", "inspect"),
-    "Use": ("generate",),
-    "Help": ("demo", "doctor"),
-}
+# The function of qtool.cli.VERB that bears its name is the command.
+VERBS = ("estimate", "sizing", "quantize", "inspect", "generate", "demo", "doctor")
+HELP = "Does this language model fit my GPU? Plan its memory, quantize it, inspect it, run it."
+EPILOG = "Every option can also be set by a variable: --compute-dtype by QTOOL_COMPUTE_DTYPE."
 
-app = typer.Typer(
-    name="qtool",
-    help="Does this language model fit my GPU? Plan its memory, quantize it, inspect it, run it.",
-    epilog="Every option can also be set by a variable: --compute-dtype by QTOOL_COMPUTE_DTYPE.",
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-)
+
+@cache
+def build_command() -> Any:
+    """The whole command tree, ready to be invoked."""
+    app = typer.Typer(
+        name="qtool",
+        help=HELP,
+        epilog=EPILOG,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_root)
+    for verb in VERBS:
+        _add_verb(app, verb)
+    group: Any = typer.main.get_command(app)
+    _bind_environment(group)
+    group.rich_markup_mode = None  # plain text loads no rich: the program's help appears at once
+    return group
 
 
 def _print_version(value: bool) -> None:
@@ -38,7 +48,6 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool,
@@ -50,18 +59,12 @@ def _root(
     pass
 
 
-def _register_verbs() -> None:
-    for panel, verbs in VERBS.items():
-        for verb in verbs:
-            # Light modules: they import their packages only when the verb runs.
-            module = import_module(f"qtool.cli.{verb}")
-            command = getattr(module, verb)
-            app.command(
-                verb,
-                rich_help_panel=panel,
-                help=_join_lines(command.__doc__),
-                epilog="\n".join(("[bold]Examples[/bold]", *getattr(module, "EXAMPLES", ()))),
-            )(command)
+def _add_verb(app: typer.Typer, verb: str) -> None:
+    # Light modules: they import their packages only when the verb runs.
+    module = import_module(f"qtool.cli.{verb}")
+    command = getattr(module, verb)
+    examples = "\n".join(("[bold]Examples[/bold]", *module.EXAMPLES))
+    app.command(verb, help=_join_lines(command.__doc__), epilog=examples)(command)
 
 
 def _join_lines(docstring: str) -> str:
@@ -78,15 +81,6 @@ def _bind_environment(group: Any) -> None:
             if long_names and param.envvar is None and param.name != "help":
                 param.envvar = "QTOOL_" + long_names[0].lstrip("-").replace("-", "_").upper()
                 param.show_envvar = False  # said once, in the program's help
-
-
-def build_command() -> Any:
-    """The whole command tree, ready to be invoked."""
-    _register_verbs()
-    group: Any = typer.main.get_command(app)
-    _bind_environment(group)
-    group.rich_markup_mode = None  # plain text loads no rich: the program's help appears at once
-    return group
 
 
 def main() -> None:
@@ -109,7 +103,9 @@ def _report_outside_verb(error: Exception) -> int:
     if hasattr(error, "format_message"):  # the command line parser's own errors
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "qtool"
-        message = error.format_message()
-        error = QtoolError(message, kind="usage", hint=f"see `{path} --help`")
+        verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        nearest = get_close_matches(verb, VERBS, n=1) if verb not in VERBS else []
+        hint = f"did you mean `qtool {nearest[0]}`?" if nearest else f"see `{path} --help`"
+        error = QtoolError(error.format_message(), kind="usage", hint=hint)
     report_error(output, error)
     return getattr(error, "exit_code", 1)

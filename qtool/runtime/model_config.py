@@ -68,7 +68,7 @@ def build_config(checkpoint: Checkpoint) -> Any:
         )
     try:
         return CONFIG_MAPPING[model_type].from_dict(fields)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise QtoolError(
             f"{checkpoint.id}: config.json is not a valid {model_type} config: {error}",
             kind="bad_file",
