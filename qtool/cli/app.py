@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from inspect import cleandoc
@@ -103,9 +102,6 @@ def _report_outside_verb(error: Exception) -> int:
     if hasattr(error, "format_message"):  # the command line parser's own errors
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "qtool"
-        verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-        nearest = get_close_matches(verb, VERBS, n=1) if verb not in VERBS else []
-        hint = f"did you mean `qtool {nearest[0]}`?" if nearest else f"see `{path} --help`"
-        error = QtoolError(error.format_message(), kind="usage", hint=hint)
+        error = QtoolError(error.format_message(), kind="usage", hint=f"see `{path} --help`")
     report_error(output, error)
     return getattr(error, "exit_code", 1)
