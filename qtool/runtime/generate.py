@@ -180,7 +180,7 @@ def _run(
     stream: TextStream,
 ) -> None:
     # transformers fills what `config` leaves open from the model's own; that must add nothing.
-    pass
+    loaded.model.generation_config = GenerationConfig()
     input_ids = torch.tensor([list(prompt_ids)], device=loaded.device)
     tokens.start()
     loaded.model.generate(

@@ -12,12 +12,13 @@ from tests.cli.running import run
 @pytest.mark.parametrize("case", BAD_INPUTS, ids=lambda case: case.name)
 def test_quantize_refuses_and_writes_nothing(case: BadInput, tmp_path):
     model, out = case.build(tmp_path / "model"), tmp_path / "out"
+    before = sorted(tmp_path.rglob("*"))
     ran = run("quantize", model, "-o", out, "--json")
     assert ran.exit_code == EXIT_CODES[case.kind]
     assert ran.stdout == "" and ran.error["kind"] == case.kind and ran.error["hint"]
     for fragment in case.fragments:
         assert fragment in ran.error["message"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_messages_tell_the_cases_apart(tmp_path):

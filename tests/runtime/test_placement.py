@@ -92,6 +92,7 @@ def test_layers_on_disk_give_the_same_tokens(
         kinds = (Linear4bit, LinearInt8) if precision else (torch.nn.Linear,)
         away = [m for m in spread.model.modules() if isinstance(m, kinds) and m.weight.is_meta]
         assert away, "some layers must lie on disk between forward passes"
+        assert all(tensor.is_meta for m in away for tensor in m.buffers()), "statistics too"
         offload_folder = Path(next(iter(spread._offloaded._exit_callbacks))[1].__self__.name)
         assert any(offload_folder.iterdir())
     assert found == expected
