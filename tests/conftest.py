@@ -10,18 +10,15 @@ import pytest
 SKIP_REASON = "QTOOL_TEST_DATA is not set"
 
 
-def test_data_or_none() -> Path | None:
+def data_folder() -> Path | None:
     folder = os.environ.get("QTOOL_TEST_DATA")
     return Path(folder).resolve() if folder else None
-
-
-test_data_or_none.__test__ = False  # a helper, not a test
 
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of models, golden bytes and configs; the test is skipped where it is not named."""
-    folder = test_data_or_none()
+    folder = data_folder()
     if folder is None:
         pytest.skip(SKIP_REASON)
     if not folder.is_dir():

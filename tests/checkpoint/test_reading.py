@@ -39,6 +39,8 @@ def test_reads_nothing_into_an_empty_buffer(file: Path):
         reader.read_into(np.empty((0, 4), np.float32), 10_000)
         reader.read_columns(10_000, 0, 8, 0, 8, np.empty(0, np.uint8))
         reader.read_columns(0, 4, 8, 8, 0, np.empty(0, np.uint8))
+        with pytest.raises(QtoolError):  # one byte there is too much
+            reader.read_into(np.empty(1, np.uint8), 10_000)
 
 
 def test_tensors_are_those_that_the_safetensors_library_loads(tmp_path: Path):
