@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from qtool.runtime.text_stream import MAX_HELD_TOKENS, TextStream
-from tests.conftest import test_data_or_none as data_or_none
+from tests.conftest import data_folder
 
 TOKENIZERS = ("tinylm-19m", "stories260K-hf", "slm4096-gpt2-hf", "TinyStories-656K-hf")
 
@@ -93,14 +93,14 @@ def test_any_text_and_stop_string(text: str, stop: str) -> None:
     assert stream.text == "".join(pieces) == plain.partition(stop)[0]
 
 
-@pytest.mark.skipif(data_or_none() is None, reason="QTOOL_TEST_DATA is not set")
+@pytest.mark.skipif(data_folder() is None, reason="QTOOL_TEST_DATA is not set")
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=st.text(st.characters(max_codepoint=0x1FFFF, exclude_categories=["Cs"]), max_size=60))
 @example(text="Once upon a time, there was\n a  double  space")
 @example(text="naïve 日本語 😀😀 end")
 @settings(max_examples=60, deadline=None)
 def test_streamed_equals_decoded_with_real_tokenizers(name: str, text: str) -> None:
-    data = data_or_none()
+    data = data_folder()
     assert data is not None
     tok = tokenizer(data / "models" / name)
     ids = tok(text)["input_ids"]
