@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from qtool.backends import BackendChoice, ChosenBackend, choose_backend
-from qtool.backends.protocol import Backend
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.records import Checkpoint
 from qtool.errors import QtoolError
-from qtool.events import Note, OnEvent, ignore_events
-from qtool.formats.tensors import SourceDtype
-from qtool.quantize.pipeline import PipelineSettings, warm_up_kernels
+from qtool.events import OnEvent, ignore_events
+from qtool.quantize.pipeline import PipelineSettings
 from qtool.quantize.plan import QuantPlan, Recipe, build_plan
 from qtool.quantize.run import QuantizeResult, quantize_checkpoint
 from qtool.quantize.tiles import DEFAULT_TILE_BYTES
 
-WORTH_SAYING_S = 1.0
 TILE_GRAIN_BYTES = 4096  # whole pages, and whole values of every dtype
 
 
@@ -75,7 +70,6 @@ def run_request(
     request = planned.request
     if request.output is None:
         raise ValueError("the request has no output folder")
-    warm_up(planned.chosen.backend, planned.plan, on_event)
     tile_bytes = request.tile_bytes or DEFAULT_TILE_BYTES
     settings = PipelineSettings(
         num_workers=request.num_workers or num_usable_cores(),
@@ -91,19 +85,6 @@ def run_request(
         restart=restart,
         on_event=on_event,
     )
-
-
-def warm_up(backend: Backend, plan: QuantPlan, on_event: OnEvent = ignore_events) -> None:
-    """Load, and on a machine's first run compile, the kernels that `plan` needs.
-
-    Done before the clock starts, so that rates and the time left are those of the work.
-    """
-    start_s = time.perf_counter()
-    for dtype in sorted({t.source.dtype for t in plan.tensors if t.action == "quantize"}):
-        warm_up_kernels(backend, cast(SourceDtype, dtype), plan.recipe.format)
-    seconds = time.perf_counter() - start_s
-    if seconds > WORTH_SAYING_S:
-        on_event(Note(f"kernels made ready in {seconds:.1f} s; they are kept for the next run"))
 
 
 def num_usable_cores() -> int:

@@ -15,13 +15,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qtool.backends.protocol import Backend
 from qtool.checkpoint.records import Checkpoint
 from qtool.checkpoint.safetensors_header import EncodedHeader, encode_header
 from qtool.errors import QtoolError
 from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
+from qtool.formats.tensors import SourceDtype
 from qtool.quantize.memory import PeakMemory
 from qtool.quantize.output_folder import (
     FileRecord,
@@ -34,20 +35,26 @@ from qtool.quantize.output_folder import (
     read_finished_manifest,
     require_same,
 )
-from qtool.quantize.pipeline import PipelineSettings, ShardPipeline
+from qtool.quantize.pipeline import PipelineSettings, ShardPipeline, warm_up_kernels
 from qtool.quantize.plan import QuantPlan, ShardPlan
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+WORTH_SAYING_S = 3.0  # loading compiled kernels takes about a second, compiling them several
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What a run did. `input_bytes` and `output_bytes` are file bytes of the shards."""
+    """What a run did.
+
+    `input_bytes` and `output_bytes` are file bytes of the shards, `read_bytes` the tensor data that
+    this run read: less where it continued another, 0 where the folder was complete already.
+    """
 
     input_bytes: int
     output_bytes: int
     weights_bytes: int
+    read_bytes: int
     seconds: float
     resumed: bool
     peak_host_bytes: int
@@ -70,23 +77,25 @@ def quantize_checkpoint(
         QtoolError: `output` is foreign or was made with other settings; not enough space; a source
             file is short, changed, or holds NaN or Inf. A source that proves bad leaves no output.
     """
-    start_s = time.perf_counter()
     _refuse_writing_into_source(checkpoint, output)
     identity = _identify(checkpoint, plan)
     job = _Job(checkpoint, plan, backend, settings, on_event, PeakMemory())
     resumed = not restart and _is_finished(output, identity)
-    if resumed:
-        on_event(Note(f"{output} is complete already; nothing to do"))
-    else:
+    read_bytes = 0
+    if not resumed:
+        _warm_up(backend, plan, on_event)
+    start_s = time.perf_counter()
+    if not resumed:
         with open_output_folder(output, identity, restart=restart) as folder:
             resumed = folder.resumed
             with _discarding_refused(folder):
-                _write_shards(folder, job)
+                read_bytes = _write_shards(folder, job)
                 _finish(folder, checkpoint, plan)
     return QuantizeResult(
         input_bytes=sum(shard.file_bytes for shard in checkpoint.shards),
         output_bytes=output_file_bytes(plan),
         weights_bytes=plan.weights_bytes,
+        read_bytes=read_bytes,
         seconds=time.perf_counter() - start_s,
         resumed=resumed,
         peak_host_bytes=job.peak_memory.peak_bytes,
@@ -97,6 +106,19 @@ def quantize_checkpoint(
 def output_file_bytes(plan: QuantPlan) -> int:
     """Bytes of the output's safetensors files, headers included."""
     return sum(_encode(shard).file_bytes for shard in plan.shards)
+
+
+def _warm_up(backend: Backend, plan: QuantPlan, on_event: OnEvent) -> None:
+    """Load, and on a machine's first run compile, the kernels that `plan` needs.
+
+    Done before the clock starts, so that rates and the time left are those of the work.
+    """
+    start_s = time.perf_counter()
+    for dtype in sorted({t.source.dtype for t in plan.tensors if t.action == "quantize"}):
+        warm_up_kernels(backend, cast(SourceDtype, dtype), plan.recipe.format)
+    seconds = time.perf_counter() - start_s
+    if seconds > WORTH_SAYING_S:
+        on_event(Note(f"kernels compiled in {seconds:.1f} s; they are kept for the next run"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +142,8 @@ def _discarding_refused(folder: OutputFolder) -> Iterator[None]:
         raise
 
 
-def _write_shards(folder: OutputFolder, job: _Job) -> None:
+def _write_shards(folder: OutputFolder, job: _Job) -> int:
+    """Write what is missing; returns the bytes of tensor data read for it."""
     shards = job.plan.shards
     headers = {shard.file_name: _encode(shard) for shard in shards}
     missing = [shard for shard in shards if shard.file_name not in folder.finished]
@@ -140,6 +163,7 @@ def _write_shards(folder: OutputFolder, job: _Job) -> None:
         if closing is not None:
             closing.result()
     job.on_event(Finished("quantize"))
+    return sum(shard.input_bytes for shard in missing)
 
 
 def _write_shard(folder: OutputFolder, job: _Job, shard: ShardPlan, header: EncodedHeader) -> None:

@@ -294,7 +294,7 @@ def _advice(plans: Iterable[MemoryPlan]) -> Iterable[Text]:
 
 
 def _change_text(suggestion: Suggestion) -> str:
-    return f"{suggestion.change} (-{format_gib(suggestion.saves_bytes)})"
+    return f"{suggestion.change} (saves {format_gib(suggestion.saves_bytes)} GiB)"
 
 
 def _provenance(estimate: Estimate) -> Text:

@@ -58,7 +58,9 @@ class Output:
             return
         console = self._console(stderr=False)
         for renderable in renderables:
-            console.print(renderable)
+            # A log keeps a sentence on one line; only a terminal wraps it.
+            is_log_line = isinstance(renderable, str) and not console.is_terminal
+            console.print(renderable, soft_wrap=is_log_line)
 
     def write_text(self, text: str) -> None:
         """Write `text` to stdout as it is and flush: generated tokens."""
@@ -77,7 +79,8 @@ class Output:
     def note(self, text: str) -> None:
         """A sentence beside the answer; silent with --quiet and --json."""
         if not (self.quiet or self.json_mode):
-            self._console(stderr=True).print(text, markup=False, highlight=False)
+            console = self._console(stderr=True)
+            console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
     def detail(self, text: str) -> None:
         """A sentence for --verbose."""

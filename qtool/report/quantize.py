@@ -12,8 +12,6 @@ from qtool.quantize.run import QuantizeResult, output_file_bytes
 from qtool.report.output import Output
 from qtool.report.units import format_bytes, format_rate
 
-MAX_NAME_WIDTH = 44
-
 
 def report_plan(output: Output, planned: PlannedRequest, *, dry_run: bool) -> None:
     """Say what will happen; for a dry run that is the answer, with every tensor."""
@@ -27,13 +25,15 @@ def report_plan(output: Output, planned: PlannedRequest, *, dry_run: bool) -> No
 
 def report_result(output: Output, planned: PlannedRequest, result: QuantizeResult) -> None:
     """Say what was written, how fast, and with how much memory."""
-    rate = format_rate(planned.plan.input_bytes, result.seconds)
-    done = "complete" if not result.resumed else "complete (continued)"
-    output.answer(
-        f"{planned.request.output}: {done}, {format_bytes(result.output_bytes)} in "
-        f"{result.seconds:.1f} s ({rate} of input), "
-        f"peak memory {format_bytes(result.peak_host_bytes)}"
-    )
+    size = format_bytes(result.output_bytes)
+    if result.read_bytes:
+        rate = format_rate(result.read_bytes, result.seconds)
+        done = "complete (continued)" if result.resumed else "complete"
+        what = f"{done}, {size} in {result.seconds:.1f} s ({rate} of input)"
+        memory = f", peak memory {format_bytes(result.peak_host_bytes)} beside the page cache"
+    else:
+        what, memory = f"complete already, {size}; nothing to do", ""
+    output.answer(f"{planned.request.output}: {what}{memory}")
     output.note(f"next: qtool inspect {planned.request.output} --verify")
     output.document(_document(planned, result))
 
@@ -66,12 +66,12 @@ def _totals(plan: QuantPlan) -> str:
 def _tensor_table(plan: QuantPlan) -> Any:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("tensor", overflow="ellipsis", no_wrap=True, max_width=MAX_NAME_WIDTH)
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
+    table.add_column("tensor", overflow="ellipsis", no_wrap=True, ratio=3)
     table.add_column("shape", no_wrap=True)
     table.add_column("in", justify="right", no_wrap=True)
     table.add_column("out", justify="right", no_wrap=True)
-    table.add_column("what and why", overflow="fold")
+    table.add_column("what and why", overflow="fold", ratio=2)
     for tensor in plan.tensors:
         what = plan.recipe.format.precision if tensor.action == "quantize" else "copy"
         table.add_row(

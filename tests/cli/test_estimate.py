@@ -124,7 +124,7 @@ def test_text_fits_the_terminal(large, monkeypatch, width):
 def test_nothing_fits_is_exit_code_3_with_what_would_help(large):
     ran = run("estimate", large, "--quant", "bf16", "--gpu", "RTX 3060", "--gpu", "4060")
     assert ran.exit_code == 3
-    assert "fits with --quant int8 (-" in ran.stdout
+    assert "fits with --quant int8 (saves " in ran.stdout
     document = run("estimate", large, "--quant", "bf16", "--gpu", "3060", "--json").document
     (plan,) = document["plans"]
     assert plan["fits"][0]["verdict"] == "no" and plan["fits"][0]["max_context"] == 0
