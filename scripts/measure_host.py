@@ -43,7 +43,7 @@ def main() -> None:
     """Measure, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[2.0, 8.0])
+    parser.add_argument("--gigabytes", type=float, nargs="*", default=[2.0, 8.0])
     parser.add_argument("--quant", default="nf4-dq")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
