@@ -58,9 +58,13 @@ class Output:
             return
         console = self._console(stderr=False)
         for renderable in renderables:
-            # A log keeps a sentence on one line; only a terminal wraps it.
-            is_log_line = isinstance(renderable, str) and not console.is_terminal
-            console.print(renderable, soft_wrap=is_log_line)
+            console.print(renderable)
+
+    def answer_line(self, text: str) -> None:
+        """Print one line to stdout; only a terminal wraps it, so that logs can be searched."""
+        if not self.json_mode:
+            console = self._console(stderr=False)
+            console.print(text, markup=False, soft_wrap=not console.is_terminal)
 
     def write_text(self, text: str) -> None:
         """Write `text` to stdout as it is and flush: generated tokens."""

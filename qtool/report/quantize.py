@@ -33,7 +33,7 @@ def report_result(output: Output, planned: PlannedRequest, result: QuantizeResul
         memory = f", peak memory {format_bytes(result.peak_host_bytes)} beside the page cache"
     else:
         what, memory = f"complete already, {size}; nothing to do", ""
-    output.answer(f"{planned.request.output}: {what}{memory}")
+    output.answer_line(f"{planned.request.output}: {what}{memory}")
     output.note(f"next: qtool inspect {planned.request.output} --verify")
     output.document(_document(planned, result))
 
