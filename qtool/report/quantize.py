@@ -30,10 +30,11 @@ def report_result(output: Output, planned: PlannedRequest, result: QuantizeResul
         rate = format_rate(result.read_bytes, result.seconds)
         done = "complete (continued)" if result.resumed else "complete"
         what = f"{done}, {size} in {result.seconds:.1f} s ({rate} of input)"
-        memory = f", peak memory {format_bytes(result.peak_host_bytes)} beside the page cache"
     else:
-        what, memory = f"complete already, {size}; nothing to do", ""
-    output.answer_line(f"{planned.request.output}: {what}{memory}")
+        what = f"complete already, {size}; nothing to do"
+    output.answer_line(what)
+    peak = format_bytes(result.peak_host_bytes)
+    output.note(f"peak memory {peak}, without the page cache")
     output.note(f"next: qtool inspect {planned.request.output} --verify")
     output.document(_document(planned, result))
 
