@@ -4,6 +4,9 @@
 #   PIP_EXTRA_INDEX_URL=URL make demo   another package index too, such as PyTorch's CPU builds
 
 PYTHON ?= python3
+# The extra for the GPU's kernels: empty without an NVIDIA driver.
+CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\(1[23]\)\..*/cuda\1/p' | head -1)
+COMMA := ,
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
@@ -38,11 +41,11 @@ clean:  ## remove what the other targets made
 .venv/installed-run: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null \
 		|| { echo "$(PYTHON) is no Python >= 3.11; name one: make PYTHON=python3.12"; exit 1; }
-	@echo "installing qtool[run] into .venv; the first time takes a few minutes"
+	@echo "installing qtool[run$(CUDA:%=$(COMMA)%)] into .venv; the first time takes a few minutes"
 	$(PYTHON) -m venv .venv
-	$(INSTALL) ".[run]"
+	$(INSTALL) ".[run$(CUDA:%=$(COMMA)%)]"
 	@touch $@
 
 .venv/installed-test: .venv/installed-run
-	$(INSTALL) ".[run,test]"
+	$(INSTALL) ".[run,test,$(or $(CUDA),cuda13)]"  # the tests compile the kernels on any machine
 	@touch $@

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from qtool.errors import QtoolError
+
 if TYPE_CHECKING:
     from qtool.backends.protocol import Backend
 
-BackendChoice = Literal["auto", "cpu"]
+BackendChoice = Literal["auto", "cpu", "cuda"]
 
 
 class ChosenBackend(NamedTuple):
@@ -23,8 +25,31 @@ class ChosenBackend(NamedTuple):
 
 
 def choose_backend(choice: BackendChoice = "auto") -> ChosenBackend:
-    """The backend for this machine, with the reason, which the output shows."""
+    """The backend for this machine, with the reason, which the output shows.
+
+    Nothing is loaded or claimed yet: that happens when the backend is first used.
+
+    Raises:
+        QtoolError: unsupported, if `cuda` was asked for and cannot run here.
+    """
+    from qtool.backends.cuda_driver import NoCudaError, find_cuda_device
+
+    if choice == "cpu":
+        return _cpu("asked for")
+    try:
+        device = find_cuda_device()
+    except NoCudaError as error:
+        if choice == "auto":
+            return _cpu(f"auto: {error.reason}")
+        message = f"--backend cuda cannot run here: {error.reason}"
+        raise QtoolError(message, kind="unsupported", hint=error.hint) from error
+    from qtool.backends.cuda import CudaBackend
+
+    reason = "asked for" if choice == "cuda" else "auto: it has a GPU"
+    return ChosenBackend(CudaBackend(), f"{reason} ({device.name})")
+
+
+def _cpu(reason: str) -> ChosenBackend:
     from qtool.backends.cpu import CpuBackend, describe_cpu
 
-    reason = "asked for" if choice == "cpu" else "auto: the kernels of this version run on the CPU"
     return ChosenBackend(CpuBackend(), f"{reason} ({describe_cpu()})")

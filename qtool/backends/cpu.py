@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qtool.backends import decision_tables
+from qtool.backends.arguments import check_four_bit, check_int8, check_nested, check_values
 from qtool.backends.decision_tables import INFINITY_BITS
-from qtool.backends.protocol import SourceArray
+from qtool.backends.protocol import Reservation, SourceArray
 from qtool.formats.codebooks import CODES, dynamic_map
-from qtool.formats.floats import NUMPY_DTYPES
-from qtool.formats.precisions import BLOCKSIZES, NESTED_BLOCKSIZE, QuantType
+from qtool.formats.precisions import QuantType
 from qtool.formats.tensors import SourceDtype
+
+DEFAULT_TILE_BYTES = 4 << 20  # input and output of a few workers stay in the cache
 
 
 class CpuBackend:
@@ -29,6 +31,19 @@ class CpuBackend:
     """
 
     name = "cpu"
+    peak_device_bytes = 0
+    page_locked_bytes = 0
+
+    def reserve(self, num_workers: int | None, tile_bytes: int | None) -> Reservation:
+        """See `Backend.reserve`: a worker per core; tiles that stay in its cache."""
+        return Reservation(num_workers or num_usable_cores(), tile_bytes or DEFAULT_TILE_BYTES)
+
+    def release(self) -> None:
+        """See `Backend.release`: nothing is held."""
+
+    def host_buffer(self, num_bytes: int) -> NDArray[np.uint8]:
+        """See `Backend.host_buffer`."""
+        return np.empty(num_bytes, np.uint8)
 
     def quantize_4bit(
         self,
@@ -42,7 +57,7 @@ class CpuBackend:
         """See `Backend.quantize_4bit`."""
         from qtool.backends import cpu_kernels as kernels
 
-        _check_four_bit(values, dtype, blocksize, packed, absmax)
+        check_four_bit(values, dtype, blocksize, packed, absmax)
         if dtype == "F32":
             from_f32 = kernels.quantize_nf4_f32 if quant_type == "nf4" else kernels.quantize_fp4_f32
             return int(from_f32(values, blocksize, packed, absmax))
@@ -65,7 +80,7 @@ class CpuBackend:
         """See `Backend.dequantize_4bit`."""
         from qtool.backends import cpu_kernels as kernels
 
-        _check_four_bit(values, dtype, blocksize, packed, absmax)
+        check_four_bit(values, dtype, blocksize, packed, absmax)
         kernels.dequantize_4bit(
             packed, absmax, CODES[quant_type], blocksize, _typed_bits(values, dtype)
         )
@@ -79,7 +94,7 @@ class CpuBackend:
         """See `Backend.quantize_absmax`."""
         from qtool.backends import cpu_kernels as kernels
 
-        _check_nested(absmax, codes, nested_absmax)
+        check_nested(absmax, codes, nested_absmax)
         if absmax.size == 0:
             return np.float32(0)
         offset = np.float32(kernels.mean_in_fixed_order(absmax))
@@ -103,7 +118,7 @@ class CpuBackend:
         """See `Backend.dequantize_absmax`."""
         from qtool.backends import cpu_kernels as kernels
 
-        _check_nested(absmax, codes, nested_absmax)
+        check_nested(absmax, codes, nested_absmax)
         kernels.dequantize_absmax(codes, nested_absmax, np.float32(offset), dynamic_map(), absmax)
 
     def quantize_int8(
@@ -116,7 +131,7 @@ class CpuBackend:
         """See `Backend.quantize_int8`."""
         from qtool.backends import cpu_kernels as kernels
 
-        _check_int8(rows, dtype, codes, scb)
+        check_int8(rows, dtype, codes, scb)
         values = _typed_bits(rows, dtype).reshape(-1)
         return int(kernels.quantize_int8(values, *rows.shape, codes.reshape(-1), scb))
 
@@ -130,7 +145,7 @@ class CpuBackend:
         """See `Backend.dequantize_int8`."""
         from qtool.backends import cpu_kernels as kernels
 
-        _check_int8(rows, dtype, codes, scb)
+        check_int8(rows, dtype, codes, scb)
         values = _typed_bits(rows, dtype).reshape(-1)
         kernels.dequantize_int8(codes.reshape(-1), scb, rows.shape[1], values)
 
@@ -138,7 +153,7 @@ class CpuBackend:
         """See `Backend.count_nonfinite`."""
         from qtool.backends import cpu_kernels as kernels
 
-        _check("values", values, NUMPY_DTYPES[dtype], values.shape)
+        check_values(values, dtype)
         flat: NDArray[Any] = values.reshape(-1)
         if dtype == "F32":
             return int(kernels.count_nonfinite(flat.view(np.uint32), 1 << 31, 0x7F800000))
@@ -150,51 +165,17 @@ def _typed_bits(values: SourceArray, dtype: SourceDtype) -> NDArray[Any]:
     return values.view(np.int16) if dtype == "F16" else values
 
 
-def _check_four_bit(
-    values: SourceArray,
-    dtype: SourceDtype,
-    blocksize: int,
-    packed: NDArray[np.uint8],
-    absmax: NDArray[np.float32],
-) -> None:
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize {blocksize} is none of {BLOCKSIZES}")
-    _check("values", values, NUMPY_DTYPES[dtype], (values.size,))
-    _check("packed", packed, np.uint8, (-(-values.size // 2),))
-    _check("absmax", absmax, np.float32, (-(-values.size // blocksize),))
-
-
-def _check_nested(
-    absmax: NDArray[np.float32], codes: NDArray[np.uint8], nested_absmax: NDArray[np.float32]
-) -> None:
-    _check("absmax", absmax, np.float32, (absmax.size,))
-    _check("codes", codes, np.uint8, absmax.shape)
-    _check("nested_absmax", nested_absmax, np.float32, (-(-absmax.size // NESTED_BLOCKSIZE),))
-
-
-def _check_int8(
-    rows: SourceArray, dtype: SourceDtype, codes: NDArray[np.int8], scb: NDArray[np.float32]
-) -> None:
-    if rows.ndim != 2:
-        raise ValueError(f"rows: expected two dimensions, found {rows.shape}")
-    _check("rows", rows, NUMPY_DTYPES[dtype], rows.shape)
-    _check("codes", codes, np.int8, rows.shape)
-    _check("scb", scb, np.float32, rows.shape[:1])
-
-
-def _check(name: str, array: NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]) -> None:
-    """The kernels check nothing, and a wrong size would write into foreign memory."""
-    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
-        layout = "contiguous" if array.flags.c_contiguous else "strided"
-        raise ValueError(
-            f"{name}: expected contiguous {np.dtype(dtype)} {shape}, "
-            f"found {layout} {array.dtype} {array.shape}"
-        )
+def num_usable_cores() -> int:
+    """Cores that this process may run on (containers and taskset included)."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
 
 
 def describe_cpu() -> str:
     """What the kernels run on, for people: usable cores and vector instructions."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = num_usable_cores()
     return f"{cores} {'core' if cores == 1 else 'cores'}, {vector_instructions()}"
 
 

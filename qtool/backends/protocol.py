@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,14 +15,52 @@ from qtool.formats.tensors import SourceDtype
 SourceArray = NDArray[np.uint16] | NDArray[np.float16] | NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a backend could claim for a run: never more than asked, less where memory is short."""
+
+    num_workers: int
+    tile_bytes: int
+    notes: tuple[str, ...] = ()  # what the user should know: less than asked, slower copies
+
+
 class Backend(Protocol):
     """The kernels of one device.
 
-    Arrays are C-contiguous and belong to the caller, outputs too. Every method may be called from
-    several threads at once with disjoint outputs.
+    Arrays are C-contiguous host arrays and belong to the caller, outputs too. Every method may be
+    called from several threads at once with disjoint outputs, and returns when the outputs are
+    filled.
     """
 
     name: str
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """The most device memory held so far, beyond the context of the driver; 0 on the CPU."""
+        ...
+
+    @property
+    def page_locked_bytes(self) -> int:
+        """Page-locked host memory held now; it is in no count of anonymous memory."""
+        ...
+
+    def reserve(self, num_workers: int | None, tile_bytes: int | None) -> Reservation:
+        """Claim what that many callers at once need for tiles of `tile_bytes` of source values.
+
+        None means what suits the device. Calls outside of a reservation are possible, and slower.
+
+        Raises:
+            QtoolError: memory, if even the smallest tile does not fit.
+        """
+        ...
+
+    def release(self) -> None:
+        """Give back what `reserve` claimed and every `host_buffer`, none of which is in use."""
+        ...
+
+    def host_buffer(self, num_bytes: int) -> NDArray[np.uint8]:
+        """Uninitialised host memory from which and to which the device copies fastest."""
+        ...
 
     def quantize_4bit(
         self,

@@ -24,7 +24,7 @@ from qtool.doctor.records import Check
 NVIDIA_SMI_TIMEOUT_S: Final = 20  # without persistence mode each GPU takes seconds to wake up
 MOSTLY_TAKEN: Final = 0.5  # of the memory: less free than this is worth a warning
 CUPY_PACKAGES: Final = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
-CUPY_LIBRARIES: Final = ("nvrtc", "cublas")  # compiles the kernels; loaded on import of cublas
+CUPY_LIBRARIES: Final = ("nvrtc",)  # compiles the kernels; CuPy brings the runtime itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +157,8 @@ def check_cupy(smi: NvidiaSmi) -> Iterator[Check]:
     missing = [name for name in CUPY_LIBRARIES if find_cuda_library(name, major) is None]
     if missing:
         found = f"not found: {', '.join(f'lib{name}.so' for name in missing)}"
-        extra = f'"{package}[ctk]"' if major else _cupy_extra(smi)
-        yield Check("cuda libraries", "fail", found, f"pip install {extra}, or set CUDA_PATH")
+        fix = f"pip install {_cupy_extra(smi)}, or set CUDA_PATH"
+        yield Check("cuda libraries", "fail", found, fix)
     else:
         yield Check("cuda libraries", "ok", ", ".join(f"lib{name}" for name in CUPY_LIBRARIES))
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from qtool.backends import BackendChoice, choose_backend
 from qtool.backends.protocol import Backend
 from qtool.doctor.records import Check
+from qtool.errors import QtoolError
 from qtool.formats import double_quant, floats, four_bit, int8
 from qtool.formats.precisions import QuantType
 
@@ -27,7 +28,11 @@ BLOCKSIZE: Final = 64
 
 def check_round_trip(choice: BackendChoice) -> Iterator[Check]:
     """Quantize and dequantize on one backend; every byte must be the reference's."""
-    backend = choose_backend(choice).backend
+    try:
+        backend = choose_backend(choice).backend
+    except QtoolError as error:
+        yield Check(choice, "info", error.message, error.hint)
+        return
     wrong = differing_formats(backend)
     if wrong:
         fix = "reinstall numba (CPU) or cupy (GPU); do not use this backend until it agrees"

@@ -65,7 +65,7 @@ def inspect_path(
 
 def _compare(checkpoint: Checkpoint, against: str, on_event: OnEvent) -> Comparison:
     original = open_checkpoint(against, need="files", need_config=False, on_event=on_event)
-    return compare_checkpoints(checkpoint, original, choose_backend().backend, on_event)
+    return compare_checkpoints(checkpoint, original, choose_backend("cpu").backend, on_event)
 
 
 def _verify(checkpoint: Checkpoint, on_event: OnEvent) -> Verification:

@@ -1,4 +1,4 @@
-"""The reference and the CPU backend against bytes that bitsandbytes' CUDA kernels wrote."""
+"""The reference and the backends against bytes that bitsandbytes' CUDA kernels wrote."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 
 from qtool.backends import decision_tables
 from qtool.backends.cpu import CpuBackend
+from qtool.backends.cuda import CudaBackend
 from qtool.formats import double_quant, floats, four_bit
 from qtool.formats.codebooks import NF4_THRESHOLDS
 from tests.backends.golden import read_golden
@@ -30,7 +31,13 @@ def golden(test_data):
     return cases
 
 
-@pytest.fixture(params=[ReferenceBackend, CpuBackend], ids=lambda kind: kind.name)
+@pytest.fixture(
+    params=[
+        pytest.param(ReferenceBackend, id="reference"),
+        pytest.param(CpuBackend, id="cpu"),
+        pytest.param(CudaBackend, id="cuda", marks=pytest.mark.gpu),
+    ]
+)
 def backend(request):
     return request.param()
 

@@ -243,7 +243,7 @@ class TestCupy:
         monkeypatch.setattr(gpu.ctypes.util, "find_library", lambda name: None)
         check = by_name(gpu.check_cupy(H200))["cuda libraries"]
         assert check.status == "fail" and "libnvrtc.so" in check.found
-        assert 'pip install "cupy-cuda13x[ctk]"' in check.fix
+        assert 'pip install "qtool[cuda13]"' in check.fix
 
     @pytest.mark.parametrize("place", ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "cuda/lib64"])
     def test_libraries_are_found_where_they_are_installed(self, place, monkeypatch, tmp_path):

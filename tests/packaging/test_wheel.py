@@ -27,6 +27,7 @@ DEMO_FILES = {
 # No server answers there: what works with it works offline.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
 INSTALL_TIMEOUT_S = 900
+CODE_SUFFIXES = {".py", ".cu", ".cuh"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -94,7 +95,7 @@ def test_wheel_holds_the_package_its_data_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"qtool"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"cupy_kernels", "qtool"}
     parts = {part for name in names for part in Path(name).parts}
     assert not [part for part in parts if part.startswith(("test", "conftest", "__pycache__"))]
     assert {"qtool/py.typed", "qtool/configs/gpus.toml"} <= names
@@ -106,10 +107,12 @@ def test_wheel_holds_the_package_its_data_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-def test_wheel_holds_every_module_of_the_source(wheel: Path) -> None:
+def test_wheel_holds_every_module_and_kernel_of_the_source(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        shipped = {name for name in archive.namelist() if name.endswith(".py")}
-    assert shipped == {str(path.relative_to(ROOT)) for path in (ROOT / "qtool").rglob("*.py")}
+        shipped = {name for name in archive.namelist() if Path(name).suffix in CODE_SUFFIXES}
+    packages = (ROOT / "qtool", ROOT / "cupy_kernels")
+    paths = [path for package in packages for path in package.rglob("*")]
+    assert shipped == {str(p.relative_to(ROOT)) for p in paths if p.suffix in CODE_SUFFIXES}
 
 
 def test_light_install_has_no_torch(light: Environment) -> None:

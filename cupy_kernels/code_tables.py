@@ -1,0 +1,67 @@
+"""The code tables of `qtool.formats` as a CUDA header, so that they are written down once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import numpy as np
+
+from cupy_kernels.decision_bins import (
+    DecisionBins,
+    DynamicSlots,
+    dynamic_slots,
+    fp4_bins,
+    nf4_bins,
+)
+from qtool.formats.codebooks import FP4_CODE, NF4_CODE
+
+
+@cache
+def code_tables_header() -> str:
+    """The text of code_tables.cuh: floats as hexadecimal literals, which are exact."""
+    return "\n".join(
+        [
+            "#pragma once",
+            "struct __align__(8) DecisionBin { float threshold; unsigned int code; };",
+            *_four_bit("nf4", nf4_bins()),
+            *_four_bit("fp4", fp4_bins()),
+            _floats("nf4_code", NF4_CODE),
+            _floats("fp4_code", FP4_CODE),
+            *_dynamic(dynamic_slots()),
+            "",
+        ]
+    )
+
+
+def _four_bit(name: str, bins: DecisionBins) -> list[str]:
+    return [
+        _bins(name, bins.thresholds, bins.codes),
+        f"constexpr float {name.upper()}_BIN_SCALE = {bins.scale}.0f;",
+        f"constexpr int {name.upper()}_ZERO_BIN = {bins.zero_bin};",
+    ]
+
+
+def _dynamic(slots: DynamicSlots) -> list[str]:
+    return [
+        _bins("dynamic", slots.thresholds, slots.codes),
+        f"constexpr int DYNAMIC_SLOTS = {len(slots.codes) // 2};",
+        f"constexpr int DYNAMIC_FIRST_SLOT = {slots.first_slot};",
+    ]
+
+
+def _bins(name: str, thresholds: Iterable[float], codes: Iterable[int]) -> str:
+    entries = ", ".join(
+        f"{{{_literal(threshold)}, {code}u}}"
+        for threshold, code in zip(thresholds, codes, strict=True)
+    )
+    return f"__device__ const DecisionBin {name}_bins[] = {{{entries}}};"
+
+
+def _floats(name: str, values: Iterable[float]) -> str:
+    literals = ", ".join(_literal(float(value)) for value in values)
+    return f"__device__ const float {name}[] = {{{literals}}};"
+
+
+def _literal(value: float) -> str:
+    return f"{float(np.float32(value)).hex()}f"

@@ -1,0 +1,13 @@
+// absmax from its 8-bit codes; the rules are in qtool/formats/double_quant.py.
+#include "source_dtypes.cuh"
+
+constexpr int NESTED_BLOCKSIZE_LOG2 = 8;
+
+// codes: uint8 (m,), nested_absmax: (ceil(m/256),), nested_code: (256,) -> absmax: (m,).
+extern "C" __global__ void __launch_bounds__(256) dequantize_absmax(
+    const uint8* __restrict__ codes, int64 count, const float* __restrict__ nested_absmax,
+    const float* __restrict__ nested_code, float offset, float* __restrict__ absmax) {
+    int64 stride = int64(gridDim.x) * blockDim.x;
+    for (int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride)
+        absmax[i] = nested_code[codes[i]] * nested_absmax[i >> NESTED_BLOCKSIZE_LOG2] + offset;
+}

@@ -1,0 +1,88 @@
+"""Is there a GPU that the CUDA kernels can use? Asked of the driver alone, without CuPy."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cupy_kernels import OLDEST_COMPUTE_CAPABILITY
+
+_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+INSTALL_HINT = "pip install 'qtool[cuda13]' (driver 580 or newer) or 'qtool[cuda12]'"
+
+
+@dataclass(frozen=True, slots=True)
+class CudaDevice:
+    """The first visible GPU."""
+
+    name: str
+    compute_capability: tuple[int, int]
+
+
+class NoCudaError(Exception):
+    """Why the CUDA kernels cannot run here; `hint` is what to do about it."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+def find_cuda_device() -> CudaDevice:
+    """The GPU that the CUDA backend would use.
+
+    Raises:
+        NoCudaError: no driver, no GPU, one that is too old, or no CuPy.
+    """
+    device = _first_device(_load_driver())
+    if device.compute_capability < OLDEST_COMPUTE_CAPABILITY:
+        found, oldest = (
+            ".".join(map(str, version))
+            for version in (device.compute_capability, OLDEST_COMPUTE_CAPABILITY)
+        )
+        raise NoCudaError(
+            f"{device.name} has compute capability {found}, the kernels need {oldest} (Turing)",
+            hint="use --backend cpu, or a newer GPU",
+        )
+    if importlib.util.find_spec("cupy") is None:
+        raise NoCudaError(f"{device.name} is there, CuPy is not installed", hint=INSTALL_HINT)
+    return device
+
+
+def _load_driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise NoCudaError(
+            "no NVIDIA driver was found", hint="use --backend cpu, or install the driver"
+        ) from None
+
+
+def _first_device(driver: ctypes.CDLL) -> CudaDevice:
+    count, device = ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _call(driver, driver.cuInit, 0)
+    _call(driver, driver.cuDeviceGetCount, ctypes.byref(count))
+    if count.value == 0:
+        raise NoCudaError("the NVIDIA driver sees no GPU", hint="check CUDA_VISIBLE_DEVICES")
+    _call(driver, driver.cuDeviceGet, ctypes.byref(device), 0)
+    _call(driver, driver.cuDeviceGetName, name, len(name), device)
+    for attribute, value in (
+        (_COMPUTE_CAPABILITY_MAJOR, major),
+        (_COMPUTE_CAPABILITY_MINOR, minor),
+    ):
+        _call(driver, driver.cuDeviceGetAttribute, ctypes.byref(value), attribute, device)
+    return CudaDevice(name.value.decode(errors="replace"), (major.value, minor.value))
+
+
+def _call(driver: ctypes.CDLL, function: Callable[..., int], *arguments: Any) -> None:
+    status = function(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        driver.cuGetErrorString(status, ctypes.byref(text))
+        what = text.value.decode() if text.value else f"error {status}"
+        raise NoCudaError(f"the NVIDIA driver does not work: {what}", hint="run qtool doctor")
