@@ -15,6 +15,7 @@ from cupy_kernels.decision_bins import (
     nf4_bins,
 )
 from qtool.formats.codebooks import FP4_CODE, NF4_CODE
+from qtool.formats.reciprocal import CORRECTIONS
 
 
 @cache
@@ -29,6 +30,7 @@ def code_tables_header() -> str:
             _floats("nf4_code", NF4_CODE),
             _floats("fp4_code", FP4_CODE),
             *_dynamic(dynamic_slots()),
+            _bytes("reciprocal_corrections", CORRECTIONS),
             "",
         ]
     )
@@ -56,6 +58,10 @@ def _bins(name: str, thresholds: Iterable[float], codes: Iterable[int]) -> str:
         for threshold, code in zip(thresholds, codes, strict=True)
     )
     return f"__device__ const DecisionBin {name}_bins[] = {{{entries}}};"
+
+
+def _bytes(name: str, values: Iterable[int]) -> str:
+    return f"__device__ const signed char {name}[] = {{{', '.join(str(int(v)) for v in values)}}};"
 
 
 def _floats(name: str, values: Iterable[float]) -> str:

@@ -30,7 +30,7 @@ struct Scales {
     __device__ float of(int64 block) const {
 #if NESTED
         float nested = nested_absmax[block >> NESTED_BLOCKSIZE_LOG2];
-        return nested_code[absmax_codes[block]] * nested + offset;
+        return flushed_product(nested_code[absmax_codes[block]], nested) + offset;
 #else
         return absmax[block];
 #endif
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_4bit(
         for (int i = 0; i < OCTET; i++) {
             // The first code of a byte is the upper one.
             float entry = __shfl_sync(FULL_WARP, own_entry, codes[c] >> (4 * (i ^ 1)));
-            values[i] = entry * scale[c];
+            values[i] = flushed_product(entry, scale[c]);
         }
         Octet<TARGET> octet;
         octet.narrow(values);

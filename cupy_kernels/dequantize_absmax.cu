@@ -8,6 +8,8 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_absmax(
     const uint8* __restrict__ codes, int64 count, const float* __restrict__ nested_absmax,
     const float* __restrict__ nested_code, float offset, float* __restrict__ absmax) {
     int64 stride = int64(gridDim.x) * blockDim.x;
-    for (int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride)
-        absmax[i] = nested_code[codes[i]] * nested_absmax[i >> NESTED_BLOCKSIZE_LOG2] + offset;
+    for (int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
+        float nested = nested_absmax[i >> NESTED_BLOCKSIZE_LOG2];
+        absmax[i] = flushed_product(nested_code[codes[i]], nested) + offset;
+    }
 }

@@ -111,11 +111,14 @@ def _target() -> str:
 
 
 def _cached_image(name: str, defines: Defines, target: str) -> Path:
-    """The file of the machine code; where the cache cannot be written, one for this process."""
-    from cupy.cuda import nvrtc
+    """The file of the machine code; where the cache cannot be written, one for this process.
+
+    CuPy's version stands for the compiler's, which takes a while to load.
+    """
+    import cupy
 
     parts = [_source(name), *map(str, _headers().items())]
-    parts += [*_options(defines, target), str(nvrtc.getVersion())]
+    parts += [*_options(defines, target), cupy.__version__]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     suffix = "cubin" if target.startswith("sm_") else "ptx"
     path = cache_folder() / f"{name}-{target}-{digest}.{suffix}"

@@ -10,8 +10,8 @@
 // into bins so narrow that each contains one threshold at most, and lane i of the warp holds bin i.
 // One shuffle fetches the bin's threshold, one the code below it. NaN lands in the last bin, whose
 // code is 0.
-#include "source_dtypes.cuh"
 #include "code_tables.cuh"
+#include "reciprocal.cuh"
 
 constexpr int THREADS = 256;
 constexpr int CHUNK = WARP * OCTET;
@@ -42,6 +42,7 @@ struct Nf4 {
     static constexpr float SCALE = NF4_BIN_SCALE;
     static constexpr int ZERO_BIN = NF4_ZERO_BIN;
     __device__ static DecisionBin bin(int i) { return nf4_bins[i]; }
+    __device__ static float scaled(float value, float inverse) { return value * inverse; }
     __device__ static float decided(float v) { return v; }
     __device__ static uint32 finish(uint32 codes, uint32) { return codes; }
 };
@@ -51,6 +52,10 @@ struct Fp4 {
     static constexpr float SCALE = FP4_BIN_SCALE;
     static constexpr int ZERO_BIN = FP4_ZERO_BIN;
     __device__ static DecisionBin bin(int i) { return fp4_bins[i]; }
+    // The sign needs the last bit of the smallest values; adding zero flushes a subnormal one.
+    __device__ static float scaled(float value, float inverse) {
+        return rounded_product(SOURCE::IS_FLOAT16 ? value : value + 0.0f, inverse);
+    }
     __device__ static float decided(float v) { return fabsf(v); }
 
     __device__ static uint32 finish(uint32 ranks, uint32 signs) {
@@ -66,7 +71,7 @@ __device__ uint32 encode(const float (&values)[OCTET], float inverse, DecisionBi
     uint32 signs = 0;
 #pragma unroll
     for (int i = 0; i < OCTET; i++) {
-        float v = values[i] * inverse;
+        float v = Q::scaled(values[i], inverse);
         float decided = Q::decided(v);
         int bin = __float_as_int(__fmaf_rn(decided, Q::SCALE, bin_magic<Q>()));
         float threshold = __shfl_sync(FULL_WARP, own_bin.threshold, bin);
@@ -162,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS
     OwnBlock own(largest, lane);
     int64 block = tile / BLOCKSIZE + own.index;
     if (own.stores && block * BLOCKSIZE < num_values) absmax[block] = own.absmax;
-    float own_inverse = __frcp_rn(own.absmax);
+    float own_inverse = reciprocal(own.absmax);
 
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {

@@ -6,8 +6,8 @@
 //
 // The code of a scaled value: its upper 15 bits are its slot. No slot has more than one threshold, so
 // one look at a table and one comparison tell.
-#include "source_dtypes.cuh"
 #include "code_tables.cuh"
+#include "reciprocal.cuh"
 
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / WARP;
@@ -162,7 +162,7 @@ struct Block {
             largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, step));
         if (threadIdx.x % WARP == 0) nested_absmax[first / NESTED_BLOCKSIZE] = largest;
 
-        float inverse = __frcp_rn(largest);
+        float inverse = reciprocal(largest);
         uint32 words[2] = {0, 0};
 #pragma unroll
         for (int i = 0; i < OCTET; i++)

@@ -4,7 +4,7 @@
 //
 // The threads of a row keep it in registers between its maximum and its codes, so it is read once.
 // Rows longer than ROW_THREADS * OCTETS * 8 values are read again, from the L2 cache.
-#include "source_dtypes.cuh"
+#include "reciprocal.cuh"
 
 constexpr int ROW_CAPACITY = ROW_THREADS * OCTETS * OCTET;
 constexpr int THREADS = ROW_THREADS > 256 ? ROW_THREADS : 256;
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS
     if (!exists) return;
 
     if (begin == 0) scb[row] = own_largest;
-    float scale = 127.0f * __frcp_rn(own_largest);
+    float scale = 127.0f * reciprocal(own_largest);
 #pragma unroll
     for (int i = 0; i < OCTETS; i++)
         store_codes(octets[i], scale, codes, begin + i * ROW_THREADS * OCTET, row_size, aligned);

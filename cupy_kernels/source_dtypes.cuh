@@ -1,6 +1,7 @@
 // The floating-point dtypes of weights, eight values at a time.
 //
-// Compiled with --ftz=true: float32 subnormals are zero in every operation, as in qtool.formats.
+// Compiled with --ftz=true: float32 subnormals are zero in every operation, as in qtool.formats. But
+// the hardware takes a product for subnormal before it rounds it, which the products below mend.
 // No CUDA header is needed, so that a machine with a driver and NVRTC alone compiles this.
 #pragma once
 
@@ -17,6 +18,20 @@ constexpr int WARP = 32;
 constexpr float LARGEST_FLOAT = 3.402823466e38f;
 constexpr float LOWEST = -LARGEST_FLOAT;  // absmax of nothing but NaN
 constexpr float SMALLEST_NORMAL = 1.175494351e-38f;
+
+// a * b rounded, subnormal results too; what reads it next takes those for zero.
+__device__ inline float rounded_product(float a, float b) {
+    float product;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+    return product;
+}
+
+// a * b rounded, and then zero if it is subnormal.
+__device__ inline float flushed_product(float a, float b) {
+    float flushed;
+    asm("mul.rn.ftz.f32 %0, %1, 0f3F800000;" : "=f"(flushed) : "f"(rounded_product(a, b)));
+    return flushed;
+}
 
 struct Bf16 {
     using Bits = uint16;

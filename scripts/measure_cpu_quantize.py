@@ -277,7 +277,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="4096x14336", help="rows x columns of the weight")
-    parser.add_argument("--dtype", action="append", choices=list(NUMPY_DTYPES), help="[BF16]")
+    parser.add_argument("--dtype", action="append", choices=list(NUMPY_DTYPES), help="[all]")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="write the result here")
@@ -289,7 +289,7 @@ def main() -> None:
     arguments = parse_arguments()
     num_rows, num_columns = (int(size) for size in arguments.shape.split("x"))
     rows: list[Row] = []
-    for dtype in arguments.dtype or ["BF16"]:
+    for dtype in arguments.dtype or NUMPY_DTYPES:
         rows += rows_of(
             Weights((num_rows, num_columns), dtype, arguments.threads), arguments.repeats
         )

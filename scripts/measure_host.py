@@ -67,7 +67,7 @@ def main() -> None:
 
 def usable_cores() -> int:
     """Cores that this process may use."""
-    from qtool.quantize.command import num_usable_cores
+    from qtool.backends.cpu import num_usable_cores
 
     return num_usable_cores()
 

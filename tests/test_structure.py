@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "qtool"
 LAYERS = [
     {"cli"},
     {"report"},
-    {"demo"},
+    {"bench", "demo"},
     {"doctor", "finetune", "inspection", "planner", "runtime"},
     {"quantize"},
     {"architecture", "backends", "checkpoint"},
@@ -29,11 +29,13 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HOMES = {
     "typer": {"cli"},
     "rich": {"report"},
-    "torch": {"runtime", "finetune"},
-    "transformers": {"runtime", "finetune"},
+    "torch": {"bench", "runtime", "finetune"},
+    "transformers": {"bench", "runtime", "finetune"},
     "accelerate": {"runtime", "finetune"},
     "peft": {"runtime", "finetune"},
-    "cupy": {"backends"},
+    "bitsandbytes": {"bench"},
+    "cupy": {"backends", "bench"},
+    "cupy_kernels": {"backends", "bench", "runtime"},
     "numba": {"backends"},
     "huggingface_hub": {"checkpoint", "doctor"},
 }

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,18 @@ from qtool.formats.codebooks import CODES, dynamic_map
 from qtool.formats.precisions import QuantType
 from qtool.formats.tensors import SourceDtype
 
+# The integers by whose type the kernels tell the dtypes apart.
+BIT_DTYPES: Final[dict[SourceDtype, type[np.generic]]] = {
+    "BF16": np.uint16,
+    "F16": np.int16,
+    "F32": np.uint32,
+}
+# The least magnitude that float16 rounds to infinity: 65520, in BF16 the next above it.
+FLOAT16_OVERFLOW_BITS: Final[dict[SourceDtype, int]] = {
+    "BF16": 0x4780,
+    "F16": 0x7C00,
+    "F32": 0x477FF000,
+}
 DEFAULT_TILE_BYTES = 4 << 20  # input and output of a few workers stay in the cache
 
 
@@ -58,15 +72,24 @@ class CpuBackend:
         from qtool.backends import cpu_kernels as kernels
 
         check_four_bit(values, dtype, blocksize, packed, absmax)
+        quantize: Callable[..., int]
         if dtype == "F32":
-            from_f32 = kernels.quantize_nf4_f32 if quant_type == "nf4" else kernels.quantize_fp4_f32
-            return int(from_f32(values, blocksize, packed, absmax))
-        if quant_type == "nf4":
-            from_16bit, table = kernels.quantize_nf4_16bit, decision_tables.nf4_table(dtype)
+            bits: NDArray[Any] = values.view(np.uint32)
+            quantize = partial(kernels.quantize_4bit_f32, quant_type == "nf4", blocksize)
         else:
-            from_16bit, table = kernels.quantize_fp4_16bit, decision_tables.fp4_table(dtype)
-        scale = decision_tables.absmax_values(dtype)
-        return int(from_16bit(values.view(np.uint16), table, scale, blocksize, packed, absmax))
+            bits = values.view(np.uint16)
+            tables = decision_tables.search_tables(dtype, quant_type)
+            order = decision_tables.CODE_ORDER[quant_type]
+            scale = decision_tables.absmax_values(dtype)
+            quantize = partial(kernels.quantize_4bit_16bit, tables, order, scale, blocksize)
+        whole = bits.size - bits.size % blocksize
+        num_bad = quantize(bits[:whole], packed[: whole // 2], absmax[: whole // blocksize])
+        if whole < bits.size:  # the kernels take whole blocks
+            last, last_packed = np.zeros(blocksize, bits.dtype), np.empty(blocksize // 2, np.uint8)
+            last[: bits.size - whole] = bits[whole:]
+            num_bad += quantize(last, last_packed, absmax[-1:])
+            packed[whole // 2 :] = last_packed[: packed.size - whole // 2]
+        return int(num_bad)
 
     def dequantize_4bit(
         self,
@@ -81,9 +104,15 @@ class CpuBackend:
         from qtool.backends import cpu_kernels as kernels
 
         check_four_bit(values, dtype, blocksize, packed, absmax)
-        kernels.dequantize_4bit(
-            packed, absmax, CODES[quant_type], blocksize, _typed_bits(values, dtype)
-        )
+        bits, code = _bits(values, dtype), CODES[quant_type]
+        dequantize = partial(kernels.dequantize_4bit, code, blocksize)
+        whole = bits.size - bits.size % blocksize
+        dequantize(packed[: whole // 2], absmax[: whole // blocksize], bits[:whole])
+        if whole < bits.size:  # the kernels take whole blocks
+            last, last_packed = np.empty(blocksize, bits.dtype), np.zeros(blocksize // 2, np.uint8)
+            last_packed[: packed.size - whole // 2] = packed[whole // 2 :]
+            dequantize(last_packed, absmax[-1:], last)
+            bits[whole:] = last[: bits.size - whole]
 
     def quantize_absmax(
         self,
@@ -132,8 +161,9 @@ class CpuBackend:
         from qtool.backends import cpu_kernels as kernels
 
         check_int8(rows, dtype, codes, scb)
-        values = _typed_bits(rows, dtype).reshape(-1)
-        return int(kernels.quantize_int8(values, *rows.shape, codes.reshape(-1), scb))
+        limits = INFINITY_BITS[dtype], FLOAT16_OVERFLOW_BITS[dtype]
+        bits, row_size = _bits(rows, dtype), rows.shape[1]
+        return int(kernels.quantize_int8(*limits, row_size, bits, codes.reshape(-1), scb))
 
     def dequantize_int8(
         self,
@@ -146,23 +176,19 @@ class CpuBackend:
         from qtool.backends import cpu_kernels as kernels
 
         check_int8(rows, dtype, codes, scb)
-        values = _typed_bits(rows, dtype).reshape(-1)
-        kernels.dequantize_int8(codes.reshape(-1), scb, rows.shape[1], values)
+        kernels.dequantize_int8(rows.shape[1], codes.reshape(-1), scb, _bits(rows, dtype))
 
     def count_nonfinite(self, values: SourceArray, dtype: SourceDtype) -> int:
         """See `Backend.count_nonfinite`."""
         from qtool.backends import cpu_kernels as kernels
 
         check_values(values, dtype)
-        flat: NDArray[Any] = values.reshape(-1)
-        if dtype == "F32":
-            return int(kernels.count_nonfinite(flat.view(np.uint32), 1 << 31, 0x7F800000))
-        return int(kernels.count_nonfinite(flat.view(np.uint16), 1 << 15, INFINITY_BITS[dtype]))
+        return int(kernels.count_nonfinite(INFINITY_BITS[dtype], _bits(values, dtype)))
 
 
-def _typed_bits(values: SourceArray, dtype: SourceDtype) -> NDArray[Any]:
-    """`values` under the element type by which the kernels tell the dtypes apart."""
-    return values.view(np.int16) if dtype == "F16" else values
+def _bits(values: SourceArray, dtype: SourceDtype) -> NDArray[Any]:
+    """`values`, flat, as the kernels take them."""
+    return values.reshape(-1).view(BIT_DTYPES[dtype])
 
 
 def num_usable_cores() -> int:

@@ -1,20 +1,18 @@
 """Numba kernels of the CPU backend: single-threaded, without the GIL, no fast math.
 
 Callers cut the work and run several at once. Sizes and contiguity are the caller's duty: nothing
-here checks bounds. The arithmetic is that of `qtool.formats`, operation by operation, because the
-bytes must be the same; only its layout differs:
+here checks bounds, and the 4-bit kernels take whole blocks only. The arithmetic is that of
+`qtool.formats`, operation by operation, because the bytes must be the same.
 
-- Work goes in strips of 4096 values, copied to scratch memory that stays in the first-level cache
-  and padded with zeros at the end of the data, so that every block is a full one.
-- Loops are written for LLVM's vectorizer: unsigned indices (a signed one may be negative and wrap
-  around), codes as wide as the values compared (narrower ones are packed after every comparison),
-  packing into nibbles as a pass of its own.
+Values come and go as their bits, and the element type tells the dtype: uint16 is bfloat16, int16
+is float16, uint32 is float32.
 
-16-bit sources are quantized as integers with `decision_tables`. Elsewhere the element type tells
-the dtype: uint16 is bfloat16, int16 is the bits of float16, float32 is itself.
+There are two styles of loop. Where the cost of a weight hangs on what stays in registers, a kernel
+computes with the vectors of `cpu_vectors`. All else is plain loops that LLVM vectorizes, given
+unsigned indices (a signed one may be negative and wrap around).
 
 Every kernel is compiled on first use and cached on disk. The cache looks at this file only: after a
-change to what it imports (the code tables, say), save it anew.
+change to what it imports (the vectors or the code tables, say), save it anew.
 """
 
 from __future__ import annotations
@@ -26,28 +24,40 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from qtool.backends.cpu_vectors import (
+    convert,
+    full,
+    halving_sum,
+    largest,
+    load,
+    lookup,
+    maximum,
+    store,
+    view,
+)
 from qtool.formats.codebooks import FP4_THRESHOLDS, NF4_THRESHOLDS
 from qtool.formats.double_quant import SUM_GROUP
 from qtool.formats.int8 import INVERSE_127
 from qtool.formats.precisions import NESTED_BLOCKSIZE
+from qtool.formats.reciprocal import CORRECTIONS
 
-STRIP: Final = 4096  # the largest block size; all others divide it
+LANES: Final = 32  # the smallest block size; all others are multiples
+_HALF_LANES: Final = LANES // 2
+_STRIP: Final = 4096  # values that are looked at again if one of them is not finite
 
 # Division by zero gives infinity, as in the reference, instead of an exception.
 _OPTIONS: Final = {"nogil": True, "error_model": "numpy"}
 
 _SMALLEST_NORMAL = np.float32(2.0**-126)
+_LARGEST_SUBNORMAL_BITS = 0x007FFFFF
 _LOWEST = np.float32(np.finfo(np.float32).min)
+_MAGNITUDE_BITS = np.uint32(0x7FFFFFFF)
 _INFINITY_BITS = np.uint32(0x7F800000)
 _ROUND_TO_INT = np.float32(1.5 * 2**23)  # adding it leaves the rounded integer in the low bits
 
-_T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7, _T8, _T9, _T10, _T11, _T12, _T13, _T14 = NF4_THRESHOLDS
-_F0, _F1, _F2, _F3, _F4, _F5, _F6 = FP4_THRESHOLDS
-
 # Numba widens integers to 64 bit at every operation; these keep them small (and indices unsigned).
 u64, u32, u16, u8 = np.uint64, np.uint32, np.uint16, np.uint8
-i32, i16 = np.int32, np.int16
-f32 = np.float32
+i16, f32 = np.int16, np.float32
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,277 +78,261 @@ def helper(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled  # type: ignore[no-any-return]
 
 
-# ---- Strips -----------------------------------------------------------------------------------
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile into every caller, so that vectors stay in registers."""
+    compiled = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True, **_OPTIONS)(
+        function
+    )
+    return compiled  # type: ignore[no-any-return]
+
+
+# ---- Magnitudes -------------------------------------------------------------------------------
+
+
+@inlined
+def _magnitude_mask(bits: Any) -> Any:
+    """What is left of a value's bits without the sign."""
+    return bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
+
+
+@inlined
+def _largest_magnitude(bits: Any, first: int, size: int) -> Any:
+    """The largest magnitude among `size` values, as bits."""
+    mask = _magnitude_mask(bits)
+    found = load(bits, first, LANES) & mask
+    for j in range(first + u64(LANES), first + size, u64(LANES)):
+        found = maximum(found, load(bits, j, LANES) & mask)
+    return largest(found)
 
 
 @helper
-def _load(values: Any, start: int, stop: int, strip: Any) -> None:
-    """Copy values[start:stop] into `strip` and pad it with zeros."""
-    count = u64(stop - start)
-    for j in range(count):
-        strip[j] = values[u64(start) + j]
-    for j in range(count, u64(STRIP)):
-        strip[j] = 0
+def _finite_max(bits: Any, infinity: int, first: int, size: int) -> Any:
+    """The largest magnitude but NaN, as bits, and how many values are not finite."""
+    mask, found, num_bad = _magnitude_mask(bits), 0, 0
+    for j in range(first, first + size):
+        magnitude = int(bits[j]) & int(mask)
+        num_bad += int(magnitude >= infinity)
+        if magnitude <= infinity:
+            found = max(found, magnitude)
+    return found, num_bad
 
 
-@helper
-def _pack(codes: Any, count: int, packed: Any, first: int) -> None:
-    """Pack `count` codes into packed[first:], the earlier one of a pair in the high half."""
-    for j in range(u64((count + 1) // 2)):
-        packed[u64(first) + j] = u8((codes[j << u64(1)] << 4) | codes[(j << u64(1)) | u64(1)])
+# ---- 4 bit ------------------------------------------------------------------------------------
 
 
-# ---- 4 bit from 16-bit sources ----------------------------------------------------------------
+@inlined
+def _pack(pairs: Any, width: int) -> Any:
+    """Bytes of two codes, the earlier one in the high half.
+
+    A pair of codes of `width` bits is one integer here, with the earlier code in its low half.
+    """
+    return convert((pairs << 4) | (pairs >> width), np.uint8)
 
 
 @kernel
-def quantize_nf4_16bit(
-    bits: Any, table: Any, absmax_values: Any, blocksize: int, packed: Any, absmax: Any
+def quantize_4bit_16bit(
+    tables: Any,
+    order: Any,
+    absmax_values: Any,
+    blocksize: int,
+    bits: Any,
+    packed: Any,
+    absmax: Any,
 ) -> int:
-    """NF4 from `bits` uint16 (n,) of BF16 or F16; returns how many are not finite.
+    """NF4 or FP4 from the bits of BF16 or F16; returns how many values are not finite.
 
     Args:
-        bits: the values.
-        table: int16 (infinity + 1, 15), `decision_tables.nf4_table`.
+        tables: uint8 ((infinity + 1) * 64,), `decision_tables.search_tables`.
+        order: uint8 (16,), `decision_tables.CODE_ORDER`.
         absmax_values: float32 (infinity + 1,), `decision_tables.absmax_values`.
         blocksize: values per block.
-        packed: uint8 (ceil(n/2),), filled.
-        absmax: float32 (ceil(n/blocksize),), filled.
+        bits: uint16 (n,), whole blocks.
+        packed: uint8 (n/2,), filled.
+        absmax: float32 (n/blocksize,), filled.
     """
-    strip, codes = np.empty(STRIP, np.uint16), np.empty(STRIP, np.int16)
-    largest = np.empty(STRIP // blocksize, np.uint16)
+    size, num_blocks = u64(blocksize), u64(absmax.size)
+    infinity = u64(absmax_values.size - 1)
     num_bad = 0
-    for start in range(0, bits.size, STRIP):
-        stop = min(start + STRIP, bits.size)
-        _load(bits, start, stop, strip)
-        blocks = largest[: (stop - start + blocksize - 1) // blocksize]
-        bad = _absmax_16bit(strip, blocksize, absmax_values, blocks, absmax, start // blocksize)
-        _nf4_codes_16bit(strip, blocksize, table, blocks, codes)
+    if num_blocks == 0:
+        return num_bad
+    following = _largest_magnitude(bits, u64(0), size)
+    for block in range(num_blocks):
+        # The maximum is found one block ahead, so that the search need not wait for it.
+        first, after = block * size, min(block + u64(1), num_blocks - u64(1)) * size
+        row, following = u64(following), _largest_magnitude(bits, after, size)
+        absmax[block] = absmax_values[min(row, infinity)]
+        bad = row >= infinity
         if bad:
-            _zero_bad_codes(strip, absmax_values.size - 1, codes)
-            num_bad += bad
-        _pack(codes, stop - start, packed, start // 2)
+            found, count = _finite_max(bits, infinity, first, size)
+            row, num_bad = u64(found), num_bad + count
+            absmax[block] = absmax_values[row] if row or u64(count) < size else _LOWEST
+        for j in range(first, first + size, u64(LANES)):
+            ranks = _ranks(load(bits, j, LANES), tables, row * u64(64))
+            codes = lookup(load(order, u64(0), 16), ranks)
+            store(packed, j >> u64(1), _pack(view(codes, np.uint16), 8))
+        if bad:
+            _clear_bad_codes(bits, infinity, first, size, packed)
     return num_bad
 
 
-@kernel
-def quantize_fp4_16bit(
-    bits: Any, table: Any, absmax_values: Any, blocksize: int, packed: Any, absmax: Any
-) -> int:
-    """FP4, as `quantize_nf4_16bit`; `table` is int16 (infinity + 1, 8), `fp4_table`."""
-    strip, codes = np.empty(STRIP, np.uint16), np.empty(STRIP, np.int16)
-    largest = np.empty(STRIP // blocksize, np.uint16)
-    num_bad = 0
-    for start in range(0, bits.size, STRIP):
-        stop = min(start + STRIP, bits.size)
-        _load(bits, start, stop, strip)
-        blocks = largest[: (stop - start + blocksize - 1) // blocksize]
-        bad = _absmax_16bit(strip, blocksize, absmax_values, blocks, absmax, start // blocksize)
-        _fp4_codes_16bit(strip, blocksize, table, blocks, codes)
-        if bad:
-            _zero_bad_codes(strip, absmax_values.size - 1, codes)
-            num_bad += bad
-        _pack(codes, stop - start, packed, start // 2)
-    return num_bad
+@inlined
+def _ranks(bits: Any, tables: Any, row: int) -> Any:
+    """How many of the row's 15 thresholds each value exceeds, by binary search."""
+    values = view(bits, np.int16)
+    keys = values ^ ((values >> 15) & 0x7FFF)
+    at = view(full(LANES, 0x0100, np.uint16), np.uint8)
+    at = _descend(keys, tables, row, at)
+    at = _descend(keys, tables, row + u64(16), at)
+    at = _descend(keys, tables, row + u64(32), at)
+    at = _descend(keys, tables, row + u64(48), at)
+    return convert(view(at, np.uint16), np.uint8)
 
 
-@helper
-def _absmax_16bit(
-    strip: Any, blocksize: int, absmax_values: Any, largest: Any, absmax: Any, first_block: int
-) -> int:
-    """The strip's `largest` magnitudes per block, as bits, and its `absmax`.
+@inlined
+def _descend(keys: Any, tables: Any, step: int, at: Any) -> Any:
+    """From the threshold `at` of one step to one of the two below it, left or right.
 
-    Returns how many values are not finite.
+    There are 2^s thresholds at step s. Threshold i has its low byte at entry i of the step's table
+    and its high byte at entry 2^s + i; `at` holds both positions, for every key. Below it are 2i
+    and 2i + 1, so positions double, and grow by one where the key exceeds the threshold. After the
+    last step the first position is the number of thresholds exceeded.
     """
-    infinity = absmax_values.size - 1
-    size = u64(blocksize)
-    num_bad = 0
-    for block in range(u64(largest.size)):
-        bits = u16(0)
-        for j in range(block * size, (block + u64(1)) * size):
-            bits = max(bits, u16(strip[j] & u16(0x7FFF)))
-        value = absmax_values[u64(min(bits, infinity))]
-        if bits >= infinity:
-            bits, bad, is_nan = _finite_max_16bit(strip, block * size, size, infinity)
-            value = _LOWEST if is_nan else absmax_values[u64(bits)]
-            num_bad += bad
-        largest[block] = bits
-        absmax[u64(first_block) + block] = value
-    return num_bad
+    thresholds = view(lookup(load(tables, step, 16), at), np.int16)
+    return at + at - view(keys > thresholds, np.uint8)
 
 
 @helper
-def _finite_max_16bit(strip: Any, first: int, size: int, infinity: int) -> Any:
-    """Of a block: the largest magnitude but NaN, the number of bad values, whether all are NaN."""
-    largest, num_bad, num_nan = u16(0), 0, 0
-    for j in range(first, first + size):
-        magnitude = u16(strip[j] & u16(0x7FFF))
-        num_bad += int(magnitude >= infinity)
-        num_nan += int(magnitude > infinity)
-        if magnitude <= infinity:
-            largest = max(largest, magnitude)
-    return largest, num_bad, num_nan == size
-
-
-@helper
-def _nf4_codes_16bit(strip: Any, blocksize: int, table: Any, largest: Any, codes: Any) -> None:
-    size = u64(blocksize)
-    for block in range(u64(largest.size)):
-        row = u64(largest[block])
-        t0, t1, t2, t3 = table[row, 0], table[row, 1], table[row, 2], table[row, 3]
-        t4, t5, t6, t7 = table[row, 4], table[row, 5], table[row, 6], table[row, 7]
-        t8, t9, t10, t11 = table[row, 8], table[row, 9], table[row, 10], table[row, 11]
-        t12, t13, t14 = table[row, 12], table[row, 13], table[row, 14]
-        for j in range(block * size, (block + u64(1)) * size):
-            bits = i16(strip[j])
-            key = i16(bits ^ ((bits >> 15) & 0x7FFF))
-            codes[j] = (
-                ((key > t0) + (key > t1) + (key > t2) + (key > t3) + (key > t4) + (key > t5))
-                + ((key > t6) + (key > t7) + (key > t8) + (key > t9) + (key > t10))
-                + ((key > t11) + (key > t12) + (key > t13) + (key > t14))
-            )
-
-
-@helper
-def _fp4_codes_16bit(strip: Any, blocksize: int, table: Any, largest: Any, codes: Any) -> None:
-    size = u64(blocksize)
-    for block in range(u64(largest.size)):
-        row = u64(largest[block])
-        t0, t1, t2, t3 = table[row, 0], table[row, 1], table[row, 2], table[row, 3]
-        t4, t5, t6, t7 = table[row, 4], table[row, 5], table[row, 6], table[row, 7]
-        for j in range(block * size, (block + u64(1)) * size):
-            bits = i16(strip[j])
-            key = i16(bits & 0x7FFF)
-            count = i16(
-                ((key > t0) + (key > t1) + (key > t2) + (key > t3))
-                + ((key > t4) + (key > t5) + (key > t6))
-            )
-            codes[j] = _fp4_code(count, i16((bits < 0) & (key > t7)))
-
-
-@helper
-def _fp4_code(count: int, sign: int) -> int:
-    """Magnitude codes 0 1 6 7 4 5 2 3: bit 2 is flipped where bit 1 is set."""
-    return count ^ ((count & 2) << 1) | (sign << 3)
-
-
-@helper
-def _zero_bad_codes(strip: Any, infinity: int, codes: Any) -> None:
+def _clear_bad_codes(bits: Any, infinity: int, first: int, size: int, packed: Any) -> None:
     """Code 0 for what is not finite: its scaled value is NaN, which no integer comparison sees."""
-    for j in range(u64(STRIP)):
-        if (strip[j] & u16(0x7FFF)) >= infinity:
-            codes[j] = 0
+    for j in range(first, first + size):
+        if u64(bits[j] & u16(0x7FFF)) >= infinity:
+            packed[j >> u64(1)] &= u8(0xF0) if j & u64(1) else u8(0x0F)
 
 
 # ---- 4 bit from float32 -----------------------------------------------------------------------
 
 
 @kernel
-def quantize_nf4_f32(values: Any, blocksize: int, packed: Any, absmax: Any) -> int:
-    """NF4 from `values` float32 (n,); the rest as in `quantize_nf4_16bit`."""
-    strip, codes = np.empty(STRIP, np.float32), np.empty(STRIP, np.int32)
+def quantize_4bit_f32(is_nf4: bool, blocksize: int, bits: Any, packed: Any, absmax: Any) -> int:
+    """NF4 or FP4 from the bits of F32, uint32 (n,); the rest as in `quantize_4bit_16bit`."""
+    size, num_blocks = u64(blocksize), u64(absmax.size)
     num_bad = 0
-    for start in range(0, values.size, STRIP):
-        stop = min(start + STRIP, values.size)
-        _load(values, start, stop, strip)
-        num_bad += _scale_blocks(strip, blocksize, absmax, start // blocksize)
-        for j in range(u64(STRIP)):
-            v = strip[j]
-            codes[j] = (
-                ((v > _T0) + (v > _T1) + (v > _T2) + (v > _T3) + (v > _T4) + (v > _T5))
-                + ((v > _T6) + (v > _T7) + (v > _T8) + (v > _T9) + (v > _T10))
-                + ((v > _T11) + (v > _T12) + (v > _T13) + (v > _T14))
-            )
-        _pack(codes, stop - start, packed, start // 2)
+    if num_blocks == 0:
+        return num_bad
+    following = _largest_magnitude(bits, u64(0), size)
+    for block in range(num_blocks):
+        first, after = block * size, min(block + u64(1), num_blocks - u64(1)) * size
+        found, following = following, _largest_magnitude(bits, after, size)
+        absmax[block], count = _absmax_f32(bits, found, first, size)
+        num_bad += count
+        inverse = _reciprocal(absmax[block])
+        for j in range(first, first + size, u64(LANES)):
+            scaled = _flushed(load(bits, j, LANES)) * inverse
+            codes = _nf4_codes_f32(scaled) if is_nf4 else _fp4_codes_f32(scaled)
+            store(packed, j >> u64(1), _pack(view(codes, np.uint64), 32))
     return num_bad
 
 
-@kernel
-def quantize_fp4_f32(values: Any, blocksize: int, packed: Any, absmax: Any) -> int:
-    """FP4 from `values` float32 (n,)."""
-    strip, codes = np.empty(STRIP, np.float32), np.empty(STRIP, np.int32)
-    num_bad = 0
-    for start in range(0, values.size, STRIP):
-        stop = min(start + STRIP, values.size)
-        _load(values, start, stop, strip)
-        num_bad += _scale_blocks(strip, blocksize, absmax, start // blocksize)
-        for j in range(u64(STRIP)):
-            v = abs(strip[j])
-            count = i32(
-                ((v > _F0) + (v > _F1) + (v > _F2) + (v > _F3))
-                + ((v > _F4) + (v > _F5) + (v > _F6))
-            )
-            codes[j] = _fp4_code(count, i32(strip[j] < 0))
-        _pack(codes, stop - start, packed, start // 2)
-    return num_bad
+@helper
+def _absmax_f32(bits: Any, found: int, first: int, size: int) -> Any:
+    """absmax of a block whose largest magnitude is `found`, and how many are not finite."""
+    if found < _INFINITY_BITS:
+        return _flush(u32(found).view(np.float32)), 0
+    magnitude, num_bad = _finite_max(bits, _INFINITY_BITS, first, size)
+    if magnitude == 0 and u64(num_bad) == size:
+        return _LOWEST, num_bad
+    return _flush(u32(magnitude).view(np.float32)), num_bad
 
 
 @helper
 def _flush(value: Any) -> Any:
+    """See `qtool.formats.floats.flush_subnormals`."""
     return np.copysign(f32(0), value) if abs(value) < _SMALLEST_NORMAL else value
 
 
 @helper
-def _magnitude_bits(value: Any) -> Any:
-    return u32(f32(value).view(np.uint32) & u32(0x7FFFFFFF))
+def _reciprocal(value: Any) -> Any:
+    """See `qtool.formats.reciprocal`."""
+    rounded = _flush(f32(1) / value)
+    bits = f32(value).view(np.uint32)
+    if (bits & u32(0x1FFF)) == 0 and rounded != 0 and abs(rounded) < np.inf:
+        units = CORRECTIONS[u64((bits >> u32(13)) & u32(0x3FF))]
+        rounded = u32(f32(rounded).view(np.uint32) + units).view(np.float32)
+    return rounded
 
 
-@helper
-def _scale_blocks(strip: Any, blocksize: int, absmax: Any, first_block: int) -> int:
-    """Multiply each block of the strip by 1/absmax in place and store absmax.
+@inlined
+def _flushed(bits: Any) -> Any:
+    """The float32 behind the bits of each lane; +0 for what is subnormal."""
+    normal = (bits & _MAGNITUDE_BITS) > _LARGEST_SUBNORMAL_BITS
+    return view(bits & normal, np.float32)
 
-    Returns how many values are not finite.
+
+@inlined
+def _nf4_codes_f32(scaled: Any) -> Any:
+    """Counts the thresholds exceeded; a comparison that holds is -1."""
+    codes = full(LANES, 0, np.int32)
+    for k in range(u64(NF4_THRESHOLDS.size)):
+        codes = codes - (scaled > NF4_THRESHOLDS[k])
+    return codes
+
+
+@inlined
+def _fp4_codes_f32(scaled: Any) -> Any:
+    """Magnitudes that exceed 0, 1, 2 ... thresholds have the codes 0 1 6 7 4 5 2 3.
+
+    That is the count with bit 2 flipped where bit 1 is set. A subnormal is zero, without a sign.
     """
-    size = u64(blocksize)
-    num_bad = 0
-    for j in range(u64(STRIP)):
-        strip[j] = _flush(strip[j])
-    for block in range(u64(min(STRIP // blocksize, absmax.size - first_block))):
-        first, stop = block * size, (block + u64(1)) * size
-        bits = u32(0)
-        for j in range(first, stop):
-            bits = max(bits, _magnitude_bits(strip[j]))
-        value = u32(bits).view(np.float32)
-        if bits >= _INFINITY_BITS:
-            value, bad = _finite_max(strip, first, stop)
-            num_bad += bad
-            if bad == size and value == 0:
-                value = _LOWEST
-        absmax[u64(first_block) + block] = value
-        inverse = _flush(f32(1) / value)
-        for j in range(first, stop):
-            strip[j] = _flush(strip[j] * inverse)
-    return num_bad
+    magnitudes = view(view(scaled, np.uint32) & _MAGNITUDE_BITS, np.float32)
+    count = full(LANES, 0, np.int32)
+    for k in range(u64(FP4_THRESHOLDS.size)):
+        count = count - (magnitudes > FP4_THRESHOLDS[k])
+    sign = (scaled <= -_SMALLEST_NORMAL) & 8
+    return (count ^ ((count & 2) << 1)) | sign
 
 
-@helper
-def _finite_max(values: Any, first: int, stop: int) -> Any:
-    """Of values[first:stop]: the largest magnitude but NaN, and how many are not finite."""
-    largest, num_bad = u32(0), 0
-    for j in range(first, stop):
-        magnitude = _magnitude_bits(values[j])
-        num_bad += magnitude >= _INFINITY_BITS
-        if magnitude <= _INFINITY_BITS:
-            largest = max(largest, magnitude)
-    return u32(largest).view(np.float32), num_bad
+# ---- 4 bit back -------------------------------------------------------------------------------
 
 
 @kernel
-def dequantize_4bit(packed: Any, absmax: Any, code: Any, blocksize: int, values: Any) -> None:
-    """Fill `values` (n,) from `packed` uint8, `absmax` float32 and the table `code` float32 (16,).
+def dequantize_4bit(code: Any, blocksize: int, packed: Any, absmax: Any, bits: Any) -> None:
+    """Fill `bits` (n,), whole blocks, from `packed` uint8, `absmax` and the table `code` (16,).
 
-    A block has 16 different values at most: they are computed and rounded once per block.
+    A block has 16 different values at most: they are computed and rounded once, then looked up.
     """
-    entries = np.empty(16, values.dtype)
-    for block in range(absmax.size):
+    size = u64(blocksize)
+    entries = np.empty(16, bits.dtype)
+    for block in range(u64(absmax.size)):
         for c in range(16):
-            entries[c] = _narrow(_flush(code[c] * absmax[block]), entries[0])
-        first, stop = block * blocksize, min((block + 1) * blocksize, values.size)
-        for j in range(u64(first // 2), u64(stop // 2)):
-            values[j << u64(1)] = entries[packed[j] >> 4]
-            values[(j << u64(1)) | u64(1)] = entries[packed[j] & 15]
-        if stop % 2:
-            values[stop - 1] = entries[packed[stop // 2] >> 4]
+            entries[c] = _narrow(_flush(code[c] * absmax[block]), bits)
+        _look_up(entries, packed, block * size, size, bits)
+
+
+def _look_up(entries: Any, packed: Any, first: Any, size: Any, bits: Any) -> None:
+    """Fill bits[first : first + size] with the entries that the packed codes name."""
+
+
+@overload(_look_up)  # type: ignore[untyped-decorator]
+def _overload_look_up(
+    entries: Any, packed: Any, first: Any, size: Any, bits: Any
+) -> Callable[[Any, Any, Any, Any, Any], None]:
+    return _look_up_32bit if bits.dtype.bitwidth == 32 else _look_up_16bit
+
+
+def _look_up_16bit(entries: Any, packed: Any, first: Any, size: Any, bits: Any) -> None:
+    table = load(entries, u64(0), 16)
+    low_bytes, high_bytes = convert(table, np.uint8), convert(table >> 8, np.uint8)
+    for j in range(first, first + size, u64(LANES)):
+        pairs = convert(load(packed, j >> u64(1), _HALF_LANES), np.uint16)
+        codes = view((pairs | (pairs << 12)) >> 4, np.uint8)  # the high half comes first
+        low, high = lookup(low_bytes, codes), lookup(high_bytes, codes)
+        store(bits, j, convert(low, np.uint16) | (convert(high, np.uint16) << 8))
+
+
+def _look_up_32bit(entries: Any, packed: Any, first: Any, size: Any, bits: Any) -> None:
+    for j in range(first >> u64(1), (first + size) >> u64(1)):
+        bits[j << u64(1)] = entries[packed[j] >> 4]
+        bits[(j << u64(1)) | u64(1)] = entries[packed[j] & 15]
 
 
 # ---- Double quantization ----------------------------------------------------------------------
@@ -350,29 +344,30 @@ def mean_in_fixed_order(absmax: Any) -> Any:
     group = np.empty(SUM_GROUP, np.float64)
     count = (absmax.size + SUM_GROUP - 1) // SUM_GROUP
     sums = np.empty(count, np.float64)
-    for g in range(count):
-        for j in range(SUM_GROUP):
-            i = g * SUM_GROUP + j
-            group[j] = absmax[i] if i < absmax.size else 0
-        sums[g] = _halving_sum(group)
+    _sum_groups(absmax, group, sums)
     while count > 1:
         num_values, count = count, (count + SUM_GROUP - 1) // SUM_GROUP
-        for g in range(count):
-            for j in range(SUM_GROUP):
-                i = g * SUM_GROUP + j
-                group[j] = sums[i] if i < num_values else 0
-            sums[g] = _halving_sum(group)
+        _sum_groups(sums[:num_values], group, sums[:count])
     return _flush(f32(sums[0] / absmax.size))
 
 
 @helper
-def _halving_sum(group: Any) -> Any:
-    half = SUM_GROUP // 2
-    while half:
-        for j in range(half):
-            group[j] += group[half + j]
-        half //= 2
-    return group[0]
+def _sum_groups(values: Any, group: Any, sums: Any) -> None:
+    """The sum of each group of `values`, the last one padded with zeros; may write in place."""
+    for g in range(u64(sums.size)):
+        first = g * u64(SUM_GROUP)
+        count = min(u64(values.size) - first, u64(SUM_GROUP))
+        for j in range(count):
+            group[j] = values[first + j]
+        for j in range(count, u64(SUM_GROUP)):
+            group[j] = 0
+        sums[g] = _group_sum(group)
+
+
+@helper
+def _group_sum(group: Any) -> Any:
+    """The sum of SUM_GROUP float64 values."""
+    return halving_sum(load(group, u64(0), SUM_GROUP))
 
 
 @kernel
@@ -383,18 +378,24 @@ def quantize_absmax(
 
     `guesses` and `steps` are `decision_tables.dynamic_guesses` and `dynamic_steps`.
     """
-    strip = np.empty(STRIP, np.float32)
-    for start in range(0, absmax.size, STRIP):
-        stop = min(start + STRIP, absmax.size)
-        count = u64(stop - start)
+    size = u64(NESTED_BLOCKSIZE)
+    values = np.empty(NESTED_BLOCKSIZE, np.float32)
+    bits = values.view(np.uint32)
+    for block in range(u64(nested_absmax.size)):
+        first = block * size
+        count = min(u64(absmax.size) - first, size)
         for j in range(count):
-            strip[j] = absmax[u64(start) + j] - offset
-        for j in range(count, u64(STRIP)):  # padding has no part in the nested absmax
-            strip[j] = 0
-        _scale_blocks(strip, NESTED_BLOCKSIZE, nested_absmax, start // NESTED_BLOCKSIZE)
+            values[j] = _flush(absmax[first + j] - offset)
+        for j in range(count, size):  # padding has no part in the nested absmax
+            values[j] = 0
+        found = _largest_magnitude(bits, u64(0), size)
+        nested_absmax[block], _ = _absmax_f32(bits, found, u64(0), size)
+        inverse = _reciprocal(nested_absmax[block])
+        for j in range(size):
+            values[j] = _flush(values[j] * inverse)
         for j in range(count):
-            guess = guesses[f32(strip[j]).view(np.uint32) >> u32(16)]
-            codes[u64(start) + j] = guess + (strip[j] > steps[guess])
+            guess = guesses[bits[j] >> u32(16)]
+            codes[first + j] = u8(guess + u8(values[j] > steps[guess]))
 
 
 @kernel
@@ -411,57 +412,84 @@ def dequantize_absmax(
 
 
 @kernel
-def quantize_int8(values: Any, num_rows: int, row_size: int, codes: Any, scb: Any) -> int:
-    """LLM.int8() rows from `values` (num_rows * row_size,); returns how many are not finite.
+def quantize_int8(
+    infinity: int, overflow: int, row_size: int, bits: Any, codes: Any, scb: Any
+) -> int:
+    """LLM.int8() rows; returns how many values are not finite in float16.
 
-    `codes` int8 has the size of `values`, `scb` is float32 (num_rows,); both are filled.
+    Args:
+        infinity: the bits of infinity in the dtype of `bits`.
+        overflow: the bits of the least magnitude that float16 takes for infinity.
+        row_size: values per row.
+        bits: the values (rows * row_size,).
+        codes: int8 (rows * row_size,), filled.
+        scb: float32 (rows,), filled.
     """
-    row = np.empty(row_size, np.float32)
     num_bad = 0
-    for r in range(num_rows):
-        first = u64(r * row_size)
-        largest = u32(0)
-        for j in range(u64(row_size)):
-            row[j] = _as_float16(values[first + j])
-            largest = max(largest, _magnitude_bits(row[j]))
-        scb[r] = u32(largest).view(np.float32)
-        if largest >= _INFINITY_BITS:
-            scb[r], bad = _finite_max(row, u64(0), u64(row_size))
-            num_bad += bad
-        scale = f32(127) * f32(f32(1) / scb[r])
-        for j in range(u64(row_size)):
-            scaled = row[j] * scale
-            rounded = f32(scaled + _ROUND_TO_INT).view(np.uint32)
-            codes[first + j] = np.int8(rounded) if scaled == scaled else np.int8(0)
+    for r in range(scb.size):
+        first, stop = u64(r * row_size), u64((r + 1) * row_size)
+        scb[r], count = _row_absmax(bits, infinity, overflow, first, stop)
+        if scb[r] == 0 or scb[r] == np.inf:  # all zeros, or all is nothing beside infinity
+            for j in range(first, stop):
+                codes[j] = 0
+        else:
+            scale = f32(127) * _reciprocal(scb[r])
+            for j in range(first, stop):
+                rounded = f32(f32(_as_float16(bits[j]) * scale) + _ROUND_TO_INT)
+                codes[j] = np.int8(rounded.view(np.uint32))
+            if count:
+                _clear_nan_codes(bits, infinity, first, stop, codes)
+        num_bad += count
     return num_bad
 
 
+@helper
+def _row_absmax(bits: Any, infinity: int, overflow: int, first: int, stop: int) -> Any:
+    """The largest magnitude but NaN in float16, and how many values are not finite in it."""
+    found, num_bad, mask = bits.dtype.type(0), 0, _magnitude_mask(bits)
+    for j in range(first, stop):
+        found = max(found, bits.dtype.type(bits[j] & mask))
+    if found >= overflow:
+        found = bits.dtype.type(0)
+        for j in range(first, stop):
+            magnitude = bits.dtype.type(bits[j] & mask)
+            num_bad += int(magnitude >= overflow)
+            if magnitude <= infinity:
+                found = max(found, magnitude)
+    return _as_float16(found) if found < overflow else f32(np.inf), num_bad
+
+
+@helper
+def _clear_nan_codes(bits: Any, infinity: int, first: int, stop: int, codes: Any) -> None:
+    """Code 0 for NaN; only without infinities, beside which every code is 0."""
+    for j in range(first, stop):
+        if (bits[j] & _magnitude_mask(bits)) > infinity:
+            codes[j] = 0
+
+
 @kernel
-def dequantize_int8(codes: Any, scb: Any, row_size: int, values: Any) -> None:
-    """Fill `values` (rows * row_size,) from `codes` int8 of that size and `scb` float32 (rows,)."""
-    entries = np.empty(256, values.dtype)
+def dequantize_int8(row_size: int, codes: Any, scb: Any, bits: Any) -> None:
+    """Fill `bits` (rows * row_size,) from `codes` int8 of that size and `scb` float32 (rows,)."""
     for r in range(scb.size):
-        for c in range(-128, 128):
-            entries[c & 255] = _narrow(f32(c) * scb[r] * INVERSE_127, entries[0])
         for j in range(u64(r * row_size), u64((r + 1) * row_size)):
-            values[j] = entries[u8(codes[j])]
+            bits[j] = _narrow(f32(f32(codes[j]) * scb[r]) * INVERSE_127, bits)
 
 
 # ---- Finiteness -------------------------------------------------------------------------------
 
 
 @kernel
-def count_nonfinite(bits: Any, sign: int, infinity: int) -> int:
-    """How many of `bits`, an unsigned array, are infinite or NaN when the `sign` bit is cleared."""
-    num_bad = 0
-    for start in range(0, bits.size, STRIP):
-        stop = min(start + STRIP, bits.size)
-        largest = bits.dtype.type(0)
+def count_nonfinite(infinity: int, bits: Any) -> int:
+    """How many of `bits` are not finite; `infinity` has the bits of infinity in their dtype."""
+    num_bad, mask = 0, _magnitude_mask(bits)
+    for start in range(0, bits.size, _STRIP):
+        stop = min(start + _STRIP, bits.size)
+        found = bits.dtype.type(0)
         for j in range(u64(start), u64(stop)):
-            largest = max(largest, bits.dtype.type(bits[j] & ~sign))
-        if largest >= infinity:
+            found = max(found, bits.dtype.type(bits[j] & mask))
+        if found >= infinity:
             for j in range(start, stop):
-                num_bad += (bits[j] & ~sign) >= infinity
+                num_bad += int((bits[j] & mask) >= infinity)
     return num_bad
 
 
@@ -469,7 +497,7 @@ def count_nonfinite(bits: Any, sign: int, infinity: int) -> int:
 
 
 def _as_float16(bits: Any) -> Any:
-    """The float32 that `bits` (uint16: bfloat16, int16: float16, float32) hold after float16."""
+    """The value behind `bits` rounded to float16, as float32; not for what is infinite there."""
 
 
 @overload(_as_float16)  # type: ignore[untyped-decorator]
@@ -477,7 +505,7 @@ def _overload_as_float16(bits: Any) -> Callable[[Any], Any] | None:
     versions = {
         types.uint16: _bfloat16_as_float16,
         types.int16: _widen_float16,
-        types.float32: _float32_as_float16,
+        types.uint32: _float32_as_float16,
     }
     return versions.get(bits)
 
@@ -487,70 +515,61 @@ def _bfloat16_as_float16(bits: Any) -> Any:
 
 
 def _float32_as_float16(bits: Any) -> Any:
-    return _round_to_float16(bits)
+    return _round_to_float16(u32(bits).view(np.float32))
 
 
 def _widen_float16(bits: Any) -> Any:
-    magnitude = u32(u32(bits) & u32(0x7FFF))
-    shifted = u32(magnitude << u32(13))
-    if magnitude >= u32(0x7C00):  # infinity or NaN
-        result = u32(shifted | _INFINITY_BITS)
-    elif magnitude >= u32(0x0400):
-        result = u32(shifted + u32(112 << 23))
-    else:  # subnormal in float16, not in float32
-        result = f32(f32(i32(magnitude)) * f32(2.0**-24)).view(np.uint32)
-    return u32(result | u32((u32(bits) & u32(0x8000)) << u32(16))).view(np.float32)
+    normal = u32(((u32(bits) & u32(0x7FFF)) << u32(13)) + u32(112 << 23))
+    # A subnormal t came out as 2^-15 + t/2. Twice that less 2^-14 is t, and more for all others.
+    twice = u32(normal + u32(1 << 23)).view(np.float32)
+    magnitude = min(normal, f32(twice - f32(2.0**-14)).view(np.uint32))
+    return u32(magnitude | ((u32(bits) & u32(0x8000)) << u32(16))).view(np.float32)
 
 
 @helper
 def _round_to_float16(value: Any) -> Any:
-    """The nearest float16, as float32; ties to even, beyond its range infinity."""
-    bits = f32(value).view(np.uint32)
-    magnitude = u32(bits & u32(0x7FFFFFFF))
-    rounded = u32((magnitude + u32(0xFFF) + ((magnitude >> u32(13)) & u32(1))) & ~u32(0x1FFF))
-    if magnitude > _INFINITY_BITS:
-        rounded = magnitude
-    elif rounded >= u32(0x47800000):  # 2^16
-        rounded = _INFINITY_BITS
-    elif magnitude < u32(0x38800000):  # 2^-14: steps of 2^-24, which is float32's ulp below 1
-        size = u32(magnitude).view(np.float32)
-        rounded = f32((size + f32(0.5)) - f32(0.5)).view(np.uint32)
-    return u32(rounded | (bits & u32(0x80000000))).view(np.float32)
+    """The nearest float16, as float32, ties to even; for magnitudes up to 65536.
+
+    Adding 1.5 * 2^13 times the power of two below the value (2^-14 for what is subnormal in
+    float16) and taking it away again leaves the bits that float16 has.
+    """
+    power = max(f32(value).view(np.uint32) & _INFINITY_BITS, u32(113 << 23))
+    shift = u32(power + u32((13 << 23) | (1 << 22))).view(np.float32)
+    return f32(f32(value + shift) - shift)
 
 
-def _narrow(value: Any, like: Any) -> Any:
-    """`value` float32 rounded to the dtype that `like` stands for, as its bits."""
+def _narrow(value: Any, bits: Any) -> Any:
+    """`value` float32 rounded to the dtype that the array `bits` holds, as its bits."""
 
 
 @overload(_narrow)  # type: ignore[untyped-decorator]
-def _overload_narrow(value: Any, like: Any) -> Callable[[Any, Any], Any] | None:
+def _overload_narrow(value: Any, bits: Any) -> Callable[[Any, Any], Any] | None:
     versions = {
-        types.uint16: _narrow_bfloat16,
-        types.int16: _narrow_float16,
-        types.float32: _narrow_float32,
+        types.uint16: _narrow_to_bfloat16,
+        types.int16: _narrow_to_float16,
+        types.uint32: _narrow_to_float32,
     }
-    return versions.get(like)
+    return versions.get(bits.dtype)
 
 
-def _narrow_float32(value: Any, like: Any) -> Any:
-    return value
+def _narrow_to_float32(value: Any, bits: Any) -> Any:
+    return f32(value).view(np.uint32)
 
 
-def _narrow_bfloat16(value: Any, like: Any) -> Any:
-    bits = f32(value).view(np.uint32)
+def _narrow_to_bfloat16(value: Any, bits: Any) -> Any:
+    whole = f32(value).view(np.uint32)
     if value != value:
-        return u16(bits >> u32(16)) | u16(0x40)
-    return u16((bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16))
+        return u16(whole >> u32(16)) | u16(0x40)
+    return u16((whole + u32(0x7FFF) + ((whole >> u32(16)) & u32(1))) >> u32(16))
 
 
-def _narrow_float16(value: Any, like: Any) -> Any:
-    bits = f32(_round_to_float16(value)).view(np.uint32)
-    magnitude = bits & u32(0x7FFFFFFF)
-    sign = (bits >> u32(16)) & u32(0x8000)
-    if magnitude > _INFINITY_BITS:
+def _narrow_to_float16(value: Any, bits: Any) -> Any:
+    whole = f32(value).view(np.uint32)
+    capped = min(whole & _MAGNITUDE_BITS, u32(0x47800000))  # 2^16, whose bits become infinity's
+    rounded = f32(_round_to_float16(u32(capped).view(np.float32)))
+    result = u32(u32(rounded.view(np.uint32) >> u32(13)) - u32(112 << 10))
+    if rounded < f32(2.0**-14):  # a multiple of 2^-24, by which the floats from 0.5 on differ
+        result = u32(f32(rounded + f32(0.5)).view(np.uint32) - u32(0x3F000000))
+    if value != value:
         result = u32(0x7E00)
-    elif magnitude >= u32(0x38800000):  # 2^-14; infinity comes out right too
-        result = min((magnitude >> u32(13)) - u32(112 << 10), u32(0x7C00))
-    else:
-        result = u32(u32(magnitude).view(np.float32) * f32(2.0**24))
-    return i16(result | sign)
+    return i16(result | ((whole >> u32(16)) & u32(0x8000)))

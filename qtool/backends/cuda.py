@@ -28,7 +28,7 @@ from qtool.formats.tensors import SourceDtype
 
 DEFAULT_TILE_BYTES: Final = 16 << 20  # long enough copies that starting them costs little
 MIN_TILE_BYTES: Final = 256 << 10
-MAX_WORKERS: Final = 12  # enough to fill the bus
+MAX_WORKERS: Final = 6  # fill the bus; more of them take cores from the checksums
 _ALIGNMENT_BYTES: Final = 256
 _COUNT_BYTES: Final = 8
 _OUT_OF_MEMORY: Final = 2  # cudaErrorMemoryAllocation

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +52,23 @@ def find_cuda_device() -> CudaDevice:
     if importlib.util.find_spec("cupy") is None:
         raise NoCudaError(f"{device.name} is there, CuPy is not installed", hint=INSTALL_HINT)
     return device
+
+
+def open_in_background() -> None:
+    """Begin to load the driver and CuPy and to make the device's context, if there is any.
+
+    Most of that is waiting, in which other modules can be imported. Whoever needs it waits for what
+    is left, and meets the errors, which are not told here.
+    """
+    threading.Thread(target=_open, name="open-cuda", daemon=True).start()
+
+
+def _open() -> None:
+    with contextlib.suppress(Exception):
+        find_cuda_device()
+        import cupy
+
+        cupy.cuda.runtime.free(0)
 
 
 def _load_driver() -> ctypes.CDLL:

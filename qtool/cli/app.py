@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from inspect import cleandoc
@@ -16,7 +19,8 @@ from qtool.errors import EXIT_CODES, QtoolError
 from qtool.report.output import Output
 
 # The function of qtool.cli.VERB that bears its name is the command.
-VERBS = ("estimate", "sizing", "quantize", "inspect", "generate", "demo", "doctor")
+# A module with SUBVERBS is a group: they are its commands, and that function is only its help.
+VERBS = ("estimate", "sizing", "quantize", "inspect", "generate", "demo", "bench", "doctor")
 HELP = "Does this language model fit my GPU? Plan its memory, quantize it, inspect it, run it."
 EPILOG = "Every option can also be set by a variable: --compute-dtype by QTOOL_COMPUTE_DTYPE."
 
@@ -61,9 +65,26 @@ def _root(
 def _add_verb(app: typer.Typer, verb: str) -> None:
     # Light modules: they import their packages only when the verb runs.
     module = import_module(f"qtool.cli.{verb}")
-    command = getattr(module, verb)
-    examples = "\n".join(("[bold]Examples[/bold]", *module.EXAMPLES))
-    app.command(verb, help=_join_lines(command.__doc__), epilog=examples)(command)
+    subverbs = getattr(module, "SUBVERBS", None)
+    if subverbs is None:
+        _add_command(app, verb, getattr(module, verb), module.EXAMPLES)
+        return
+    text = _join_lines(getattr(module, verb).__doc__)
+    group = typer.Typer(help=text, epilog=_examples(module.EXAMPLES))
+    for name in subverbs:
+        examples = [line for line in module.EXAMPLES if line.startswith(f"qtool {verb} {name}")]
+        _add_command(group, name, getattr(module, name), examples)
+    app.add_typer(group, name=verb)
+
+
+def _add_command(
+    app: typer.Typer, name: str, command: Callable[..., None], examples: Sequence[str]
+) -> None:
+    app.command(name, help=_join_lines(command.__doc__ or ""), epilog=_examples(examples))(command)
+
+
+def _examples(lines: Sequence[str]) -> str:
+    return "\n".join(("[bold]Examples[/bold]", *lines))
 
 
 def _join_lines(docstring: str) -> str:
@@ -75,6 +96,8 @@ def _join_lines(docstring: str) -> str:
 def _bind_environment(group: Any) -> None:
     """Every option of every verb can be set by QTOOL_ and its long name: QTOOL_COMPUTE_DTYPE."""
     for command in group.commands.values():
+        if hasattr(command, "commands"):
+            _bind_environment(command)
         for param in command.params:
             long_names = [name for name in param.opts if name.startswith("--")]
             if long_names and param.envvar is None and param.name != "help":
@@ -84,6 +107,7 @@ def _bind_environment(group: Any) -> None:
 
 def main() -> None:
     """Run qtool and exit with the contract's code."""
+    _start_quickly()
     command = build_command()
     try:
         result = command(sys.argv[1:] or ["--help"], prog_name="qtool", standalone_mode=False)
@@ -91,7 +115,17 @@ def main() -> None:
         sys.exit(_report_outside_verb(error))
     except KeyboardInterrupt:
         sys.exit(EXIT_CODES["interrupted"])
+    finally:
+        gc.freeze()  # what is left goes with the process; looking through it takes a while
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _start_quickly() -> None:
+    """Importing makes many objects and no garbage; and nothing here uses NumPy's linear algebra,
+    which starts a thread per core when it is loaded.
+    """
+    gc.set_threshold(50_000)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _report_outside_verb(error: Exception) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,8 +55,19 @@ def load_config_file(ctx: typer.Context, path: Path | None) -> None:
     if path is not None:
         from qtool.cli.config_file import read_config_file
 
-        parent = ctx.parent
-        verbs = list(getattr(parent.command, "commands", {})) if parent is not None else []
+        root = ctx.find_root()
         ctx.default_map = read_config_file(
-            path, verb=ctx.info_name or "", verbs=verbs, params=ctx.command.params
+            path,
+            verb=ctx.command_path.removeprefix(f"{root.info_name} "),
+            verbs=_verbs_of(root.command),
+            params=ctx.command.params,
         )
+
+
+def _verbs_of(command: Any) -> list[str]:
+    """All verbs below `command`; those of a group as "bench kernels"."""
+    verbs = []
+    for name, verb in getattr(command, "commands", {}).items():
+        below = _verbs_of(verb)
+        verbs += [f"{name} {each}" for each in below] if below else [name]
+    return verbs

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from qtool.backends import BackendChoice
+from qtool.backends.cuda_driver import open_in_background
 from qtool.cli import options
 from qtool.cli.session import verb_session
 from qtool.cli.sizes import parse_size
@@ -76,7 +77,11 @@ def quantize(
     ] = "auto",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, rich_help_panel=TUNING_PANEL, help="Workers. [default: cores]"),
+        typer.Option(
+            min=1,
+            rich_help_panel=TUNING_PANEL,
+            help="Workers. [default: cores; at most 6 with cuda]",
+        ),
     ] = None,
     tile_size: Annotated[
         int | None,
@@ -84,7 +89,7 @@ def quantize(
             parser=parse_size,
             metavar="SIZE",
             rich_help_panel=TUNING_PANEL,
-            help="Source bytes a worker carries at once. [default: 4MiB]",
+            help="Source bytes a worker carries at once. [default: 4MiB; 16MiB with cuda]",
         ),
     ] = None,
     config: options.ConfigFile = None,
@@ -101,6 +106,8 @@ def quantize(
     with verb_session(
         "quantize", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
+        if backend != "cpu" and not dry_run:
+            open_in_background()
         from qtool.quantize.command import QuantizeRequest, plan_request, run_request
         from qtool.quantize.plan import Recipe
         from qtool.report.quantize import report_plan, report_result

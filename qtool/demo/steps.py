@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qtool.backends import choose_backend
+from qtool.backends.cpu import num_usable_cores
 from qtool.demo.speed import KernelSpeed, measure_speed
 from qtool.events import OnEvent, ignore_events
 from qtool.inspection.command import InspectionResult, inspect_path
@@ -18,7 +19,6 @@ from qtool.planner.records import Sizing
 from qtool.quantize.command import (
     PlannedRequest,
     QuantizeRequest,
-    num_usable_cores,
     plan_request,
     run_request,
 )

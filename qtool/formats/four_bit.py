@@ -3,7 +3,7 @@
 A weight is flattened row by row and cut into blocks, the last one padded with zeros. Per block
 
     absmax = max |x|            NaN does not count; float32
-    v      = x * (1 / absmax)   the reciprocal first, correctly rounded, then the product
+    v      = x * (1 / absmax)   the reciprocal first (`reciprocal.py`), then the product
     code   = decision(v)        NF4: thresholds exceeded; FP4: sign, and thresholds |v| exceeds
 
 with float32 subnormals flushed to zero at every step (`floats.flush_subnormals`). Comparisons with
@@ -32,6 +32,7 @@ from qtool.formats.codebooks import (
 )
 from qtool.formats.floats import flush_subnormals
 from qtool.formats.precisions import QuantType
+from qtool.formats.reciprocal import reciprocal
 
 _LOWEST = np.finfo(np.float32).min
 
@@ -56,7 +57,7 @@ def scale_blocks(
     # Not np.fmax: it takes a signaling NaN for the maximum.
     absmax = np.where(np.isnan(blocks), _LOWEST, np.abs(blocks)).max(axis=1)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        inverse = flush_subnormals(np.float32(1) / absmax)
+        inverse = reciprocal(absmax)
         scaled = flush_subnormals(blocks * inverse[:, None])
     return scaled.reshape(-1), absmax
 

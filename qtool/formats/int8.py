@@ -3,7 +3,8 @@
 Every weight is first rounded to float16, which the format prescribes; then per row
 
     SCB  = max |w|                      NaN does not count; 0 where there is nothing else
-    code = round(w * (127 * (1/SCB)))   ties to even; float32, each step rounded
+    code = round(w * (127 * (1/SCB)))   ties to even; float32, each step rounded, the reciprocal as
+                                        in `reciprocal.py`
 
 and read back as code * SCB * (1/127). What comes out NaN has code 0: rows of zeros, NaN itself,
 and infinities (inf * 0); beside an infinity everything finite is 0. So do bitsandbytes' CUDA
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qtool.formats.floats import narrow, widen
+from qtool.formats.reciprocal import reciprocal
 from qtool.formats.tensors import SourceDtype
 
 INVERSE_127: Final = np.float32(7.874015718698502e-3)
@@ -30,7 +32,7 @@ def quantize_int8(
     weights = narrow(widen(rows, dtype), "F16").astype(np.float32)
     scb = np.where(np.isnan(weights), 0, np.abs(weights)).max(axis=1, initial=0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = weights * (np.float32(127) * (np.float32(1) / scb))[:, None]
+        scaled = weights * (np.float32(127) * reciprocal(scb))[:, None]
     return np.where(np.isnan(scaled), 0, np.rint(scaled)).astype(np.int8), scb
 
 

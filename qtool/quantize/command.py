@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +13,11 @@ from qtool.events import OnEvent, ignore_events
 from qtool.quantize.pipeline import PipelineSettings
 from qtool.quantize.plan import QuantPlan, Recipe, build_plan
 from qtool.quantize.run import QuantizeResult, quantize_checkpoint
-from qtool.quantize.tiles import DEFAULT_TILE_BYTES
-
-TILE_GRAIN_BYTES = 4096  # whole pages, and whole values of every dtype
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeRequest:
-    """What the user asked for; `num_workers` and `tile_bytes` None mean the defaults."""
+    """What the user asked for; `num_workers` and `tile_bytes` None are the backend's choice."""
 
     model: str
     output: Path | None
@@ -70,26 +66,12 @@ def run_request(
     request = planned.request
     if request.output is None:
         raise ValueError("the request has no output folder")
-    tile_bytes = request.tile_bytes or DEFAULT_TILE_BYTES
-    settings = PipelineSettings(
-        num_workers=request.num_workers or num_usable_cores(),
-        tile_bytes=max(1, tile_bytes // TILE_GRAIN_BYTES) * TILE_GRAIN_BYTES,
-        allow_nonfinite=allow_nonfinite,
-    )
     return quantize_checkpoint(
         planned.checkpoint,
         planned.plan,
         request.output,
         planned.chosen.backend,
-        settings,
+        PipelineSettings(request.num_workers, request.tile_bytes, allow_nonfinite),
         restart=restart,
         on_event=on_event,
     )
-
-
-def num_usable_cores() -> int:
-    """Cores that this process may run on (containers and taskset included)."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1

@@ -1,10 +1,12 @@
-"""The process's own memory: what it allocated, not what the page cache keeps of its files."""
+"""The process's own memory: what it claimed, not what the page cache keeps of its files."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from pathlib import Path
+
+from qtool.backends.protocol import Backend
 
 _STATUS = Path("/proc/self/status")
 
@@ -22,12 +24,14 @@ def anonymous_bytes() -> int:
 
 
 class PeakMemory:
-    """The largest of the samples taken."""
+    """The largest of the samples taken: anonymous and page-locked memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.peak_bytes = 0
+        self._backend = backend
         self.sample()
 
     def sample(self) -> None:
         """Look now."""
-        self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+        now_bytes = anonymous_bytes() + self._backend.page_locked_bytes
+        self.peak_bytes = max(self.peak_bytes, now_bytes)

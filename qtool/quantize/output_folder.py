@@ -2,12 +2,13 @@
 
     OUT/.qtool/lock             held for the length of a run
     OUT/.qtool/journal.jsonl    what is being made (first line), then a line per finished file
-    OUT/.qtool/NAME.partial     the file in work
-    OUT/model-*.safetensors     complete, synced and journalled before the next is renamed
+    OUT/.qtool/NAME.partial     a file in work; there may be several
+    OUT/model-*.safetensors     complete and synced, then renamed, then journalled, one by one
     OUT/qtool_manifest.json     source, options, checksum of every file
     OUT/config.json             the last file to appear; then .qtool goes
 
-A run that finds an equal journal goes on after the last finished file. Knows nothing of tensors.
+A run that finds an equal journal makes only the files that it does not list. Knows nothing of
+tensors.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,12 +29,12 @@ from typing import Any
 
 from qtool import __version__
 from qtool.errors import QtoolError
+from qtool.quantize.growing_file import GrowingFile
 
 WORK_FOLDER = ".qtool"
 JOURNAL = "journal.jsonl"
 MANIFEST = "qtool_manifest.json"
 MANIFEST_SCHEMA = 1
-_HASH_CHUNK_BYTES = 4 << 20
 _SPACE_MARGIN = 0.01  # file system overhead beside the exactly known bytes
 
 
@@ -69,7 +71,10 @@ class RunIdentity:
 
 
 class OutputFolder:
-    """An open, locked output folder; made by `open_output_folder`."""
+    """An open, locked output folder; made by `open_output_folder`.
+
+    Several threads may create files at once.
+    """
 
     def __init__(self, path: Path, identity: RunIdentity, finished: dict[str, FileRecord]) -> None:
         self.path = path
@@ -77,6 +82,7 @@ class OutputFolder:
         self.finished = finished
         self.resumed = bool(finished)
         self._work = path / WORK_FOLDER
+        self._publishing = threading.Lock()
 
     def require_space(self, num_bytes: int) -> None:
         """Raise QtoolError(no_space) unless `num_bytes` more fit on the file system."""
@@ -91,8 +97,8 @@ class OutputFolder:
             )
 
     @contextmanager
-    def create_file(self, name: str, num_bytes: int) -> Iterator[int]:
-        """Yield a descriptor of a preallocated file in work; `finish_file` gives it its name.
+    def create_file(self, name: str, num_bytes: int) -> Iterator[GrowingFile]:
+        """Yield a preallocated file for the body to write, which then is synced and finished.
 
         The file is removed when the body fails.
         """
@@ -100,7 +106,11 @@ class OutputFolder:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             _preallocate(descriptor, num_bytes)
-            yield descriptor
+            file = GrowingFile(descriptor, num_bytes)
+            yield file
+            record = FileRecord(num_bytes, file.sha256())
+            os.fsync(descriptor)
+            self._publish(name, record)
         except BaseException as error:
             partial.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -113,24 +123,11 @@ class OutputFolder:
         finally:
             os.close(descriptor)
 
-    def finish_file(self, name: str) -> FileRecord:
-        """Sync, hash, rename and journal the file that `create_file` made."""
-        partial = self._partial(name)
-        record = _sync_and_hash(partial)
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.replace(target)
-        _sync_folder(target.parent)
-        entry = {"file": name, "bytes": record.num_bytes, "sha256": record.sha256}
-        _append_line(self._work / JOURNAL, entry)
-        self.finished[name] = record
-        return record
-
     def write_file(self, name: str, data: bytes) -> FileRecord:
         """Write a small file whole."""
-        with self.create_file(name, len(data)) as descriptor:
-            _write_all(descriptor, data)
-        return self.finish_file(name)
+        with self.create_file(name, len(data)) as file:
+            file.write(data, 0)
+        return self.finished[name]
 
     def complete(self, manifest: bytes, last_files: Mapping[str, bytes]) -> None:
         """Write the manifest, then `last_files` in order; then the folder is finished."""
@@ -141,11 +138,22 @@ class OutputFolder:
 
     def discard(self) -> None:
         """Remove all that this run wrote: its source turned out to be unusable."""
-        for name in self.finished:
+        for name in self.identity.file_names:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self._work, ignore_errors=True)
         with contextlib.suppress(OSError):  # it held something else before
             self.path.rmdir()
+
+    def _publish(self, name: str, record: FileRecord) -> None:
+        """Give a synced file its name and journal it."""
+        target = self.path / name
+        with self._publishing:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._partial(name).replace(target)
+            _sync_folder(target.parent)
+            entry = {"file": name, "bytes": record.num_bytes, "sha256": record.sha256}
+            _append_line(self._work / JOURNAL, entry)
+            self.finished[name] = record
 
     def _partial(self, name: str) -> Path:
         return self._work / f"{name.replace('/', '%2F')}.partial"
@@ -338,17 +346,6 @@ def _preallocate(descriptor: int, num_bytes: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, num_bytes)
-
-
-def _sync_and_hash(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.sha256()
-        num_bytes = 0
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-            num_bytes += len(chunk)
-    return FileRecord(num_bytes, digest.hexdigest())
 
 
 def _append_line(journal: Path, entry: Mapping[str, Any]) -> None:

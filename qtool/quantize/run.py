@@ -2,16 +2,16 @@
 
     result = quantize_checkpoint(checkpoint, plan, Path("out"), choose_backend().backend)
 
-For each shard: header, tiles, then (in the background of the next shard) sync, checksum, rename and
-journal. Small files, index and manifest follow; config.json is the last file to appear.
+A few shards are in work at once. Each has a thread that makes its file, follows with the checksum
+while the workers fill it, and syncs, renames and journals it. Small files, index and manifest come
+after; config.json is the last file to appear.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_even
 from qtool.formats.tensors import SourceDtype
 from qtool.quantize.memory import PeakMemory
 from qtool.quantize.output_folder import (
-    FileRecord,
     OutputFolder,
     RunIdentity,
     encode_json,
@@ -37,10 +36,14 @@ from qtool.quantize.output_folder import (
 )
 from qtool.quantize.pipeline import PipelineSettings, ShardPipeline, warm_up_kernels
 from qtool.quantize.plan import QuantPlan, ShardPlan
+from qtool.quantize.workers import SHARDS_IN_TURN, TileWorkers, open_workers
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 WORTH_SAYING_S = 3.0  # loading compiled kernels takes about a second, compiling them several
+REPORT_INTERVAL_S = 0.05  # as often as memory is looked at and progress told
+# As many shards are filled as take turns; as many again are being made or synced meanwhile.
+OPEN_SHARDS = 2 * SHARDS_IN_TURN
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +82,18 @@ def quantize_checkpoint(
     """
     _refuse_writing_into_source(checkpoint, output)
     identity = _identify(checkpoint, plan)
-    job = _Job(checkpoint, plan, backend, settings, on_event, PeakMemory())
-    resumed = not restart and _is_finished(output, identity)
-    read_bytes = 0
-    if not resumed:
-        _warm_up(backend, plan, on_event)
-    start_s = time.perf_counter()
-    if not resumed:
-        with open_output_folder(output, identity, restart=restart) as folder:
-            resumed = folder.resumed
-            with _discarding_refused(folder):
+    peak_memory = PeakMemory(backend)
+    resumed, read_bytes, start_s = True, 0, time.perf_counter()
+    if restart or not _is_finished(output, identity):
+        with open_workers(backend, plan.tensors, plan.recipe.format, settings, on_event) as workers:
+            _warm_up(backend, plan, on_event)
+            start_s = time.perf_counter()
+            job = _Job(checkpoint, plan, workers, peak_memory, on_event)
+            with (
+                open_output_folder(output, identity, restart=restart) as folder,
+                _discarding_refused(folder),
+            ):
+                resumed = folder.resumed
                 read_bytes = _write_shards(folder, job)
                 _finish(folder, checkpoint, plan)
     return QuantizeResult(
@@ -98,8 +103,8 @@ def quantize_checkpoint(
         read_bytes=read_bytes,
         seconds=time.perf_counter() - start_s,
         resumed=resumed,
-        peak_host_bytes=job.peak_memory.peak_bytes,
-        peak_device_bytes=0,
+        peak_host_bytes=peak_memory.peak_bytes,
+        peak_device_bytes=backend.peak_device_bytes,
     )
 
 
@@ -125,10 +130,9 @@ def _warm_up(backend: Backend, plan: QuantPlan, on_event: OnEvent) -> None:
 class _Job:
     checkpoint: Checkpoint
     plan: QuantPlan
-    backend: Backend
-    settings: PipelineSettings
-    on_event: OnEvent
+    workers: TileWorkers
     peak_memory: PeakMemory
+    on_event: OnEvent
 
 
 @contextmanager
@@ -152,34 +156,46 @@ def _write_shards(folder: OutputFolder, job: _Job) -> int:
     for shard in shards:
         if shard not in missing:
             job.on_event(Advanced(shard.input_bytes, shard.file_name))
-    # One thread syncs and hashes a finished shard while the next is being computed.
-    with ThreadPoolExecutor(1) as closer:
-        closing: Future[FileRecord] | None = None
-        for shard in missing:
-            _write_shard(folder, job, shard, headers[shard.file_name])
-            if closing is not None:
-                closing.result()
-            closing = closer.submit(folder.finish_file, shard.file_name)
-        if closing is not None:
-            closing.result()
+    with ThreadPoolExecutor(OPEN_SHARDS, thread_name_prefix="shard") as pool:
+        try:
+            _follow(
+                {
+                    pool.submit(_write_shard, folder, job, shard, headers[shard.file_name])
+                    for shard in missing
+                },
+                job,
+            )
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            job.workers.stop(error)
+            raise
     job.on_event(Finished("quantize"))
     return sum(shard.input_bytes for shard in missing)
 
 
 def _write_shard(folder: OutputFolder, job: _Job, shard: ShardPlan, header: EncodedHeader) -> None:
-    with folder.create_file(shard.file_name, header.file_bytes) as descriptor:
-        os.pwrite(descriptor, header.data, 0)
+    with folder.create_file(shard.file_name, header.file_bytes) as file:
+        file.write(header.data, 0)
         names = [output.name for output in shard.outputs()]
         pipeline = ShardPipeline(
             job.checkpoint,
             shard,
-            job.plan.recipe.format,
-            output_fd=descriptor,
+            output=file,
             offsets=dict(zip(names, header.offsets, strict=True)),
-            backend=job.backend,
-            settings=job.settings,
+            context=job.workers.context,
         )
-        pipeline.run(job.on_event, job.peak_memory)
+        with pipeline, job.workers.carrying(pipeline):
+            file.sha256()
+
+
+def _follow(shards: set[Future[None]], job: _Job) -> None:
+    """Tell progress and look at memory until all shards are written, or one has failed."""
+    while shards:
+        done, shards = wait(shards, timeout=REPORT_INTERVAL_S, return_when=FIRST_EXCEPTION)
+        job.peak_memory.sample()
+        job.workers.report(job.on_event)
+        for shard in done:
+            shard.result()
 
 
 def _encode(shard: ShardPlan) -> EncodedHeader:

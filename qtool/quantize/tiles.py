@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from qtool.formats.precisions import QuantFormat
 from qtool.formats.tensors import DTYPE_BITS
-from qtool.quantize.plan import ShardPlan, TensorPlan
+from qtool.quantize.plan import TensorPlan
 
-DEFAULT_TILE_BYTES = 4 << 20  # of source data: input and output of a few workers stay in cache
+TILE_GRAIN_BYTES = 4096  # whole pages, and whole values of every dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,16 @@ class Tile:
             return self.length
         return self.length * DTYPE_BITS[self.tensor.source.dtype] // 8
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of an INT8 weight that it covers: all of them where they are empty."""
+        num_rows, num_columns = self.tensor.outputs[0].shape
+        return self.length // num_columns if num_columns else num_rows
 
-def cut_shard(shard: ShardPlan, fmt: QuantFormat, tile_bytes: int) -> Iterator[Tile]:
-    """All tiles of a shard, tensor by tensor, in order."""
-    for tensor in shard.tensors:
-        yield from cut_tensor(tensor, fmt, tile_bytes)
+
+def whole_tile_bytes(tile_bytes: int) -> int:
+    """`tile_bytes` rounded down to what tensors may be cut into."""
+    return max(1, tile_bytes // TILE_GRAIN_BYTES) * TILE_GRAIN_BYTES
 
 
 def cut_tensor(tensor: TensorPlan, fmt: QuantFormat, tile_bytes: int) -> Iterator[Tile]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import cast
 
@@ -20,8 +21,7 @@ from qtool.events import OnEvent
 from qtool.formats.bitsandbytes import QuantState, find_quantized
 from qtool.formats.precisions import NESTED_BLOCKSIZE, QuantFormat
 from qtool.formats.tensors import TORCH_NAMES, SourceDtype, TensorLayout
-from qtool.quantize.command import num_usable_cores
-from qtool.quantize.memory import PeakMemory
+from qtool.quantize.growing_file import GrowingFile
 from qtool.quantize.pipeline import PipelineSettings, ShardPipeline
 from qtool.quantize.plan import (
     Recipe,
@@ -30,7 +30,7 @@ from qtool.quantize.plan import (
     plan_tensors,
     refuse_quantized_source,
 )
-from qtool.quantize.tiles import DEFAULT_TILE_BYTES
+from qtool.quantize.workers import TileWorkers, open_workers
 from qtool.runtime.weights import (
     ByteArray,
     StoredTensors,
@@ -52,13 +52,14 @@ def quantize_on_load(checkpoint: Checkpoint, fmt: QuantFormat, on_event: OnEvent
     plans = plan_tensors(checkpoint.tensors.values(), architecture, Recipe(format=fmt))
     source = WeightSource({}, {}, checkpoint.weights_bytes, ExitStack())
     stored = StoredTensors(checkpoint, source.closing, on_event)
+    packer = _Packer(checkpoint, plans, fmt, source.closing, on_event)
     for plan in plans:
         tensor = cast(TensorInfo, plan.source)
         if plan.action == "copy":
             source.tensors[tensor.name] = plain_tensor(tensor, stored.read_bytes)
             continue
         quantized = find_quantized({part.name: part for part in plan.outputs})[tensor.name]
-        packed = _PackedTensor(checkpoint, plan, fmt, on_event)
+        packed = _PackedTensor(packer, plan)
         state = None if fmt.is_int8 else _expected_state(plan, fmt)
         place = f"{tensor.shard}: {tensor.name}"
         add_packed(source, quantized, state, packed.read_bytes, place)
@@ -83,13 +84,9 @@ class _PackedTensor:
     A layer's parts are read one after the other, so about one tensor is held at a time.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, plan: TensorPlan, fmt: QuantFormat, on_event: OnEvent
-    ) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, packer: _Packer, plan: TensorPlan) -> None:
+        self._packer = packer
         self._plan = plan
-        self._format = fmt
-        self._on_event = on_event
         self._lock = threading.Lock()
         self._parts: dict[str, ByteArray] = {}
 
@@ -97,35 +94,65 @@ class _PackedTensor:
         """The bytes of one of the plan's outputs."""
         with self._lock:
             if name not in self._parts:
-                self._parts = self._quantize()
+                self._parts = self._packer.pack(self._plan)
             return self._parts.pop(name)
 
-    def _quantize(self) -> dict[str, ByteArray]:
-        shard = ShardPlan("", (self._plan,))
+
+class _Packer:
+    """Packs tensors; its workers start with the first one and end with `closing`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plans: Sequence[TensorPlan],
+        fmt: QuantFormat,
+        closing: ExitStack,
+        on_event: OnEvent,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._plans = [plan for plan in plans if plan.action == "quantize"]
+        self._format = fmt
+        self._closing = closing
+        self._on_event = on_event
+        self._lock = threading.Lock()
+        self._started: TileWorkers | None = None
+
+    def pack(self, plan: TensorPlan) -> dict[str, ByteArray]:
+        """The bytes of the plan's outputs, by name."""
+        workers = self._workers()
+        shard = ShardPlan("", (plan,))
         offsets, total_bytes = _place_outputs(shard.outputs())
         fd = os.memfd_create("qtool")
         try:
             os.ftruncate(fd, total_bytes)
+            file = GrowingFile(fd, total_bytes)
             pipeline = ShardPipeline(
-                self._checkpoint,
-                shard,
-                self._format,
-                output_fd=fd,
-                offsets=offsets,
-                backend=choose_backend().backend,
-                settings=PipelineSettings(num_usable_cores(), DEFAULT_TILE_BYTES),
+                self._checkpoint, shard, output=file, offsets=offsets, context=workers.context
             )
-            pipeline.run(self._on_event, PeakMemory())
+            with pipeline, workers.carrying(pipeline):
+                file.wait_for(total_bytes)
+            workers.report(self._on_event)
             data = np.frombuffer(mmap.mmap(fd, total_bytes), np.uint8)
         finally:
             os.close(fd)
         parts = {
             part.name: data[offsets[part.name] : offsets[part.name] + part.num_bytes]
-            for part in self._plan.outputs
+            for part in plan.outputs
         }
         # The weight stays in the file's own pages, which go when it goes; the rest is small.
-        weight = self._plan.outputs[0].name
+        weight = plan.outputs[0].name
         return {name: part if name == weight else part.copy() for name, part in parts.items()}
+
+    def _workers(self) -> TileWorkers:
+        with self._lock:
+            if self._started is None:
+                backend = choose_backend().backend
+                self._started = self._closing.enter_context(
+                    open_workers(
+                        backend, self._plans, self._format, PipelineSettings(), self._on_event
+                    )
+                )
+            return self._started
 
 
 def _place_outputs(outputs: list[TensorLayout]) -> tuple[dict[str, int], int]:

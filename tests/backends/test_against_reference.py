@@ -11,6 +11,7 @@ from qtool.backends import decision_tables
 from qtool.backends.cpu import CpuBackend
 from qtool.formats import double_quant, floats, four_bit
 from qtool.formats.precisions import BLOCKSIZES
+from qtool.formats.reciprocal import reciprocal
 from tests.backends.reference import (
     ReferenceBackend,
     assert_same_bits,
@@ -205,6 +206,18 @@ def test_every_16_bit_value_goes_through_float16_as_numpy_rounds_it(dtype):
     assert_same_bits(scb, np.nan_to_num(expected, nan=0, posinf=np.inf), dtype)
 
 
+def test_float32_goes_through_float16_as_numpy_rounds_it_around_every_tie():
+    halves = np.arange(0x7C01).astype(np.uint16).view(np.float16).astype(np.float32)
+    halves[-1] = 65536  # where infinity stands
+    ties = (halves[:-1] + halves[1:]) / 2
+    rows = np.stack([np.nextafter(ties, np.float32(0)), ties, np.nextafter(ties, np.float32(1e9))])
+    _, scb, num_bad = quantize_int8(CPU, rows.reshape(-1, 1), "F32")
+    with np.errstate(over="ignore"):
+        expected = rows.astype(np.float16).astype(np.float32)
+    assert_same_bits(scb, expected)
+    assert num_bad == np.count_nonzero(np.isinf(expected))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_are_rounded_to_the_nearest_even_as_torch_rounds_them(dtype):
     """Code 15 of NF4 is 1.0, so that each block's values are its absmax, rounded."""
@@ -225,33 +238,56 @@ def test_products_are_rounded_to_the_nearest_even_as_torch_rounds_them(dtype):
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_decision_tables_hold_the_last_value_before_each_code(dtype, quant_type):
+def test_threshold_keys_are_the_last_values_before_each_code(dtype, quant_type):
     """Every entry, by the reference: its value does not exceed the threshold, the next one does."""
     infinity = decision_tables.INFINITY_BITS[dtype]
     bits = np.arange(infinity, dtype=np.uint16)  # all but infinity
     absmax = floats.flush_subnormals(_value(bits, dtype))
-    with np.errstate(divide="ignore"):
-        inverse = floats.flush_subnormals(np.float32(1) / absmax)
-    nf4 = quant_type == "nf4"
-    table = (decision_tables.nf4_table if nf4 else decision_tables.fp4_table)(dtype)
-    for column in range(15 if nf4 else 7):
+    inverse = reciprocal(absmax)
+    codes_of = four_bit.nf4_codes if quant_type == "nf4" else four_bit.fp4_codes
+    rank_of = decision_tables.CODE_ORDER[quant_type].argsort()
+    keys = decision_tables.threshold_keys(dtype, quant_type)[: bits.size].astype(np.int32)
+    for column in range(15):
         for step in (0, 1):
-            key = table[: bits.size, column].astype(np.int32) + step
+            key = keys[:, column] + step
             inside = np.abs(key) < infinity
             values = _value(np.where(key < 0, key ^ 0x7FFF, key).astype(np.uint16), dtype)
             with np.errstate(invalid="ignore", over="ignore"):
                 scaled = floats.flush_subnormals(floats.flush_subnormals(values) * inverse)
-            codes = four_bit.nf4_codes(scaled) if nf4 else _rank(four_bit.fp4_codes(scaled))
-            exceeds = codes[inside & (absmax > 0)] > column
+            exceeds = rank_of[codes_of(scaled)][inside & (absmax > 0)] > column
             assert exceeds.all() if step else not exceeds.any()
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_search_in_the_tables_ends_at_the_number_of_thresholds_exceeded(quant_type):
+    thresholds = decision_tables.threshold_keys("BF16", quant_type)
+    tables = decision_tables.search_tables("BF16", quant_type).reshape(-1, 4, 16)
+    rng = np.random.default_rng(3)
+    for row in rng.integers(0, len(tables), 300):
+        for key in [*thresholds[row], *rng.integers(-0x7F80, 0x7F80, 20)]:
+            at = 0
+            for step in range(4):
+                two_bytes = bytes(tables[row, step, [at, (1 << step) + at]])
+                at = 2 * at + int(key > int.from_bytes(two_bytes, "little", signed=True))
+            assert at == np.count_nonzero(key > thresholds[row])
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_every_16_bit_value_has_the_code_of_the_reference(dtype, quant_type):
+    """In blocks whose absmax is ordinary, or makes 1/absmax overflow, subnormal or zero."""
+    infinity = decision_tables.INFINITY_BITS[dtype]
+    for absmax in (0x3D37, 0x0001, 0x0081, 0x0400, infinity - 1, infinity):
+        magnitudes = np.arange(-(-(absmax + 1) // 31) * 31, dtype=np.uint16) % (absmax + 1)
+        blocks = np.full((2, magnitudes.size // 31, 32), absmax, np.uint16)
+        blocks[:, :, 1:] = magnitudes.reshape(-1, 31)
+        blocks[1] |= 0x8000
+        values = blocks.reshape(-1).view(floats.NUMPY_DTYPES[dtype])
+        check_4_bit_quantization(values, dtype, quant_type, 32)
 
 
 def _value(bits, dtype):
     return floats.widen(bits.view(floats.NUMPY_DTYPES[dtype]), dtype)
-
-
-def _rank(fp4_codes):
-    return np.array([0, 1, 6, 7, 4, 5, 2, 3]).argsort()[fp4_codes & 7]
 
 
 def test_one_threshold_at_most_lies_between_floats_with_the_same_upper_bits():

@@ -20,16 +20,26 @@ from qtool.events import Advanced, Started
 from qtool.formats import double_quant, floats, four_bit, int8
 from qtool.formats.bitsandbytes import parse_quant_state
 from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantFormat
+from qtool.quantize import run
+from qtool.quantize import workers as workers_module
 from qtool.quantize.pipeline import PipelineSettings
 from qtool.quantize.plan import Recipe, build_plan
 from qtool.quantize.run import output_file_bytes, quantize_checkpoint
+from tests.quantize.watched_backend import WatchedBackend
 from tests.tiny_models import save_tensors, write_llama
 
 SETTINGS = PipelineSettings(num_workers=2, tile_bytes=4096)
 
 
 def quantize(
-    source: Path, output: Path, *, settings=SETTINGS, restart=False, on_event=None, **recipe
+    source: Path,
+    output: Path,
+    *,
+    settings=SETTINGS,
+    backend=None,
+    restart=False,
+    on_event=None,
+    **recipe,
 ):
     checkpoint = open_checkpoint(str(source), need="files")
     plan = build_plan(checkpoint, Recipe(**recipe))
@@ -37,7 +47,7 @@ def quantize(
         checkpoint,
         plan,
         output,
-        choose_backend("cpu").backend,
+        backend or choose_backend("cpu").backend,
         settings,
         restart=restart,
         on_event=on_event or (lambda event: None),
@@ -132,10 +142,16 @@ def test_conv1d_weights_are_written_transposed(tmp_path, test_data):
 
 
 @pytest.mark.parametrize("precision", ["nf4-dq", "int8", "fp4"])
-def test_workers_tiles_and_repetition_change_no_byte(tmp_path, precision):
-    write_llama(tmp_path / "in", num_shards=3, hidden=128, mlp=352)
+def test_workers_tiles_shards_in_work_and_repetition_change_no_byte(
+    tmp_path, precision, monkeypatch
+):
+    write_llama(tmp_path / "in", num_shards=12, hidden=128, mlp=352)
     digests = []
-    for number, (workers, tile) in enumerate([(1, 4096), (2, 8192), (5, 1 << 20), (3, 4096)]):
+    for number, (workers, tile, in_turn) in enumerate(
+        [(1, 4096, 4), (2, 8192, 1), (5, 1 << 20, 2), (3, 4096, 4), (2, 4096, 20)]
+    ):
+        monkeypatch.setattr(workers_module, "SHARDS_IN_TURN", in_turn)
+        monkeypatch.setattr(run, "OPEN_SHARDS", 2 * in_turn)
         out = tmp_path / f"out{number}"
         quantize(
             tmp_path / "in",
@@ -301,16 +317,37 @@ def test_a_source_cut_short_after_its_header_was_read_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_changes_meanwhile_is_refused(tmp_path):
+@pytest.mark.parametrize("change", ["touched", "grown"])
+def test_a_source_that_changes_meanwhile_is_refused(tmp_path, change):
+    write_llama(tmp_path / "in")
+    shard = tmp_path / "in" / "model.safetensors"
+    counting = WatchedBackend()
+    quantize(tmp_path / "in", tmp_path / "undisturbed", backend=counting)
+    num_kernels = counting.num_kernels
+
+    def at_the_last_kernel(number):
+        if number == num_kernels and change == "touched":
+            os.utime(shard, ns=(1, 1))
+        elif number == num_kernels:
+            os.truncate(shard, shard.stat().st_size + 1)
+
+    with pytest.raises(QtoolError, match="changed while reading") as caught:
+        quantize(tmp_path / "in", tmp_path / "out", backend=WatchedBackend(at_the_last_kernel))
+    assert caught.value.kind == "bad_file" and str(shard) in caught.value.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_cut_short_meanwhile_is_refused(tmp_path):
     write_llama(tmp_path / "in", num_shards=2)
     shard = tmp_path / "in" / "model-00001-of-00002.safetensors"
 
-    def touch(event):
-        if isinstance(event, Advanced):
-            os.utime(shard, ns=(1, 1))
+    def at_the_tenth_kernel(number):
+        if number == 10:
+            os.truncate(shard, 4096)
 
-    with pytest.raises(QtoolError, match="changed"):
-        quantize(tmp_path / "in", tmp_path / "out", on_event=touch)
+    with pytest.raises(QtoolError, match=r"truncated|changed while reading") as caught:
+        quantize(tmp_path / "in", tmp_path / "out", backend=WatchedBackend(at_the_tenth_kernel))
+    assert caught.value.kind == "bad_file" and str(shard) in caught.value.message
     assert not (tmp_path / "out").exists()
 
 
@@ -330,21 +367,21 @@ def test_too_little_space_is_said_before_the_first_byte(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_keeps_finished_shards(tmp_path, monkeypatch):
-    write_llama(tmp_path / "in", num_shards=3)
+    write_llama(tmp_path / "in", num_shards=12, layers=6)
     real, calls = os.posix_fallocate, []
 
     def fill_up(descriptor, offset, num_bytes):
         calls.append(num_bytes)
-        if len(calls) == 3:
+        if len(calls) == run.OPEN_SHARDS + 2:  # so two were finished
             raise OSError(28, "No space left on device")
         real(descriptor, offset, num_bytes)
 
     monkeypatch.setattr(os, "posix_fallocate", fill_up)
     with pytest.raises(QtoolError) as caught:
         quantize(tmp_path / "in", tmp_path / "out")
-    assert caught.value.kind == "no_space" and "model-00003" in caught.value.message
+    assert caught.value.kind == "no_space" and "model-000" in caught.value.message
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert "config.json" not in names and "model-00002-of-00003.safetensors" in names
+    assert "config.json" not in names and sum("model-" in name for name in names) >= 2
     assert not list((tmp_path / "out" / ".qtool").glob("*.partial"))
     _, result = quantize(tmp_path / "in", tmp_path / "out")
     assert result.resumed
@@ -352,16 +389,16 @@ def test_a_disk_that_fills_up_keeps_finished_shards(tmp_path, monkeypatch):
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "fresh")
 
 
-def test_a_source_that_changed_between_two_runs_is_refused(tmp_path, monkeypatch):
+def test_a_source_that_changed_between_two_runs_is_refused(tmp_path):
     write_llama(tmp_path / "in", num_shards=2)
     shard = tmp_path / "in" / "model-00001-of-00002.safetensors"
 
-    def interrupt(event):
-        if isinstance(event, Advanced) and "layers.1" in event.item:
+    def interrupt(number):
+        if number == 10:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(tmp_path / "in", tmp_path / "out", on_event=interrupt)
+        quantize(tmp_path / "in", tmp_path / "out", backend=WatchedBackend(interrupt))
     os.utime(shard, ns=(1, 1))
     with pytest.raises(QtoolError, match="model-00001-of-00002"):
         quantize(tmp_path / "in", tmp_path / "out")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.formats.precisions import BLOCKSIZES, QuantFormat
 from qtool.formats.tensors import TensorLayout
 from qtool.quantize.plan import TensorPlan
-from qtool.quantize.tiles import cut_tensor
+from qtool.quantize.tiles import cut_tensor, whole_tile_bytes
 
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 300))
 tile_sizes = st.integers(1, 1 << 16).map(lambda kib: kib * 4096)
@@ -47,6 +48,18 @@ def test_copies_are_counted_in_bytes(shape, tile_bytes):
     tiles = list(cut_tensor(make(shape, action="copy"), QuantFormat(), tile_bytes))
     assert sum(tile.source_bytes for tile in tiles) == 2 * shape[0] * shape[1]
     assert all(tile.source_bytes <= tile_bytes for tile in tiles)
+
+
+def test_int8_rows_without_columns_are_rows_all_the_same():
+    tiles = [next(cut_tensor(make(shape), QuantFormat("int8"), 4096)) for shape in [(5, 0), (0, 5)]]
+    assert [tile.num_rows for tile in tiles] == [5, 0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "whole"), [(1, 4096), (4096, 4096), (8191, 4096), (1 << 24, 1 << 24)]
+)
+def test_tiles_are_whole_pages_and_at_least_one(asked, whole):
+    assert whole_tile_bytes(asked) == whole
 
 
 def test_an_empty_tensor_has_one_empty_tile():

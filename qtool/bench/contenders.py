@@ -1,0 +1,89 @@
+"""Engines take turns: who takes part, and how their samples are collected."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from qtool.bench.records import Engine, Moved
+from qtool.events import Advanced, Finished, OnEvent, Started
+
+NUM_WARM_UPS: Final = 2
+HOST_BOUND_SHARE: Final = 0.8  # of a launch's time: then the device has next to nothing queued
+
+Run = Callable[[int], object]  # do it once, with buffer set i modulo their number
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One engine at one operation; `moved` by each run."""
+
+    op: str
+    engine: Engine
+    moved: Moved
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Seconds of one run on the device, and seconds that the host needed to launch it."""
+
+    seconds: float
+    launch_seconds: float = 0.0
+
+
+class Clock(Protocol):
+    """How a device is timed: one sample is the mean of `runs_per_sample` runs."""
+
+    runs_per_sample: int
+
+    def time(self, run: Run, first: int) -> Sample:
+        """Time `run` on buffer sets `first` and following."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A contender's samples, without the weights that its `run` holds on to."""
+
+    op: str
+    engine: Engine
+    moved: Moved
+    samples: tuple[Sample, ...]
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Of each sample."""
+        return tuple(sample.seconds for sample in self.samples)
+
+    @property
+    def is_host_bound(self) -> bool:
+        """Whether launching took about as long as running: then it is no figure of the kernel."""
+        launch = statistics.median(sample.launch_seconds for sample in self.samples)
+        return launch > HOST_BOUND_SHARE * statistics.median(self.seconds)
+
+
+def measure(
+    contenders: Sequence[Contender], clock: Clock, repeats: int, stage: str, on_event: OnEvent
+) -> list[Measured]:
+    """Take `repeats` samples of each, in turns; the order changes from turn to turn."""
+    rounds = NUM_WARM_UPS + repeats
+    round_bytes = clock.runs_per_sample * sum(contender.moved.num_bytes for contender in contenders)
+    on_event(Started(stage, rounds * round_bytes))
+    samples: list[list[Sample]] = [[] for _ in contenders]
+    for number in range(rounds):
+        for index in random.sample(range(len(contenders)), len(contenders)):
+            contender = contenders[index]
+            sample = clock.time(contender.run, number * clock.runs_per_sample)
+            if number >= NUM_WARM_UPS:
+                samples[index].append(sample)
+            item = f"{contender.op} ({contender.engine})"
+            on_event(Advanced(clock.runs_per_sample * contender.moved.num_bytes, item))
+    on_event(Finished(stage))
+    return [
+        Measured(contender.op, contender.engine, contender.moved, tuple(taken))
+        for contender, taken in zip(contenders, samples, strict=True)
+    ]

@@ -1,0 +1,21 @@
+"""What an interrupted measurement says; unlike other verbs it cannot be continued."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qtool.errors import QtoolError
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn Ctrl-C into an error with a hint that is true here."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise QtoolError(
+            "interrupted",
+            kind="interrupted",
+            hint="nothing is kept of a measurement; run it again from the start",
+        ) from error

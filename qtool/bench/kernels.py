@@ -1,0 +1,253 @@
+"""`qtool bench kernels`: every kernel beside a copy of the same weight and beside bitsandbytes.
+
+    result = bench_kernels(KernelRequest(shapes=((28672, 8192),)))
+
+All engines take turns on the same random weights, which are more than the caches hold. What qtool's
+kernels make of them is compared with the reference before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from qtool.backends import BackendChoice, choose_backend
+from qtool.backends.cpu import num_usable_cores
+from qtool.bench.bitsandbytes_kernels import Bitsandbytes, NoRivalError
+from qtool.bench.contenders import Contender, Measured, measure
+from qtool.bench.devices import Device
+from qtool.bench.interruption import interruptible
+from qtool.bench.machine import describe_host, device_name, software_versions
+from qtool.bench.operations import (
+    BLOCKSIZE,
+    DTYPE_WORDS,
+    OPERATIONS,
+    Operation,
+    Shape,
+    choose_operations,
+    shape_text,
+    value_bytes,
+)
+from qtool.bench.records import BenchResult, Limit, Moved, Row, make_limit, make_row
+from qtool.bench.reference_check import check_result
+from qtool.bench.weights import Weight
+from qtool.errors import QtoolError
+from qtool.events import Note, OnEvent, ignore_events
+from qtool.formats.tensors import SourceDtype
+
+MIN_REPEATS: Final = 20
+COPY: Final = "copy"
+CUDA_SHAPE: Final[Shape] = (28672, 8192)  # the feed-forward weight of a 70-billion-parameter model
+CPU_SHAPE: Final[Shape] = (4096, 14336)  # that of one with 8 billion
+CUDA_DTYPES: Final[tuple[SourceDtype, ...]] = ("BF16", "F16", "F32")
+CPU_DTYPES: Final[tuple[SourceDtype, ...]] = ("BF16",)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRequest:
+    """What to measure; an empty tuple or None means what suits the device.
+
+    `words` choose operations, see `choose_operations`. `num_threads` matters on the CPU.
+    """
+
+    shapes: tuple[Shape, ...] = ()
+    words: tuple[str, ...] = ()
+    dtypes: tuple[SourceDtype, ...] = ()
+    backend: BackendChoice = "auto"
+    repeats: int = MIN_REPEATS
+    num_threads: int | None = None
+    with_rival: bool = True
+
+
+def bench_kernels(request: KernelRequest, on_event: OnEvent = ignore_events) -> BenchResult:
+    """Measure.
+
+    Raises:
+        QtoolError: an unknown operation, too few repeats, no such backend here, too little memory,
+            or a kernel that gives other bytes than the reference.
+    """
+    operations = choose_operations(request.words)
+    if request.repeats < MIN_REPEATS:
+        raise QtoolError(
+            f"--repeat {request.repeats}: a median of fewer than {MIN_REPEATS} says too little",
+            kind="usage",
+            hint=f"--repeat {MIN_REPEATS} or more",
+        )
+    chosen = choose_backend(request.backend)
+    on_gpu = chosen.backend.name == "cuda"
+    on_event(Note(f"backend  {chosen.backend.name} ({chosen.reason})"))
+    num_threads = request.num_threads or num_usable_cores()
+    warnings: list[str] = []
+    rival = _find_rival(request, warnings, on_gpu=on_gpu, num_threads=num_threads)
+    rows: list[Row] = []
+    with interruptible(), _open_device(on_gpu, num_threads) as device:
+        name = device_name(num_threads, on_gpu=on_gpu)
+        for shape in request.shapes or (CUDA_SHAPE if on_gpu else CPU_SHAPE,):
+            for dtype in request.dtypes or (CUDA_DTYPES if on_gpu else CPU_DTYPES):
+                group = _Group(device, rival, shape, dtype, operations)
+                measured = group.measure(request.repeats, on_event)
+                warnings += host_bound_warnings(measured, group.label)
+                rows += group_rows(measured, shape_text(shape), DTYPE_WORDS[dtype])
+                _release(device, rival)
+        versions = software_versions(on_gpu=on_gpu, rivals=("torch", "bitsandbytes"))
+        runs_per_sample = device.clock.runs_per_sample
+    return BenchResult(
+        device=name,
+        host=describe_host(),
+        versions=versions,
+        limits=_limits(rows),
+        rows=tuple(rows),
+        details={
+            "backend": chosen.backend.name,
+            "backend_reason": chosen.reason,
+            "blocksize": BLOCKSIZE,
+            "runs_per_sample": runs_per_sample,
+            "double_quant_ratios": double_quant_ratios(rows),
+        },
+        warnings=tuple(warnings),
+    )
+
+
+# -- one shape and dtype --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What is measured in turns: a copy, and all operations on weights of one shape and dtype."""
+
+    device: Device
+    rival: Bitsandbytes | None
+    shape: Shape
+    dtype: SourceDtype
+    operations: Sequence[Operation]
+
+    @property
+    def label(self) -> str:
+        return f"{DTYPE_WORDS[self.dtype]} {shape_text(self.shape)}"
+
+    def measure(self, repeats: int, on_event: OnEvent) -> list[Measured]:
+        weights = self.device.make_weights(self.shape, self.dtype, self.operations)
+        contenders = [self._copy(weights), *self._own(weights)]
+        if self.rival is not None:
+            contenders += self.rival.contenders(self.operations, weights)
+        return measure(contenders, self.device.clock, repeats, f"measure {self.label}", on_event)
+
+    def _copy(self, weights: Sequence[Weight]) -> Contender:
+        runs = [self.device.bind_copy(weight) for weight in weights]
+        num_bytes = value_bytes(self.shape, self.dtype)
+        return Contender(COPY, "limit", Moved(num_bytes, num_bytes), partial(_run_in_turn, runs))
+
+    def _own(self, weights: Sequence[Weight]) -> Iterator[Contender]:
+        """qtool's kernels, checked; every weight is quantized before any is dequantized."""
+        for precision in dict.fromkeys(operation.precision for operation in self.operations):
+            for weight in weights:
+                self.device.bind(Operation("quantize", precision), weight)()
+        for operation in self.operations:
+            runs = [self.device.bind(operation, weight) for weight in weights]
+            runs[0]()
+            check_result(operation, weights[0], self.device.to_host)
+            moved = operation.moved(self.shape, self.dtype)
+            yield Contender(operation.name, "qtool", moved, partial(_run_in_turn, runs))
+
+
+def _run_in_turn(runs: Sequence[Any], i: int) -> object:
+    return runs[i % len(runs)]()
+
+
+# -- from samples to rows -------------------------------------------------------------------------
+
+
+def group_rows(measured: Sequence[Measured], shape: str, dtype: str) -> list[Row]:
+    """A row for each; the limit is the copy among `measured`, taken per byte."""
+    copy = next(m for m in measured if m.engine == "limit")
+    copied = make_row(COPY, shape, dtype, "limit", copy.seconds, copy.moved, limit_seconds=0)
+    return [
+        make_row(
+            m.op,
+            shape,
+            dtype,
+            m.engine,
+            m.seconds,
+            m.moved,
+            limit_seconds=copied.seconds_median * (m.moved.num_bytes / copied.bytes),
+        )
+        for m in sorted(measured, key=_place_in_table)
+    ]
+
+
+def _place_in_table(measured: Measured) -> tuple[int, str]:
+    """The limit first, then operation by operation, qtool before others."""
+    names = [COPY, *(operation.name for operation in OPERATIONS)]
+    return names.index(measured.op), "" if measured.engine == "qtool" else measured.engine
+
+
+def host_bound_warnings(measured: Sequence[Measured], label: str) -> list[str]:
+    """A sentence if launches took as long as the kernels themselves."""
+    names = [f"{m.op} ({m.engine})" for m in measured if m.is_host_bound]
+    if not names:
+        return []
+    return [
+        f"{label}: launching took as long as running for {', '.join(names)}, so these are no "
+        "figures of kernels; take a larger --shape"
+    ]
+
+
+def double_quant_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """How many times as long every operation takes with double quantization as without."""
+    seconds = {(row.op, row.shape, row.dtype, row.engine): row.seconds_median for row in rows}
+    return [
+        {
+            "op": op,
+            "shape": shape,
+            "dtype": dtype,
+            "engine": engine,
+            "seconds_ratio": with_dq / bare,
+        }
+        for (op, shape, dtype, engine), with_dq in seconds.items()
+        if op.endswith("-dq")
+        and (bare := seconds.get((op.removesuffix("-dq"), shape, dtype, engine)))
+    ]
+
+
+def _limits(rows: Sequence[Row]) -> dict[str, Limit]:
+    return {
+        f"{row.op} {row.shape} {row.dtype}": make_limit(row)
+        for row in rows
+        if row.engine == "limit"
+    }
+
+
+# -- the machine ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open_device(on_gpu: bool, num_threads: int) -> Iterator[Device]:
+    from qtool.bench.cpu_device import CpuDevice
+    from qtool.bench.cuda_device import CudaDevice
+
+    device: Device = CudaDevice() if on_gpu else CpuDevice(num_threads)
+    try:
+        yield device
+    finally:
+        device.close()
+
+
+def _find_rival(
+    request: KernelRequest, warnings: list[str], *, on_gpu: bool, num_threads: int
+) -> Bitsandbytes | None:
+    if not request.with_rival:
+        return None
+    try:
+        return Bitsandbytes(on_gpu=on_gpu, num_threads=num_threads)
+    except NoRivalError as error:
+        warnings.append(str(error))
+        return None
+
+
+def _release(device: Device, rival: Bitsandbytes | None) -> None:
+    device.release()
+    if rival is not None:
+        rival.release()

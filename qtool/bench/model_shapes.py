@@ -1,0 +1,62 @@
+"""Models to measure on when there is no checkpoint at hand: their config.json, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from qtool.checkpoint.config_json import CONFIG_NAME, MAX_CONFIG_BYTES
+from qtool.checkpoint.strict_json import parse_json_object
+from qtool.errors import QtoolError
+
+DEFAULT_SHAPE: Final = "llama-3.1-8b"
+
+_LLAMA: Final = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+MODEL_SHAPES: Final[dict[str, Mapping[str, Any]]] = {
+    DEFAULT_SHAPE: _LLAMA
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+    },
+    # Tensors of the full size, so that what is held per tensor shows; but few of them.
+    "llama-3.1-405b-2layers": _LLAMA
+    | {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_attention_heads": 128,
+        "num_hidden_layers": 2,
+    },
+}
+
+
+def read_model_shape(name: str) -> tuple[str, Mapping[str, Any]]:
+    """A short name and the config of the model shape `name`, which may be a config.json's path.
+
+    Raises:
+        QtoolError: usage, if it is neither; bad_file, if the file is no JSON object.
+    """
+    if name in MODEL_SHAPES:
+        return name, MODEL_SHAPES[name]
+    path = Path(name)
+    if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
+        raise QtoolError(
+            f"--model-shape {name}: neither a known shape nor a config.json",
+            kind="usage",
+            hint=f"{', '.join(MODEL_SHAPES)}, or the path of a model's config.json",
+        )
+    hint = "give the config.json of a model"
+    config = parse_json_object(path.read_bytes(), file=str(path), hint=hint, allow_infinity=True)
+    return (path.resolve().parent.name if path.name == CONFIG_NAME else path.stem), config

@@ -1,0 +1,110 @@
+"""`bench_kernels` on the CPU, with weights of a few kilobytes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from qtool.backends.cpu import CpuBackend
+from qtool.bench.contenders import Measured, Sample
+from qtool.bench.cpu_device import cut_into_tiles
+from qtool.bench.kernels import KernelRequest, bench_kernels, double_quant_ratios, group_rows
+from qtool.bench.operations import OPERATIONS
+from qtool.bench.records import Moved
+from qtool.errors import QtoolError
+
+
+def bench(**options):
+    defaults = {"shapes": ((24, 192),), "backend": "cpu", "num_threads": 2, "with_rival": False}
+    return bench_kernels(KernelRequest(**(defaults | options)))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_every_operation_is_checked_and_measured(dtype):
+    result = bench(dtypes=(dtype,))
+    copy, *rows = result.rows
+    assert (copy.engine, copy.op, copy.share_of_limit) == ("limit", "copy", 1)
+    assert copy.bytes == 2 * 24 * 192 * (4 if dtype == "F32" else 2)
+    assert [row.op for row in rows] == [operation.name for operation in OPERATIONS]
+    assert all(row.engine == "qtool" and row.n == 20 and row.seconds_median > 0 for row in rows)
+    assert list(result.limits) == [f"copy 24x192 {copy.dtype}"]
+
+
+def test_odd_shapes_and_several_tiles(monkeypatch):
+    monkeypatch.setattr("qtool.bench.cpu_device.DEFAULT_TILE_BYTES", 4096)
+    assert len(cut_into_tiles((200, 37), 2)) == 4
+    assert len(bench(shapes=((200, 37),)).rows) == 1 + len(OPERATIONS)
+
+
+def test_bitsandbytes_takes_part_where_it_is_installed():
+    pytest.importorskip("bitsandbytes")
+    result = bench(words=("nf4", "int8"), with_rival=True)
+    engines = {(row.op, row.engine) for row in result.rows}
+    rivals = {op for op, engine in engines if engine == "bitsandbytes"}
+    assert rivals == {"quantize nf4", "dequantize nf4", "quantize int8"}
+    assert "bitsandbytes" in result.versions and result.warnings == ()
+
+
+def test_without_bitsandbytes_there_is_a_warning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    result = bench(words=("nf4",), with_rival=True)
+    assert "bitsandbytes is not measured" in result.warnings[0]
+    assert {row.engine for row in result.rows} == {"limit", "qtool"}
+
+
+@pytest.mark.parametrize(
+    ("method", "array", "words"),
+    [
+        ("quantize_4bit", 4, "packed"),
+        ("quantize_absmax", 1, "absmax codes"),
+        ("quantize_int8", 2, "codes"),
+        ("dequantize_4bit", 5, "values"),
+        ("dequantize_int8", 3, "values"),
+    ],
+)
+def test_a_kernel_that_gives_a_wrong_byte_is_not_measured(method, array, words, monkeypatch):
+    right = getattr(CpuBackend, method)
+
+    def wrong(self, *arguments):
+        done = right(self, *arguments)
+        arguments[array].reshape(-1).view("u1")[-1] ^= 1
+        return done
+
+    monkeypatch.setattr(CpuBackend, method, wrong)
+    # So few values that the last byte is seen only because both ends are looked at.
+    monkeypatch.setattr("qtool.bench.reference_check.CHECKED_VALUES", 100)
+    with pytest.raises(QtoolError, match=f"{words}.* differ from the reference") as caught:
+        bench(shapes=((300, 192),))
+    assert caught.value.kind == "internal"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"repeats": 19}, "fewer than 20"), ({"words": ("nf5",)}, "nf5")]
+)
+def test_wrong_requests_are_refused(options, words):
+    with pytest.raises(QtoolError, match=words) as caught:
+        bench(**options)
+    assert caught.value.kind == "usage"
+
+
+def test_shares_are_of_the_copy_s_rate():
+    measured = [
+        Measured("quantize nf4", "qtool", Moved(80, 20), (Sample(2.0),)),
+        Measured("copy", "limit", Moved(80, 80), (Sample(1.6),)),
+    ]
+    copy, quantize = group_rows(measured, "1x40", "bf16")
+    assert copy.op == "copy" and copy.bytes_per_s == pytest.approx(100)
+    # 100 bytes take the copy one second.
+    assert quantize.share_of_limit == pytest.approx(0.5)
+
+
+def test_double_quantization_is_compared_with_none_by_the_same_engine():
+    measured = [
+        Measured("copy", "limit", Moved(1, 1), (Sample(1.0),)),
+        Measured("quantize nf4", "qtool", Moved(1, 1), (Sample(2.0),)),
+        Measured("quantize nf4-dq", "qtool", Moved(1, 1), (Sample(3.0),)),
+        Measured("quantize nf4-dq", "bitsandbytes", Moved(1, 1), (Sample(9.0),)),
+    ]
+    (ratio,) = double_quant_ratios(group_rows(measured, "1x1", "bf16"))
+    assert ratio["seconds_ratio"] == 1.5 and ratio["engine"] == "qtool"

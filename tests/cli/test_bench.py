@@ -1,0 +1,145 @@
+"""`qtool bench` as users and scripts see it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.cli.running import run
+from tests.tiny_models import llama_config
+
+ROW_FIELDS = {
+    "op",
+    "shape",
+    "dtype",
+    "engine",
+    "seconds_median",
+    "seconds_mad",
+    "n",
+    "bytes",
+    "input_bytes",
+    "bytes_per_s",
+    "share_of_limit",
+}
+COMMON_FIELDS = {
+    "schema",
+    "command",
+    "warnings",
+    "argv",
+    "device",
+    "host",
+    "versions",
+    "limits",
+    "rows",
+    "backend",
+    "backend_reason",
+}
+KERNELS = ("bench", "kernels", "--backend", "cpu", "--shape", "16x128", "--op", "nf4", "--no-rival")
+
+
+@pytest.fixture
+def quantize(tmp_path):
+    shape = tmp_path / "tiny.json"
+    shape.write_text(json.dumps(llama_config()))
+    words = ("bench", "quantize", "--backend", "cpu", "--no-rival", "--repeat", "1")
+    return (*words, "--work-dir", tmp_path, "--model-shape", shape)
+
+
+def check_common(document, command):
+    assert document.keys() >= COMMON_FIELDS
+    assert document["schema"] == 1 and document["command"] == command
+    assert document["warnings"] == []
+    assert all(row.keys() == ROW_FIELDS for row in document["rows"])
+    assert all(
+        limit.keys() == {"bytes", "seconds_median", "bytes_per_s"}
+        for limit in document["limits"].values()
+    )
+    assert {"python", "qtool", "numpy", "numba"} <= document["versions"].keys()
+
+
+def test_kernels_json_is_one_document_and_the_file_the_same(tmp_path):
+    ran = run(*KERNELS, "--json", "--output", tmp_path / "k.json")
+    assert ran.exit_code == 0 and ran.stderr == ""
+    check_common(ran.document, "bench kernels")
+    assert json.loads((tmp_path / "k.json").read_text()) == ran.document
+
+
+def test_quantize_json_is_one_document_and_the_file_the_same(quantize, tmp_path):
+    ran = run(*quantize, "--json", "--output", tmp_path / "q.json")
+    assert ran.exit_code == 0 and ran.stderr == ""
+    check_common(ran.document, "bench quantize")
+    assert json.loads((tmp_path / "q.json").read_text()) == ran.document
+    assert {"storage", "runs", "num_threads", "limit_seconds"} <= ran.document.keys()
+
+
+def test_the_tables_name_their_units_and_fit_80_columns(quantize, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words, last_row in ((KERNELS, "dequantize nf4"), (quantize, "quantize nf4-dq")):
+        ran = run(*words)
+        assert ran.exit_code == 0, ran.stderr
+        lines = ran.stdout.splitlines()
+        (head,) = (line for line in lines if line.startswith("operation"))
+        assert head.split() == ["operation", "engine", "time", "GB/s", "of", "limit", "vs", "qtool"]
+        (row,) = (line for line in lines if line.startswith(last_row))
+        assert "s " in row and "%" in row and "…" not in ran.stdout
+        assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("kernels", "--op", "quantize nf5"), "nf5"),
+        (("kernels", "--shape", "12"), "ROWSxCOLUMNS"),
+        (("kernels", "--dtype", "fp64"), "fp64"),
+        (("kernels", "--repeat", "19"), "20"),
+        (("kernels", "--output", "no/such/folder/x.json"), "cannot be written"),
+        (("quantize", "--model-shape", "llama-99"), "llama-99"),
+        (("quantize", "--output", "."), "cannot be written"),
+        (("quantize", "--repeat", "0"), "repeat"),
+        (("quantise",), "quantise"),
+        ((), "command"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_what_was_expected(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["qtool", "--json"])
+    ran = run("bench", *words, "--json") if words else run("bench")
+    assert ran.exit_code == 2 and ran.stdout == ""
+    text = ran.error["message"] + ran.error["hint"] if words else ran.stderr
+    assert message in text and list(tmp_path.iterdir()) == []
+
+
+def test_no_space_exits_with_5(tmp_path, monkeypatch):
+    monkeypatch.setattr("qtool.bench.work_folder.free_bytes", lambda folder: 10**9)
+    ran = run("bench", "quantize", "--work-dir", tmp_path, "--backend", "cpu", "--json")
+    assert ran.exit_code == 5 and ran.error["kind"] == "no_space"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cuda_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for verb in ("kernels", "quantize"):
+        ran = run("bench", verb, "--backend", "cuda", "--json")
+        assert ran.exit_code == 1 and ran.error["kind"] == "unsupported"
+
+
+def test_options_come_from_variables_too(monkeypatch):
+    monkeypatch.setenv("QTOOL_REPEAT", "21")
+    assert run(*KERNELS, "--json").document["rows"][0]["n"] == 21
+
+
+def test_options_come_from_a_table_of_the_config_file_too(tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text('backend = "cpu"\n["bench kernels"]\nrepeat = 22\n[estimate]\nbatch = 2\n')
+    assert run(*KERNELS, "--json", "--config", config).document["rows"][0]["n"] == 22
+    config.write_text("[bench]\nrepeat = 22\n")
+    ran = run(*KERNELS, "--json", "--config", config)
+    assert ran.exit_code == 2 and "bench kernels" in ran.error["hint"]
+
+
+def test_help_shows_both_verbs_and_their_examples():
+    ran = run("bench", "--help")
+    assert "quantize" in ran.stdout and "kernels" in ran.stdout
+    ran = run("bench", "kernels", "--help")
+    assert "qtool bench kernels" in ran.stdout and "qtool bench quantize" not in ran.stdout
