@@ -61,7 +61,8 @@ def _bins(name: str, thresholds: Iterable[float], codes: Iterable[int]) -> str:
 
 
 def _bytes(name: str, values: Iterable[int]) -> str:
-    return f"__device__ const signed char {name}[] = {{{', '.join(str(int(v)) for v in values)}}};"
+    # In constant memory, whose cache the streams of weights do not touch.
+    return f"__constant__ signed char {name}[] = {{{', '.join(str(int(v)) for v in values)}}};"
 
 
 def _floats(name: str, values: Iterable[float]) -> str:

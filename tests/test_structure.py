@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qtool"
+KERNELS = PACKAGE.parent / "cupy_kernels"
 
 # Each layer may import itself and what stands below it.
 LAYERS = [
@@ -79,6 +80,14 @@ def test_imports_point_downwards_and_third_parties_stay_at_home(path):
             assert same_or_below, f"{layer} must not import {name}"
         if root in HOMES:
             assert layer in HOMES[root], f"{layer} must not import {root}"
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.name)
+def test_kernels_know_of_qtool_only_what_the_formats_are(path):
+    for name in imports_of(path):
+        root, *rest = name.split(".")
+        assert root != "qtool" or rest[0] == "formats", f"cupy_kernels must not import {name}"
+        assert root not in {"torch", "typer", "rich", "numba"}
 
 
 def test_every_package_has_a_layer():

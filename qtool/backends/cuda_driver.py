@@ -55,7 +55,7 @@ def find_cuda_device() -> CudaDevice:
 
 
 def open_in_background() -> None:
-    """Begin to load the driver and CuPy and to make the device's context, if there is any.
+    """Begin to make the device's context and to load CuPy, if there is a device.
 
     Most of that is waiting, in which other modules can be imported. Whoever needs it waits for what
     is left, and meets the errors, which are not told here.
@@ -66,9 +66,10 @@ def open_in_background() -> None:
 def _open() -> None:
     with contextlib.suppress(Exception):
         find_cuda_device()
-        import cupy
-
-        cupy.cuda.runtime.free(0)
+        # The driver makes the context that CuPy will find, without holding up Python meanwhile.
+        driver, context = _load_driver(), ctypes.c_void_p()
+        _call(driver, driver.cuDevicePrimaryCtxRetain, ctypes.byref(context), 0)
+        importlib.import_module("cupy")
 
 
 def _load_driver() -> ctypes.CDLL:

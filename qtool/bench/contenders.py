@@ -13,6 +13,7 @@ from qtool.events import Advanced, Finished, OnEvent, Started
 
 NUM_WARM_UPS: Final = 2
 HOST_BOUND_SHARE: Final = 0.8  # of a launch's time: then the device has next to nothing queued
+LONGEST_LAUNCH_S: Final = 0.2e-3
 
 Run = Callable[[int], object]  # do it once, with buffer set i modulo their number
 
@@ -61,9 +62,13 @@ class Measured:
 
     @property
     def is_host_bound(self) -> bool:
-        """Whether launching took about as long as running: then it is no figure of the kernel."""
+        """Whether launching took about as long as running: then it is no figure of the kernel.
+
+        Where both are long, it is the launch that waited for the kernel.
+        """
         launch = statistics.median(sample.launch_seconds for sample in self.samples)
-        return launch > HOST_BOUND_SHARE * statistics.median(self.seconds)
+        run = statistics.median(self.seconds)
+        return launch > HOST_BOUND_SHARE * run and run < LONGEST_LAUNCH_S
 
 
 def measure(

@@ -61,8 +61,9 @@ def test_progress_adds_up():
 
 
 def test_a_kernel_as_quick_as_its_launch_is_told():
-    slow, quick = (
-        Measured("op", "qtool", MOVED, (Sample(1.0, launch), Sample(1.1, launch)))
-        for launch in (0.5, 0.95)
+    slow, quick, waiting = (
+        Measured("op", "qtool", MOVED, (Sample(run, launch), Sample(1.1 * run, launch)))
+        for run, launch in ((100e-6, 50e-6), (100e-6, 95e-6), (2e-3, 1.9e-3))
     )
     assert quick.is_host_bound and not slow.is_host_bound
+    assert not waiting.is_host_bound, "a launch that takes milliseconds has waited for the device"
