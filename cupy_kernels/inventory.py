@@ -2,7 +2,8 @@
 
     python -m cupy_kernels.inventory sm_75 sm_90
 
-compiles them all, which needs no GPU, and prints registers and spills.
+compiles them all, which needs CuPy and NVRTC but no GPU, and prints registers and spills. All
+targets take some minutes.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def _make(name: str, **defines: str | int) -> Specialisation:
 
 
 def _print_resources(targets: list[str]) -> None:
+    sys.stdout.write("registers per thread / bytes spilled\n")
     sys.stdout.write(f"{'':40}" + "".join(f"{target:>12}" for target in targets) + "\n")
     for kernel in specialisations():
         cells = []

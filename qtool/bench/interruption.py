@@ -7,15 +7,17 @@ from contextlib import contextmanager
 
 from qtool.errors import QtoolError
 
+HINT = "nothing is kept of a measurement; run it again from the start"
+
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn Ctrl-C into an error with a hint that is true here."""
+    """Turn Ctrl-C, and the error of a termination, into one with a hint that is true here."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise QtoolError(
-            "interrupted",
-            kind="interrupted",
-            hint="nothing is kept of a measurement; run it again from the start",
-        ) from error
+        raise QtoolError("interrupted", kind="interrupted", hint=HINT) from error
+    except QtoolError as error:
+        if error.kind == "interrupted":
+            error.hint = HINT
+        raise

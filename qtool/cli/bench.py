@@ -70,7 +70,11 @@ def quantize(
     threads: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Workers.", show_default="as many as the command takes"
+            metavar="N",
+            min=1,
+            max=options.MAX_THREADS,
+            help="Workers.",
+            show_default="as many as the command takes",
         ),
     ] = None,
     rival: Annotated[
@@ -145,7 +149,10 @@ def kernels(
         int, typer.Option(metavar="N", min=20, help="Samples of each, at least 20.")
     ] = 20,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Cores to use.", show_default="all")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, max=options.MAX_THREADS, help="Cores to use.", show_default="all"
+        ),
     ] = None,
     rival: Annotated[bool, typer.Option(help="Measure bitsandbytes too.")] = True,
     output: OutputFile = None,

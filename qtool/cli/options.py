@@ -11,6 +11,8 @@ from qtool.report.output import ColorChoice
 
 OUTPUT_PANEL = "Output"
 
+MAX_THREADS = 256  # beyond it they only stand in each other's way
+
 Model = Annotated[
     str,
     typer.Argument(

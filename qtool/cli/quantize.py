@@ -79,6 +79,7 @@ def quantize(
         int | None,
         typer.Option(
             min=1,
+            max=options.MAX_THREADS,
             rich_help_panel=TUNING_PANEL,
             help="Workers. [default: cores; at most 6 with cuda]",
         ),
