@@ -1,4 +1,4 @@
-"""The code tables of `qtool.formats` as a CUDA header, so that they are written down once."""
+"""The tables and constants of `qtool.formats` as a CUDA header: written down once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 
 from cupy_kernels.decision_bins import (
+    SLOT_SHIFT,
     DecisionBins,
     DynamicSlots,
     dynamic_slots,
@@ -15,7 +16,10 @@ from cupy_kernels.decision_bins import (
     nf4_bins,
 )
 from qtool.formats.codebooks import FP4_CODE, NF4_CODE
-from qtool.formats.reciprocal import CORRECTIONS
+from qtool.formats.double_quant import SUM_GROUP
+from qtool.formats.int8 import INVERSE_127
+from qtool.formats.precisions import NESTED_BLOCKSIZE
+from qtool.formats.reciprocal import CORRECTIONS, SIGNIFICAND_BITS
 
 
 @cache
@@ -31,6 +35,11 @@ def code_tables_header() -> str:
             _floats("fp4_code", FP4_CODE),
             *_dynamic(dynamic_slots()),
             _bytes("reciprocal_corrections", CORRECTIONS),
+            f"constexpr unsigned int NUM_CORRECTIONS = {CORRECTIONS.size};",
+            f"constexpr int CORRECTION_SHIFT = {23 - SIGNIFICAND_BITS};",
+            f"constexpr int NESTED_BLOCKSIZE = {NESTED_BLOCKSIZE};",
+            f"constexpr int SUM_GROUP = {SUM_GROUP};",
+            f"constexpr float INVERSE_127 = {_literal(float(INVERSE_127))};",
             "",
         ]
     )
@@ -49,6 +58,7 @@ def _dynamic(slots: DynamicSlots) -> list[str]:
         _bins("dynamic", slots.thresholds, slots.codes),
         f"constexpr int DYNAMIC_SLOTS = {len(slots.codes) // 2};",
         f"constexpr int DYNAMIC_FIRST_SLOT = {slots.first_slot};",
+        f"constexpr int DYNAMIC_SLOT_SHIFT = {SLOT_SHIFT};",
     ]
 
 

@@ -8,12 +8,8 @@
 #include "code_tables.cuh"
 
 constexpr int CHUNK = WARP * OCTET;
-#ifndef MIN_CHUNKS
-#define MIN_CHUNKS 4
-#endif
-constexpr int CHUNKS = MIN_CHUNKS;  // that a warp loads at once
+constexpr int CHUNKS = 4;  // that a warp loads at once
 constexpr int WARP_TILE = CHUNKS * CHUNK;
-constexpr int NESTED_BLOCKSIZE_LOG2 = 8;
 
 #define CONCATENATE_(a, b) a##b
 #define CONCATENATE(a, b) CONCATENATE_(a, b)
@@ -29,7 +25,7 @@ struct Scales {
 
     __device__ float of(int64 block) const {
 #if NESTED
-        float nested = nested_absmax[block >> NESTED_BLOCKSIZE_LOG2];
+        float nested = nested_absmax[uint64(block) / NESTED_BLOCKSIZE];
         return flushed_product(nested_code[absmax_codes[block]], nested) + offset;
 #else
         return absmax[block];

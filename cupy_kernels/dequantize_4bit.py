@@ -9,7 +9,7 @@ import numpy as np
 from cupy_kernels.launch import THREADS, ceil_div, check_aligned, cuda_dtype, launch
 from cupy_kernels.loader import load_kernel
 
-_BLOCK_TILE = 4 * 256 * (THREADS // 32)  # values per thread block
+_BLOCK_TILE = 4 * 256 * (THREADS // 32)  # values per thread block, as in the .cu
 
 
 @dataclass(frozen=True, slots=True)

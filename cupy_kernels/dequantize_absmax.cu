@@ -1,7 +1,6 @@
 // absmax from its 8-bit codes; the rules are in qtool/formats/double_quant.py.
 #include "source_dtypes.cuh"
-
-constexpr int NESTED_BLOCKSIZE_LOG2 = 8;
+#include "code_tables.cuh"
 
 // codes: uint8 (m,), nested_absmax: (ceil(m/256),), nested_code: (256,) -> absmax: (m,).
 extern "C" __global__ void __launch_bounds__(256) dequantize_absmax(
@@ -9,7 +8,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_absmax(
     const float* __restrict__ nested_code, float offset, float* __restrict__ absmax) {
     int64 stride = int64(gridDim.x) * blockDim.x;
     for (int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
-        float nested = nested_absmax[i >> NESTED_BLOCKSIZE_LOG2];
+        float nested = nested_absmax[uint64(i) / NESTED_BLOCKSIZE];
         absmax[i] = flushed_product(nested_code[codes[i]], nested) + offset;
     }
 }

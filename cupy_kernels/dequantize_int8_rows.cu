@@ -2,8 +2,7 @@
 //
 // Defines: TARGET (Bf16, F16, F32).
 #include "source_dtypes.cuh"
-
-constexpr float INVERSE_127 = 7.874015718698502e-3f;
+#include "code_tables.cuh"
 
 // codes: int8 (num_rows, row_size), scb: (num_rows,) -> target of the codes' shape. `aligned`: rows
 // are a multiple of eight values, and the arrays 16-byte aligned.

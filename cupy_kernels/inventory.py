@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from cupy_kernels.launch import DTYPES
 from cupy_kernels.loader import Compiled, compile_kernel
-from cupy_kernels.quantize_4bit import BLOCKSIZES
 from cupy_kernels.quantize_int8_rows import ROW_SHAPES
+from qtool.formats.precisions import BLOCKSIZES
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from cupy_kernels.launch import THREADS, ceil_div, check_aligned, cuda_dtype, launch
 from cupy_kernels.loader import load_kernel
+from qtool.formats.precisions import BLOCKSIZES
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_WARP_CHUNK = 256  # values that a warp reads at once
+_CHUNK = 256  # values that a warp reads at once; four of them or a block to a warp, as in the .cu
 
 
 def quantize_4bit(
@@ -43,5 +43,5 @@ def quantize_4bit(
         QUANT_TYPE=quant_type.capitalize(),
         BLOCKSIZE=blocksize,
     )
-    num_blocks = ceil_div(num_values, max(4 * _WARP_CHUNK, blocksize) * (THREADS // 32))
+    num_blocks = ceil_div(num_values, max(4 * _CHUNK, blocksize) * (THREADS // 32))
     launch(kernel, (num_blocks,), THREADS, (values, num_values, packed, absmax, bad_count), stream)

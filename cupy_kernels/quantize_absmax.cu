@@ -11,10 +11,8 @@
 
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / WARP;
-constexpr int NESTED_BLOCKSIZE = 256;
-constexpr int SUM_GROUP = 256;
 constexpr int SUM_PER_LANE = SUM_GROUP / WARP;
-constexpr int LAST_GROUPS = 64;       // of sums that are left for every block to add up
+constexpr int LAST_GROUPS = 64;  // of sums that are left for every block to add up
 static_assert(NESTED_BLOCKSIZE == WARP * OCTET);
 
 __device__ constexpr int64 ceil_div(int64 a, int64 b) { return (a + b - 1) / b; }
@@ -127,7 +125,7 @@ __device__ float mean(double* sums, int64 num_sums, int64 count, uint32* arrival
 
 __device__ uint32 dynamic_code(float v, const DecisionBin* slots) {
     uint32 bits = __float_as_uint(v);
-    int slot = int((bits & 0x7fffffffu) >> 17) - DYNAMIC_FIRST_SLOT;
+    int slot = int((bits & 0x7fffffffu) >> DYNAMIC_SLOT_SHIFT) - DYNAMIC_FIRST_SLOT;
     slot = min(max(slot, 0), DYNAMIC_SLOTS - 1);  // NaN takes the last one: code 0
     DecisionBin bin = slots[slot + (bits >> 31) * DYNAMIC_SLOTS];
     return bin.code + (v > bin.threshold);

@@ -6,17 +6,17 @@ from functools import cache
 
 from cupy_kernels.launch import ceil_div, check_aligned, launch
 from cupy_kernels.loader import load_kernel
+from qtool.formats.double_quant import SUM_GROUP
 
-GROUP = 256
 _THREADS = 1024
 _ARRIVALS_BYTES = 16  # the counter at which blocks meet, before the sums
 
 
 def workspace_bytes(count: int) -> int:
     """Bytes of workspace for `count` absmax: a counter, then the sums of all levels in float64."""
-    num_sums = total = ceil_div(count, GROUP)
+    num_sums = total = ceil_div(count, SUM_GROUP)
     while num_sums > 1:
-        num_sums = ceil_div(num_sums, GROUP)
+        num_sums = ceil_div(num_sums, SUM_GROUP)
         total += num_sums
     return _ARRIVALS_BYTES + 8 * total
 
@@ -47,7 +47,7 @@ def quantize_absmax(
         raise ValueError(f"{count} absmax have no mean")
     check_aligned(absmax=absmax, workspace=workspace, codes=codes)
     kernel = load_kernel("quantize_absmax", cooperative=True)
-    blocks_wanted = ceil_div(count, GROUP * (_THREADS // 32))
+    blocks_wanted = ceil_div(count, SUM_GROUP * (_THREADS // 32))
     grid = (min(blocks_wanted, _num_multiprocessors(_current_device())),)
     sums = workspace + _ARRIVALS_BYTES
     arguments = (absmax, count, sums, workspace, codes, nested_absmax, offset)

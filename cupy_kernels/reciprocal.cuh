@@ -8,7 +8,9 @@
 __device__ inline float reciprocal(float x) {
     float rounded = __frcp_rn(x);
     uint32 bits = __float_as_uint(x);
-    if ((bits & 0x1fffu) == 0 && rounded != 0.0f && fabsf(rounded) <= LARGEST_FLOAT)
-        rounded = __uint_as_float(__float_as_uint(rounded) + reciprocal_corrections[bits >> 13 & 0x3ffu]);
+    bool is_short = (bits & (1u << CORRECTION_SHIFT) - 1) == 0;
+    if (is_short && rounded != 0.0f && fabsf(rounded) <= LARGEST_FLOAT)
+        rounded = __uint_as_float(__float_as_uint(rounded) +
+                                  reciprocal_corrections[bits >> CORRECTION_SHIFT & NUM_CORRECTIONS - 1]);
     return rounded;
 }
