@@ -7,34 +7,30 @@ Capability packages never print: they take an `on_event` callable and pass it th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(NamedTuple):
     """A stage begins; `total_bytes` is what its `Advanced` events will add up to."""
 
     stage: str
     total_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Advanced:
+class Advanced(NamedTuple):
     """`num_bytes` more of the stage are done; `item` is the tensor or file in work."""
 
     num_bytes: int
     item: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """The stage is over."""
 
     stage: str
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(NamedTuple):
     """A sentence for the user; `level` "detail" is shown with -v only."""
 
     text: str

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +31,50 @@ import pytest
 TOKEN = "hf_readsEverything"
 TOKEN_WITHOUT_ACCESS = "hf_readsOnlyPublic"
 LARGE_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model")
+MAX_HASHED_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file's bytes, mapped from disk, and its names as a git blob and as a large file."""
+
+    name: str
+    data: bytes | mmap.mmap
+    git_hash: str
+    sha256: str
+
+    @classmethod
+    def read(cls, name: str, path: Path) -> HubFile:
+        """Hashes no more than the beginning of a large file, which may be sparse."""
+        data: bytes | mmap.mmap = b""
+        if path.stat().st_size:
+            with path.open("rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = b"%d\0" % len(data) + data[:MAX_HASHED_BYTES]
+        git_hash = hashlib.sha1(b"blob " + start).hexdigest()
+        return cls(name, data, git_hash, hashlib.sha256(start).hexdigest())
+
+    @property
+    def is_large(self) -> bool:
+        return self.name.endswith(LARGE_SUFFIXES)
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 if self.is_large else self.git_hash
+
+    def describe(self) -> dict[str, Any]:
+        """The file as both the model info ("rfilename") and the tree list it."""
+        entry: dict[str, Any] = {
+            "rfilename": self.name,
+            "size": len(self.data),
+            "blobId": self.git_hash,
+            "oid": self.git_hash,
+        }
+        if self.is_large:
+            large = {"oid": self.sha256, "sha256": self.sha256, "size": len(self.data)}
+            entry["lfs"] = {**large, "pointerSize": 134}
+        return entry
 
 
 @dataclass
@@ -39,16 +85,16 @@ class HubModel:
     gated: bool = False
     private: bool = False
     revisions: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    commits: dict[str, dict[str, HubFile]] = field(default_factory=dict)
 
     def resolve(self, revision: str) -> str | None:
         commit = self.revisions.get(revision, revision)
         return commit if commit in self.commits else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """What was asked and how many bytes of body were sent."""
+    """What was asked and how many bytes of body were sent so far."""
 
     method: str
     path: str
@@ -58,26 +104,41 @@ class Request:
     authorized: bool
 
 
-class HubServer:
-    """Serves models from memory on a free port of localhost while the context lasts."""
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # connections that come at once
 
-    def __init__(self) -> None:
+
+class HubServer:
+    """Serves models on a free port of localhost while the context lasts.
+
+    Args:
+        latency_s: how long every request waits for its answer.
+    """
+
+    def __init__(self, latency_s: float = 0) -> None:
+        self.latency_s = latency_s
         self.models: dict[str, HubModel] = {}
-        self.blobs: dict[str, bytes] = {}
+        self.blobs: dict[str, HubFile] = {}
         self.requests: list[Request] = []
         self.ignore_ranges = False
         self.is_cut_off = False
         self.is_login_page = False  # as the networks of hotels answer
-        self.failures_to_come = 0  # how many of the next requests for weights answer 503
-        # Weights come from another origin, as they do from the Hub's content delivery network.
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self)) for _ in "ab"]
+        self.breaks_off = False  # the line breaks in the middle of each reply with weights
+        self.has_short_ranges = False  # half of what was asked for arrives
+        self.num_connections = 0
+        self.failures: list[_Answer] = []  # to the next requests for weights
+        self.expire_redirects_after: int | None = None  # this many uses
+        # Weights come from another host, as they do from the Hub's content delivery network.
+        hosts = ("127.0.0.1", "127.0.0.2")
+        self._servers = [_Server((host, 0), _handler_of(self)) for host in hosts]
         self.url, self.cdn_url = (
-            f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers
+            f"http://{host}:{server.server_address[1]}"
+            for host, server in zip(hosts, self._servers, strict=True)
         )
 
     def __enter__(self) -> HubServer:
         for server in self._servers:
-            server.daemon_threads = True
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
@@ -95,14 +156,15 @@ class HubServer:
     ) -> str:
         """Publish the folder's files as a commit on the branch `revision`; returns the commit."""
         files = {
-            path.relative_to(folder).as_posix(): path.read_bytes()
+            name: HubFile.read(name, path)
             for path in sorted(folder.rglob("*"))
             if path.is_file()
+            for name in [path.relative_to(folder).as_posix()]
         }
-        self.blobs.update({hashlib.sha256(data).hexdigest(): data for data in files.values()})
+        self.blobs.update({file.sha256: file for file in files.values()})
         digest = hashlib.sha1(repo_id.encode())
-        for name, data in files.items():
-            digest.update(name.encode() + data)
+        for file in files.values():
+            digest.update(f"{file.name} {file.sha256}".encode())
         model = self.models.setdefault(repo_id, HubModel(repo_id))
         model.gated, model.private = gated, private
         model.commits[digest.hexdigest()] = files
@@ -117,6 +179,10 @@ class HubServer:
     def sent_bytes(self, suffix: str) -> int:
         """Bytes of bodies sent for files whose names end with `suffix`."""
         return sum(request.sent_bytes for request in self.requests if request.path.endswith(suffix))
+
+    def fail(self, times: int, status: int = 503, headers: Mapping[str, str] | None = None) -> None:
+        """Answer the next requests for weights with an error."""
+        self.failures += [_Answer(status, "", "try again later", headers or {})] * times
 
     def stop_answering(self) -> None:
         """Close the ports and open connections, as if the line were cut."""
@@ -136,15 +202,22 @@ def hub_server() -> Iterator[HubServer]:
 class _Answer(Exception):
     """Ends a request early with a status and the Hub's error code."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.message = status, message
+        self.headers = {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})}
 
 
 def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
+
+        def setup(self) -> None:
+            super().setup()
+            hub.num_connections += 1
 
         def do_HEAD(self) -> None:
             self._handle()
@@ -163,6 +236,8 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self._send(200, b"<html>Please log in</html>", {"Content-Type": "text/html"})
                 return
             url = urlsplit(self.path)
+            if hub.latency_s:
+                time.sleep(hub.latency_s)
             try:
                 if self._token() not in ("", TOKEN, TOKEN_WITHOUT_ACCESS):
                     raise _Answer(401, "", "Invalid credentials in Authorization header")
@@ -174,9 +249,8 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 else:
                     self._resolve(url.path)
             except _Answer as answer:
-                headers = {"X-Error-Code": answer.code, "X-Error-Message": answer.message}
                 body = json.dumps({"error": answer.message}).encode()
-                self._send(answer.status, body, headers)
+                self._send(answer.status, body, answer.headers)
 
         # -- endpoints --------------------------------------------------------------------------
 
@@ -185,7 +259,7 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             assert match is not None
             repo_id, endpoint, revision = match.groups()
             model, commit = self._find(repo_id, unquote(revision or "main"))
-            files = [_describe(name, data) for name, data in model.commits[commit].items()]
+            files = [file.describe() for file in model.commits[commit].values()]
             if endpoint == "tree":
                 self._send_json([{"type": "file", "path": f["rfilename"], **f} for f in files])
                 return
@@ -204,6 +278,8 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     "tags": [],
                     "downloads": 0,
                     "likes": 0,
+                    "library_name": "transformers",
+                    "config": _summarize_config(model.commits[commit]),
                     "siblings": files,
                 }
             )
@@ -219,24 +295,25 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 raise _Answer(403 if self._token() else 401, "GatedRepo", message)
             if name not in model.commits[commit]:
                 raise _Answer(404, "EntryNotFound", "Entry not found")
-            data = model.commits[commit][name]
-            headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(name, data)}"'}
-            if name.endswith(LARGE_SUFFIXES):
-                sha256 = hashlib.sha256(data).hexdigest()
+            file = model.commits[commit][name]
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{file.etag}"'}
+            if file.is_large:
                 headers |= {
                     "X-Linked-Etag": headers["ETag"],
-                    "X-Linked-Size": str(len(data)),
-                    "Location": f"{hub.cdn_url}/cdn/{sha256}/{quote(name)}",
+                    "X-Linked-Size": str(len(file.data)),
+                    "Location": f"{hub.cdn_url}/cdn/{file.sha256}/{quote(name)}",
                 }
                 self._send(302, b"", headers)
                 return
-            self._send_ranged(data, headers)
+            self._send_ranged(file.data, headers)
 
         def _cdn(self, path: str) -> None:
-            if hub.failures_to_come > 0:
-                hub.failures_to_come -= 1
-                raise _Answer(503, "Unavailable", "try again")
-            self._send_ranged(hub.blobs[path.split("/")[2]], {})
+            if hub.failures:
+                raise hub.failures.pop()
+            uses = sum(request.path == unquote(path) for request in hub.requests)
+            if uses == hub.expire_redirects_after:
+                raise _Answer(403, "", "Request has expired")
+            self._send_ranged(hub.blobs[path.split("/")[2]].data, {})
 
         # -- who asks ---------------------------------------------------------------------------
 
@@ -264,56 +341,50 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             body = json.dumps(value).encode()
             self._send(200, body, {"Content-Type": "application/json"})
 
-        def _send_ranged(self, data: bytes, headers: dict[str, str]) -> None:
+        def _send_ranged(self, data: bytes | mmap.mmap, headers: dict[str, str]) -> None:
             headers |= {"Accept-Ranges": "bytes"}
             ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
             if ranged is None or hub.ignore_ranges:
                 self._send(200, data, headers)
                 return
             begin, end = int(ranged[1]), min(int(ranged[2] or len(data)), len(data) - 1)
+            if hub.has_short_ranges:
+                end = (begin + end) // 2
             if begin >= len(data):
                 self._send(416, b"", headers | {"Content-Range": f"bytes */{len(data)}"})
                 return
             headers |= {"Content-Range": f"bytes {begin}-{end}/{len(data)}"}
             self._send(206, data[begin : end + 1], headers)
 
-        def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-            sent = b"" if self.command == "HEAD" else body
-            authorized = bool(self._token())
+        def _send(self, status: int, body: bytes | mmap.mmap, headers: Mapping[str, str]) -> None:
             path = unquote(urlsplit(self.path).path)
-            hub.requests.append(
-                Request(
-                    self.command, path, self.headers.get("Range"), status, len(sent), authorized
-                )
-            )
+            authorized = bool(self._token())
+            request = Request(self.command, path, self.headers.get("Range"), status, 0, authorized)
+            hub.requests.append(request)
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            if self.command == "HEAD":
+                return
+            if hub.breaks_off and path.startswith("/cdn/"):
+                self.close_connection = True
+                body = body[: len(body) // 2]
             try:
-                self.wfile.write(sent)
+                for begin in range(0, len(body), CHUNK_BYTES):
+                    chunk = body[begin : begin + CHUNK_BYTES]
+                    request.sent_bytes += len(chunk)
+                    self.wfile.write(chunk)
             except (BrokenPipeError, ConnectionResetError):  # the client read what it wanted
                 self.close_connection = True
 
     return Handler
 
 
-def _describe(name: str, data: bytes) -> dict[str, Any]:
-    """A file as both the model info ("rfilename") and the tree list it."""
-    git_hash = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    entry: dict[str, Any] = {
-        "rfilename": name,
-        "size": len(data),
-        "blobId": git_hash,
-        "oid": git_hash,
-    }
-    if name.endswith(LARGE_SUFFIXES):
-        sha256 = hashlib.sha256(data).hexdigest()
-        entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": len(data), "pointerSize": 134}
-    return entry
-
-
-def _etag(name: str, data: bytes) -> str:
-    described = _describe(name, data)
-    return str(described["lfs"]["sha256"] if "lfs" in described else described["blobId"])
+def _summarize_config(files: Mapping[str, HubFile]) -> dict[str, Any]:
+    """What the model info repeats of config.json."""
+    if "config.json" not in files:
+        return {}
+    config = json.loads(files["config.json"].data[:])
+    return {key: config[key] for key in ("architectures", "model_type") if key in config}

@@ -17,7 +17,7 @@ KERNELS = PACKAGE.parent / "cupy_kernels"
 LAYERS = [
     {"cli"},
     {"report"},
-    {"bench", "demo"},
+    {"bench", "demo", "exact"},
     {"doctor", "finetune", "inspection", "planner", "runtime"},
     {"quantize"},
     {"architecture", "backends", "checkpoint"},
@@ -30,18 +30,19 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HOMES = {
     "typer": {"cli"},
     "rich": {"report"},
-    "torch": {"bench", "runtime", "finetune"},
-    "transformers": {"bench", "runtime", "finetune"},
+    "torch": {"bench", "exact", "runtime", "finetune"},
+    "transformers": {"bench", "exact", "runtime", "finetune"},
     "accelerate": {"runtime", "finetune"},
-    "peft": {"runtime", "finetune"},
+    "peft": {"exact", "runtime", "finetune"},
     "bitsandbytes": {"bench"},
     "cupy": {"backends", "bench"},
     "cupy_kernels": {"backends", "bench", "runtime"},
     "numba": {"backends"},
     "huggingface_hub": {"checkpoint", "doctor"},
+    "matplotlib": {"report"},
 }
 # Modules that no start-up, help or plan may load.
-HEAVY = ["torch", "transformers", "accelerate", "cupy", "numba"]
+HEAVY = ["torch", "transformers", "accelerate", "cupy", "numba", "matplotlib"]
 
 
 def modules():

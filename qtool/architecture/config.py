@@ -58,11 +58,19 @@ class Config:
             self.reject(key, value, f"a whole number from 1 to {maximum:,}")
         return value
 
-    def whole(self, key: str, default: int) -> int:
-        """A whole number that may be 0: an index."""
+    def count_or_auto(self, key: str) -> int | None:
+        """A `count`, or None where it is "auto" or absent: derive it from others."""
+        return None if self._values.get(key, "auto") == "auto" else self.count(key, 1)
+
+    def whole(self, key: str, default: int, *, minimum: int = 0) -> int:
+        """A whole number that may be 0, or `minimum`: an index."""
         value = self._values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            self.reject(key, value, "a whole number from 0 on")
+        if (
+            not isinstance(value, int)
+            or isinstance(value, bool)
+            or not minimum <= value <= MAX_WIDTH
+        ):
+            self.reject(key, value, f"a whole number from {minimum} to {MAX_WIDTH:,}")
         return value
 
     def num_layers(self, key: str, default: int, *, alias: str | None = None) -> int:
@@ -92,12 +100,27 @@ class Config:
             self.reject(key, value, f"a list of at most {maximum:,} entries")
         return value
 
+    def pattern(self, key: str, words: Mapping[str, str]) -> Sequence[Any] | None:
+        """One word per layer: a list of them, or a string of the letters that stand for `words`."""
+        value = self._values.get(key)
+        if not isinstance(value, str):
+            return self.items(key)
+        if len(value) > MAX_LAYERS or not set(value) <= set(words):
+            self.reject(key, value, f"at most {MAX_LAYERS:,} of the letters {' '.join(words)}")
+        return [words[letter] for letter in value]
+
     def section(self, key: str) -> Config:
         """The nested object `key`; empty where it is absent or null."""
+        return self.optional_section(key) or Config({}, f"{self._path}{key}.")
+
+    def optional_section(self, key: str) -> Config | None:
+        """The nested object `key`, or None where it is absent or null."""
         value = self._values.get(key)
-        if value is not None and not isinstance(value, Mapping):
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
             self.reject(key, value, "an object")
-        return Config(value or {}, f"{self._path}{key}.")
+        return Config(value, f"{self._path}{key}.")
 
     def num_labels(self) -> int:
         """How many classes a classifier tells apart: the length of `id2label`, 2 by default."""

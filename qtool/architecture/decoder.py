@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from qtool.architecture.cache import AttentionCache, CacheLayer
 from qtool.architecture.config import Config
-from qtool.architecture.parts import Tensors, embedding, linear, norm
-from qtool.architecture.records import CacheLayer, ModelTensor
+from qtool.architecture.parts import Tensors, embedding, experts, linear, norm, parameter
+from qtool.architecture.records import Experts, ModelTensor
 from qtool.architecture.stored_names import StoredNames
 
 # The two norms of most layers: before attention, before the MLP.
@@ -25,7 +26,11 @@ ROTARY_BUFFER = (r"rotary_emb\.inv_freq$", "rotary frequencies, which the model 
 PLAIN_NAMES = StoredNames("model", ignored=(ROTARY_BUFFER,))
 
 # transformers still reads these older words (configuration_utils.py, _LEGACY_LAYER_TYPE_REMAP).
-_OLD_LAYER_TYPES = {"attention": "full_attention", "mamba": "linear_attention"}
+_OLD_LAYER_TYPES = {
+    "attention": "full_attention",
+    "mamba": "linear_attention",
+    "deepseek_sparse_attention": "indexed_attention",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,17 +61,20 @@ class Sizes:
 class Body:
     """A model up to its last hidden state; the class decides which head follows.
 
-    `embedding` is the module an output head may be tied to; `head_inputs` the width it reads.
+    `embedding` is the module an output head may be tied to, `head` the name of that head,
+    `head_inputs` the width it reads.
     """
 
     sizes: Sizes
     tensors: Tensors
     embedding: str
     head_inputs: int
+    head: str = "lm_head"
     head_bias: bool = False
     tied: bool
     cache_layers: tuple[CacheLayer, ...]
     stored_names: StoredNames
+    experts: Experts | None = None
     unmodelled: tuple[str, ...] = ()
 
 
@@ -101,6 +109,28 @@ def read_sizes(
     )
 
 
+def read_experts(
+    config: Config,
+    key: str,
+    num_experts: int,
+    *,
+    per_token: int,
+    width: int,
+    alias: str | None = None,
+    per_token_key: str = "num_experts_per_tok",
+    width_key: str = "moe_intermediate_size",
+    shared_width: int = 0,
+) -> Experts:
+    """The mixture under its keys; the numbers are the model type's defaults."""
+    num_experts = config.count(key, num_experts, alias=alias)
+    return Experts(
+        num_experts,
+        config.count(per_token_key, per_token, maximum=num_experts),
+        config.count(width_key, width),
+        shared_width,
+    )
+
+
 def attention(
     name: str, sizes: Sizes, *, qkv_bias: bool = False, out_bias: bool = False, out: str = "o_proj"
 ) -> Tensors:
@@ -125,13 +155,42 @@ def head_norms(name: str, sizes: Sizes, *, separate: bool = False) -> Tensors:
     )
 
 
-def gated_mlp(name: str, sizes: Sizes, *, bias: bool = False) -> Tensors:
-    """down(activation(gate(x)) * up(x))."""
+def gated_mlp(name: str, sizes: Sizes, *, width: int | None = None, bias: bool = False) -> Tensors:
+    """down(activation(gate(x)) * up(x)), `width` wide, by default the model's intermediate size."""
+    width = sizes.intermediate if width is None else width
     return (
-        *linear(f"{name}.gate_proj", sizes.intermediate, sizes.hidden, bias=bias),
-        *linear(f"{name}.up_proj", sizes.intermediate, sizes.hidden, bias=bias),
-        *linear(f"{name}.down_proj", sizes.hidden, sizes.intermediate, bias=bias),
+        *linear(f"{name}.gate_proj", width, sizes.hidden, bias=bias),
+        *linear(f"{name}.up_proj", width, sizes.hidden, bias=bias),
+        *linear(f"{name}.down_proj", sizes.hidden, width, bias=bias),
     )
+
+
+def routed_experts(
+    name: str, mixture: Experts, hidden: int, *, transposed: bool = False, bias: bool = False
+) -> Tensors:
+    """The gated MLPs of all routed experts in two parameters, gate and up projection in one."""
+
+    def merged(part: str, outputs: int, inputs: int) -> Tensors:
+        return experts(
+            f"{name}.{part}",
+            mixture.num_experts,
+            outputs,
+            inputs,
+            per_token=mixture.experts_per_token,
+            transposed=transposed,
+            bias=bias,
+        )
+
+    width = mixture.intermediate_size
+    return (
+        *merged("gate_up_proj", 2 * width, hidden),
+        *merged("down_proj", hidden, width),
+    )
+
+
+def router(name: str, mixture: Experts, hidden: int) -> Tensors:
+    """What scores the experts for a token: a matrix in a module of its own, never quantized."""
+    return parameter(f"{name}.weight", mixture.num_experts, hidden)
 
 
 def plain_mlp(up: str, down: str, hidden: int, intermediate: int, *, bias: bool = True) -> Tensors:
@@ -153,16 +212,31 @@ def stack(name: str, layers: Sequence[Layer]) -> Tensors:
 
 
 def layer_types(
-    config: Config, num_layers: int, default: Callable[[int], str], known: Sequence[str]
+    config: Config,
+    num_layers: int,
+    default: Callable[[int], str],
+    known: Sequence[str],
+    *,
+    key: str = "layer_types",
 ) -> list[str]:
-    """What each layer is: the config's `layer_types`, else `default(index)`."""
-    given = config.items("layer_types")
+    """What each layer is: the config's list under `key`, else `default(index)`."""
+    given = config.items(key)
     if given is None:
         return [default(index) for index in range(num_layers)]
     types = [_OLD_LAYER_TYPES.get(kind, kind) if isinstance(kind, str) else kind for kind in given]
     if len(types) != num_layers or not all(kind in known for kind in types):
-        config.reject("layer_types", given, f"{num_layers} of {', '.join(known)}")
+        config.reject(key, given, f"{num_layers} of {', '.join(known)}")
     return types
+
+
+def layer_indices(config: Config, key: str) -> frozenset[int] | None:
+    """The layers that a list in the config names by their numbers; None without that list."""
+    given = config.items(key)
+    if given is None:
+        return None
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in given):
+        config.reject(key, given, "a list of layer numbers")
+    return frozenset(given)
 
 
 def attention_cache(
@@ -187,7 +261,7 @@ def attention_cache(
         ("full_attention", "sliding_attention"),
     )
     return tuple(
-        CacheLayer(
+        AttentionCache(
             sizes.num_kv_heads,
             sizes.head_dim,
             sizes.head_dim,
@@ -199,7 +273,7 @@ def attention_cache(
 
 def whole_context(sizes: Sizes) -> tuple[CacheLayer, ...]:
     """Every layer caches the whole context."""
-    layer = CacheLayer(sizes.num_kv_heads, sizes.head_dim, sizes.head_dim)
+    layer = AttentionCache(sizes.num_kv_heads, sizes.head_dim, sizes.head_dim)
     return (layer,) * sizes.num_layers
 
 
@@ -214,6 +288,7 @@ def decoder(
     tied: bool = False,
     head_bias: bool = False,
     stored_names: StoredNames = PLAIN_NAMES,
+    experts: Experts | None = None,
     unmodelled: tuple[str, ...] = (),
 ) -> Body:
     """The usual body: `root`.embed_tokens, `root`.layers.N and `root`.norm (or `final_norm`).
@@ -233,5 +308,6 @@ def decoder(
         tied=config.flag("tie_word_embeddings", tied),
         cache_layers=cache_layers,
         stored_names=stored_names,
+        experts=experts,
         unmodelled=unmodelled,
     )

@@ -27,6 +27,30 @@ def conv1d(name: str, outputs: int, inputs: int) -> Tensors:
     )
 
 
+def experts(
+    name: str,
+    num_experts: int,
+    outputs: int,
+    inputs: int,
+    *,
+    per_token: int,
+    transposed: bool = False,
+    bias: bool = False,
+) -> Tensors:
+    """One linear layer of all routed experts: `name` [experts, outputs, inputs], or the last two
+    `transposed`, and `name`_bias [experts, outputs]. One token uses `per_token` of them."""
+    weight = ModelTensor(
+        name,
+        (num_experts, inputs, outputs) if transposed else (num_experts, outputs, inputs),
+        "experts_transposed" if transposed else "experts",
+        experts_per_token=per_token,
+    )
+    biases = ModelTensor(
+        f"{name}_bias", (num_experts, outputs), "bias", experts_per_token=per_token
+    )
+    return (weight, biases) if bias else (weight,)
+
+
 def embedding(name: str, rows: int, width: int) -> Tensors:
     """nn.Embedding: weight [rows, width]."""
     return (ModelTensor(f"{name}.weight", (rows, width), "embedding"),)

@@ -7,20 +7,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from qtool.architecture.cache import CacheLayer
 from qtool.architecture.skip import first_match, is_skipped
 from qtool.architecture.stored_names import StoredNames
 
 # "linear": weight [out, in] of an nn.Linear. "conv1d": weight [in, out] of transformers' Conv1D
-# (GPT-2), stored transposed. Everything else is never quantized.
-TensorKind = Literal["linear", "conv1d", "bias", "embedding", "norm", "other"]
+# (GPT-2), stored transposed. "experts": one parameter [experts, out, in] with the weights of all
+# routed experts of a mixture; "experts_transposed": the same as [experts, in, out]. Everything else
+# is never quantized.
+TensorKind = Literal[
+    "linear", "conv1d", "experts", "experts_transposed", "bias", "embedding", "norm", "other"
+]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTensor:
     """One parameter of the model as transformers builds it, by its state-dict name.
 
-    `replaceable` is False for weights of subclasses of nn.Linear (Falcon's), which transformers +
-    bitsandbytes leave alone: only `type(module) is nn.Linear` and Conv1D are replaced.
+    `replaceable` is False for linear layers that transformers + bitsandbytes leave alone whatever
+    the config says: subclasses of nn.Linear (Falcon's), as only `type(module) is nn.Linear` and
+    Conv1D are replaced, and those that the model class keeps exact (the indexer of GLM-5).
+    `experts_per_token` is set for parameters with a leading dimension of routed experts: how many
+    of them one token uses.
     """
 
     name: str
@@ -28,6 +36,7 @@ class ModelTensor:
     kind: TensorKind
     tied_to: str | None = None  # the parameter whose storage it shares; that one is counted
     replaceable: bool = True
+    experts_per_token: int | None = None
 
     @property
     def module_name(self) -> str:
@@ -39,18 +48,32 @@ class ModelTensor:
         """Whether it is the weight of a linear layer, in either orientation."""
         return self.kind in ("linear", "conv1d")
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it holds the weight matrices of routed experts."""
+        return self.kind in ("experts", "experts_transposed")
+
+    @property
+    def num_active(self) -> int:
+        """Elements that one token's computation uses: all, but for experts it is not routed to."""
+        num_elements = math.prod(self.shape)
+        if self.experts_per_token is None:
+            return num_elements
+        return num_elements // self.shape[0] * self.experts_per_token
+
 
 @dataclass(frozen=True, slots=True)
-class CacheLayer:
-    """What one layer keeps per token: keys of `num_kv_heads * head_dim`, values alike.
+class Experts:
+    """The routed experts of a mixture, and the shared ones that every token passes.
 
-    `window` limits the tokens kept (sliding attention); None keeps the whole context.
+    `intermediate_size` is one expert's width, `shared_intermediate_size` that of all shared ones
+    together.
     """
 
-    num_kv_heads: int
-    head_dim: int
-    value_head_dim: int
-    window: int | None = None
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    shared_intermediate_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +81,9 @@ class Architecture:
     """A model's structure, computed from its config.json alone.
 
     `tensors` are in the model's own order. `skipped_modules` are the names that transformers'
-    default rule keeps in 16 bit (output head, tied weights, ...). `unmodelled` names parts whose
-    memory `cache_layers` does not cover.
+    default rule keeps in 16 bit (output head, tied weights, ...). `cache_layers` has an entry for
+    every layer that keeps something; layers that share another's cache have none. `unmodelled`
+    names parts whose memory is not covered (a vision tower's activations).
     """
 
     model_type: str
@@ -77,12 +101,18 @@ class Architecture:
     max_context: int | None
     tied_embeddings: bool
     stored_names: StoredNames
+    experts: Experts | None = None
     unmodelled: tuple[str, ...] = ()
 
     @property
     def num_parameters(self) -> int:
         """Parameters, tied weights counted once."""
         return sum(math.prod(t.shape) for t in self.tensors.values() if t.tied_to is None)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token's computation uses; as `num_parameters` without experts."""
+        return sum(t.num_active for t in self.tensors.values() if t.tied_to is None)
 
     def quantizable(self, skip: Sequence[str] = ()) -> dict[str, ModelTensor]:
         """The weights to quantize, by name: the default rule, and `skip` on top of it."""
@@ -130,7 +160,7 @@ class Architecture:
         if not tensor.is_linear:
             return "no linear layer" if tensor.kind == "other" else tensor.kind
         if not tensor.replaceable:
-            return "a subclass of nn.Linear, which bitsandbytes does not replace"
+            return "a subclass of nn.Linear or kept exact by its class, so never replaced"
         if first_match(tensor.module_name, self.skipped_modules):
             return "output head, kept by default"
         pattern = first_match(tensor.module_name, skip)

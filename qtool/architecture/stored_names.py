@@ -11,13 +11,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+# One tensor per routed expert, as most checkpoints hold them: the expert's number goes, and its
+# gate and up projections (Mixtral's w1 and w3) share a parameter.
+PER_EXPERT = (
+    (r"\.experts\.\d+\.(?:gate_proj|up_proj|w1|w3)\.weight$", ".experts.gate_up_proj"),
+    (r"\.experts\.\d+\.(?:down_proj|w2)\.weight$", ".experts.down_proj"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredNames:
     """The rules for one model class.
 
     `prefix` is the base model's attribute ("model", "transformer"). `renames` are (pattern,
-    replacement), applied in order. `ignored` are (pattern, what it is) for stored tensors that
+    replacement), applied in order; several stored tensors may lead to one parameter, as the parts
+    of a mixture's experts do. `ignored` are (pattern, what it is) for stored tensors that
     are no parameters of the model.
     """
 

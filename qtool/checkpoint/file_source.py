@@ -16,6 +16,14 @@ class FileStatus(NamedTuple):
     modified_ns: int | None
 
 
+class Traffic(NamedTuple):
+    """What reading from a server has cost so far."""
+
+    num_requests: int
+    num_bytes: int
+    seconds: float
+
+
 class FileSource(Protocol):
     """A set of named files that can be read in parts."""
 
@@ -32,6 +40,11 @@ class FileSource(Protocol):
     @property
     def num_parallel_reads(self) -> int:
         """How many reads at once pay off."""
+        ...
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What the reads so far have cost, where they cost requests."""
         ...
 
     @property

@@ -6,46 +6,67 @@ HF_HUB_OFFLINE. What its cache holds already is read from there.
 
 from __future__ import annotations
 
-import errno
 import glob
-import json
+import re
 import shutil
 import threading
-import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from qtool import __version__
-from qtool.checkpoint.config_json import CONFIG_NAME
-from qtool.checkpoint.file_source import FileSource, FileStatus
+from qtool.checkpoint.config_json import CONFIG_NAME, MAX_CONFIG_BYTES
+from qtool.checkpoint.file_source import FileSource, FileStatus, Traffic
+from qtool.checkpoint.hub_errors import hub_errors, no_hub_answer
+from qtool.checkpoint.hub_requests import HubRequests
 from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.other_files import list_other_files
 from qtool.checkpoint.weight_files import find_weight_files
 from qtool.errors import QtoolError
 from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
 
-NUM_PARALLEL_READS: Final = 16
+NUM_PARALLEL_READS: Final = 32
 NUM_PARALLEL_DOWNLOADS: Final = 8
-NUM_TRIES: Final = 3
-LIST_TIMEOUT_S: Final = 30
 PROGRESS_INTERVAL_S: Final = 0.25
-ONLINE_HINT: Final = "check the connection, HF_ENDPOINT and proxies, and run the command again"
+COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
 class HubRepository:
-    """One commit of a model repository; reads come from the local cache where it has the file."""
+    """One commit of a model repository; reads come from the local cache where it has the file.
+
+    Args:
+        repo_id: ORG/NAME, or NAME.
+        revision: the commit.
+        files: name -> bytes, sorted.
+        requests: what is read goes through them.
+        ahead: whole files that were read with the list already.
+    """
 
     path: Final = None
     num_parallel_reads: Final = NUM_PARALLEL_READS
     missing_hint: Final = "the model's repository is incomplete; take another revision or model"
 
-    def __init__(self, repo_id: str, revision: str, files: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        repo_id: str,
+        revision: str,
+        files: Mapping[str, int],
+        requests: HubRequests,
+        *,
+        ahead: Mapping[str, bytes],
+    ) -> None:
         self.repo_id = repo_id
         self.revision = revision
         self.files = files
+        self._requests = requests
+        self._ahead = ahead
         self._snapshot = find_snapshot(repo_id, revision)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the requests have cost so far."""
+        return self._requests.traffic
 
     def describe(self, name: str) -> str:
         """How messages name the file `name`."""
@@ -64,8 +85,10 @@ class HubRepository:
         """Up to `num_bytes` of the file `name` from `offset` on, by a range request at need."""
         if self._snapshot is not None and self.is_cached(name):
             return self._snapshot.read(name, offset, num_bytes)
+        if name in self._ahead:
+            return self._ahead[name][offset : offset + num_bytes]
         with hub_errors(self.repo_id, self.revision):
-            return _request_range(self.repo_id, self.revision, name, offset, num_bytes)
+            return self._requests.fetch_range(self.revision, name, offset, num_bytes)
 
 
 def open_on_hub(
@@ -79,11 +102,12 @@ def open_on_hub(
 
     Without a connection, what the cache holds of that revision.
     """
+    snapshot = find_snapshot(repo_id, revision)
     try:
-        repository = _list_repository(repo_id, revision)
+        read_config = need == "headers" and snapshot is None
+        repository = _list_repository(repo_id, revision, read_config=read_config)
     except QtoolError as error:
-        snapshot = find_snapshot(repo_id, revision) if error.kind == "network" else None
-        if snapshot is None:
+        if snapshot is None or error.kind != "network":
             raise
         text = f"the Hub cannot be reached; using the cached copy at {snapshot.revision}"
         on_event(Note(text, level="detail" if _is_offline() else "warning"))
@@ -104,103 +128,68 @@ def open_on_hub(
 
 
 def find_snapshot(repo_id: str, revision: str | None) -> LocalFolder | None:
-    """The cached files of the revision, which may be few of them; None if there are none."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    """The cached files of the revision, which may be few of them; None if there are none.
 
+    The cache's layout is public: refs/REVISION holds a commit, snapshots/COMMIT its files.
+    """
+    from huggingface_hub import constants
+
+    cached = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}")
+    revision = revision or constants.DEFAULT_REVISION
     try:
-        folder = snapshot_download(
-            repo_id, revision=revision, local_files_only=True, allow_patterns=[CONFIG_NAME]
-        )
-    except (LocalEntryNotFoundError, HFValidationError):
+        is_commit = COMMIT.fullmatch(revision) is not None
+        commit = revision if is_commit else (cached / "refs" / revision).read_text().strip()
+        folder = cached / "snapshots" / commit
+        found = COMMIT.fullmatch(commit) is not None and folder.is_dir()
+    except (OSError, ValueError):
         return None
-    return LocalFolder(Path(folder), revision=Path(folder).name)
+    return LocalFolder(folder, revision=commit) if found else None
 
 
-@contextmanager
-def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into QtoolErrors that say what to do."""
+def _list_repository(repo_id: str, revision: str | None, *, read_config: bool) -> HubRepository:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with hub_errors(repo_id, revision), ThreadPoolExecutor(1) as pool:
+        requests = HubRequests(repo_id)
+        config = pool.submit(_try_config, requests, revision) if read_config else None
+        description = requests.fetch_description(revision)
+    commit = description.get("sha")
+    if not isinstance(commit, str):
+        raise no_hub_answer(repo_id)
+    files = _list_files(repo_id, description)
+    config_commit, config_data = config.result() if config else ("", b"")
+    fits = config_commit == commit and len(config_data) == files.get(CONFIG_NAME)
+    return HubRepository(
+        repo_id, commit, files, requests, ahead={CONFIG_NAME: config_data} if fits else {}
+    )
+
+
+def _try_config(requests: HubRequests, revision: str | None) -> tuple[str, bytes]:
+    """The commit and config.json, asked for while the list of files is on its way."""
     try:
-        yield
-    except Exception as error:
-        translated = _translate(error, repo_id, revision)
-        if translated is None:
-            raise
-        raise translated from error
+        return requests.fetch_start(revision, CONFIG_NAME, MAX_CONFIG_BYTES)
+    except Exception:  # the list, or reading the file for good, says what is wrong
+        return "", b""
 
 
-def _list_repository(repo_id: str, revision: str | None) -> HubRepository:
-    from huggingface_hub import HfApi
-
-    api = HfApi(library_name="qtool", library_version=__version__)
-    with hub_errors(repo_id, revision):
-        try:
-            info = api.model_info(
-                repo_id, revision=revision, files_metadata=True, timeout=LIST_TIMEOUT_S
-            )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise _no_hub_answer(repo_id) from error
-    if info.sha is None or info.siblings is None:
-        raise _no_hub_answer(repo_id)
-    files: dict[str, int] = {}
-    for file in sorted(info.siblings, key=lambda file: file.rfilename):
-        if file.size is None:
-            raise _no_hub_answer(repo_id)
-        if not _is_hidden(file.rfilename):
-            files[file.rfilename] = file.size
-    return HubRepository(repo_id, info.sha, files)
+def _list_files(repo_id: str, description: Mapping[str, Any]) -> dict[str, int]:
+    try:
+        files = {file["rfilename"]: file["size"] for file in description["siblings"]}
+    except (KeyError, TypeError) as error:
+        raise no_hub_answer(repo_id) from error
+    if {*map(type, files)} - {str} or {*map(type, files.values())} - {int}:
+        raise no_hub_answer(repo_id)
+    return {name: files[name] for name in sorted(files) if not _is_hidden(name)}
 
 
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or not part for part in name.split("/"))
 
 
-def _request_range(repo_id: str, revision: str, name: str, offset: int, num_bytes: int) -> bytes:
-    from huggingface_hub import hf_hub_url
-
-    url = hf_hub_url(repo_id, name, revision=revision)
-    for attempt in range(1, NUM_TRIES + 1):
-        try:
-            return _request_once(url, offset, num_bytes)
-        except Exception as error:
-            if attempt == NUM_TRIES or not _is_transient(error):
-                raise
-            time.sleep(2**attempt / 4)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _request_once(url: str, offset: int, num_bytes: int) -> bytes:
+def _is_offline() -> bool:
     from huggingface_hub import constants
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        get_session,
-        hf_raise_for_status,
-    )
 
-    headers = {
-        **build_hf_headers(library_name="qtool", library_version=__version__),
-        "Range": f"bytes={offset}-{offset + num_bytes - 1}",
-        "Accept-Encoding": "identity",  # ranges count the file's bytes, not compressed ones
-    }
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    data = bytearray()
-    # Streamed: where a server ignores the range, the rest of a shard is not read.
-    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
-        hf_raise_for_status(response)
-        ranged = response.status_code == 206
-        if ranged or offset == 0:
-            for chunk in response.iter_bytes():
-                data += chunk
-                if len(data) >= num_bytes:
-                    break
-    if len(data) < num_bytes:
-        raise QtoolError(
-            f"{url}: expected {num_bytes:,} bytes at offset {offset:,}, found {len(data):,}"
-            + ("" if ranged else " (the server ignores range requests)"),
-            kind="network",
-            hint=ONLINE_HINT,
-        )
-    return bytes(data[:num_bytes])
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 # -- downloads ----------------------------------------------------------------------------------
@@ -304,137 +293,3 @@ def _no_foreign_bars() -> Iterator[None]:
     finally:
         if not were_disabled:
             enable_progress_bars()
-
-
-# -- errors -------------------------------------------------------------------------------------
-
-
-def _is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def _is_transport_error(error: BaseException) -> bool:
-    # huggingface_hub brings httpx or, since 2.0, its successor; qtool depends on neither.
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore")
-
-
-def _is_transient(error: Exception) -> bool:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return _is_transport_error(error) if status is None else status == 429 or status >= 500
-
-
-def _translate(error: Exception, repo_id: str, revision: str | None) -> QtoolError | None:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    match error:
-        case GatedRepoError():
-            return _gated(repo_id)
-        case RevisionNotFoundError():
-            return _no_revision(repo_id, revision)
-        case RepositoryNotFoundError():
-            return _no_repository(repo_id, error.response.status_code)
-        case HfHubHTTPError():
-            return _from_status(error, repo_id)
-        case HFValidationError():
-            return _no_repository(repo_id, 404)
-        case OfflineModeIsEnabled():
-            return QtoolError(
-                f"{repo_id}: no such local folder, not in the Hub cache, and HF_HUB_OFFLINE is set",
-                kind="network",
-                hint="unset HF_HUB_OFFLINE, or give a local folder",
-            )
-        case LocalEntryNotFoundError() if isinstance(error.__cause__, HfHubHTTPError):
-            return _from_status(error.__cause__, repo_id)
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return QtoolError(
-                f"{repo_id}: no space left in the Hub cache",
-                kind="no_space",
-                hint="free some space and run the command again, or set HF_HOME to another disk",
-            )
-        case LocalEntryNotFoundError() | ConnectionError():
-            return _unreachable(repo_id, error)
-    return _unreachable(repo_id, error) if _is_transport_error(error) else None
-
-
-def _unreachable(repo_id: str, error: Exception) -> QtoolError:
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    return QtoolError(
-        f"{repo_id}: no such local folder, and the Hub cannot be reached: {reason}",
-        kind="network",
-        hint=ONLINE_HINT,
-    )
-
-
-def _gated(repo_id: str) -> QtoolError:
-    return QtoolError(
-        f"{repo_id} is gated: the Hub gives its files only to accounts that were granted access",
-        kind="auth",
-        hint=f"ask for access at {_page(repo_id)}, then run `hf auth login` or set HF_TOKEN",
-    )
-
-
-def _no_revision(repo_id: str, revision: str | None) -> QtoolError:
-    return QtoolError(
-        f"{repo_id} has no revision {revision or 'main'!r}",
-        kind="not_found",
-        hint=f"branches, tags and commits are listed at {_page(repo_id)}/commits",
-    )
-
-
-def _no_repository(repo_id: str, status: int) -> QtoolError:
-    if status in (401, 403):
-        return QtoolError(
-            f"{repo_id}: no such local folder, and no such model on the Hub that may be read "
-            "without a valid login: it does not exist or is private",
-            kind="auth",
-            hint="check the name; for a private model log in with `hf auth login` or set HF_TOKEN",
-        )
-    return QtoolError(
-        f"{repo_id}: no such local folder, and no such model on the Hub, or it is private",
-        kind="not_found",
-        hint=f"check the name at {_page('models')}?search={repo_id.rpartition('/')[2]}",
-    )
-
-
-def _from_status(error: Any, repo_id: str) -> QtoolError:
-    status: int = error.response.status_code
-    reason = error.server_message or str(error).strip().partition("\n")[0]
-    if status in (401, 403):
-        return QtoolError(
-            f"{repo_id}: the Hub refuses access ({status}): {reason}",
-            kind="auth",
-            hint="log in with `hf auth login`, or set HF_TOKEN to a token that may read the model",
-        )
-    if status == 404:
-        return QtoolError(
-            f"{repo_id}: the Hub knows no {error.request.url.path}",
-            kind="not_found",
-            hint=f"see the model's files at {_page(repo_id)}/tree/main",
-        )
-    return QtoolError(
-        f"{repo_id}: the Hub answers {status}: {reason}", kind="network", hint=ONLINE_HINT
-    )
-
-
-def _no_hub_answer(repo_id: str) -> QtoolError:
-    return QtoolError(
-        f"{repo_id}: expected the Hub's description of a model, found another answer",
-        kind="network",
-        hint=ONLINE_HINT,
-    )
-
-
-def _page(path: str) -> str:
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{path}"

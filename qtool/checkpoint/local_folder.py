@@ -29,6 +29,7 @@ class LocalFolder:
     """
 
     num_parallel_reads: Final = 1
+    traffic: Final = None
 
     def __init__(
         self, path: Path, *, revision: str | None = None, only: Collection[str] | None = None

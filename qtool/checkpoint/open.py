@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from qtool.checkpoint.config_json import CONFIG_NAME, read_config
-from qtool.checkpoint.file_source import FileSource
+from qtool.checkpoint.file_source import FileSource, Traffic
 from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.other_files import list_other_files
 from qtool.checkpoint.records import Checkpoint, Shard
-from qtool.checkpoint.safetensors_header import Header, fetch_header
+from qtool.checkpoint.safetensors_header import FIRST_READ_BYTES, Header, fetch_header
 from qtool.checkpoint.weight_files import (
     FOREIGN_WEIGHTS,
     SAFETENSORS,
@@ -24,6 +25,7 @@ from qtool.checkpoint.weight_files import (
 from qtool.errors import QtoolError
 from qtool.events import Note, OnEvent, ignore_events
 
+SPARE_BYTES: Final = 1024
 HUB_ID: Final = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
 MODEL_HINT: Final = "give a local folder, or a Hub id such as Qwen/Qwen3-0.6B"
 
@@ -64,12 +66,15 @@ def open_checkpoint(
         source: FileSource = open_on_hub(*reference, need=need, on_event=on_event)
     else:
         source = _open_local(reference)
-    weights = find_weight_files(source, on_event)
+    trust_numbers = need == "headers" and source.traffic is not None
+    weights = find_weight_files(source, on_event, trust_numbers=trust_numbers)
     if not weights.shards:
         need_weights = need == "files" if need_weights is None else need_weights
         _check_none_needed(source, need_weights=need_weights, on_event=on_event)
     config = _read_config_if_any(source, need_config=need_config)
     headers = _read_headers(source, weights.shards)
+    if source.traffic is not None:
+        on_event(Note(_describe_traffic(len(headers), source.traffic), level="detail"))
     tensors = (tensor for header in headers for tensor in header.tensors)
     return Checkpoint(
         id=reference.repo_id if isinstance(reference, HubReference) else model,
@@ -85,6 +90,30 @@ def open_checkpoint(
         tensors=check_against_index(source, weights, tensors),
         other_files=list_other_files(source),
     )
+
+
+def open_in_background(
+    model: str, *, need: Literal["headers", "files"], on_event: OnEvent = ignore_events
+) -> Callable[[], Checkpoint]:
+    """Begin to open a Hub model; the function waits for it, and returns or raises as above.
+
+    While the Hub is asked, the caller imports what it needs next. A local model is opened only by
+    the call. Nothing waits for the thread when the program ends earlier.
+    """
+    if not isinstance(locate_model(model), HubReference):
+        return partial(open_checkpoint, model, need=need, on_event=on_event)
+    from concurrent.futures import Future
+
+    opened: Future[Checkpoint] = Future()
+
+    def run() -> None:
+        try:
+            opened.set_result(open_checkpoint(model, need=need, on_event=on_event))
+        except BaseException as error:
+            opened.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return opened.result
 
 
 def locate_model(model: str) -> Path | HubReference:
@@ -161,14 +190,29 @@ def _read_config_if_any(source: FileSource, *, need_config: bool) -> Mapping[str
     )
 
 
+def _describe_traffic(num_headers: int, traffic: Traffic) -> str:
+    return (
+        f"read {num_headers:,} header{'' if num_headers == 1 else 's'} in "
+        f"{traffic.num_requests:,} requests, {traffic.num_bytes:,} bytes fetched, "
+        f"{traffic.seconds:.2f} s"
+    )
+
+
 def _read_headers(source: FileSource, shards: Sequence[str]) -> list[Header]:
+    first_read_bytes = FIRST_READ_BYTES
+
     def read(shard: str) -> Header:
-        return fetch_header(
+        nonlocal first_read_bytes
+        header = fetch_header(
             partial(source.read, shard),
             shard=shard,
             file=source.describe(shard),
             file_bytes=source.status_of(shard).num_bytes,
+            first_read_bytes=first_read_bytes,
         )
+        # Shards of one model have headers of much the same length: spare the next its second read.
+        first_read_bytes = max(first_read_bytes, header.data_start + SPARE_BYTES)
+        return header
 
     if source.num_parallel_reads == 1:
         return list(map(read, shards))

@@ -30,9 +30,9 @@ MAX_JSON_BYTES: Final = 100_000_000  # the format's own limit
 MAX_DIMENSIONS: Final = 8
 MAX_ELEMENTS: Final = 2**63 - 1
 DATA_ALIGNMENT: Final = 16  # where written data begins: a multiple of every dtype's size
-# One read of this size holds the whole header of all but the largest shards (about 130 bytes per
-# tensor), and on the Hub costs hardly more than the round trip.
-FIRST_READ_BYTES: Final = 128 * 1024
+# One read of this size holds most headers (about 130 bytes per tensor); from the Hub it comes in
+# the first packets of a new connection.
+FIRST_READ_BYTES: Final = 16 * 1024
 
 METADATA_KEY: Final = "__metadata__"
 TENSOR_FIELDS: Final = frozenset({"dtype", "shape", "data_offsets"})
@@ -77,15 +77,23 @@ def read_header(path: Path) -> Header:
     )
 
 
-def fetch_header(read_range: ReadRange, *, shard: str, file: str, file_bytes: int) -> Header:
+def fetch_header(
+    read_range: ReadRange,
+    *,
+    shard: str,
+    file: str,
+    file_bytes: int,
+    first_read_bytes: int = FIRST_READ_BYTES,
+) -> Header:
     """Read and check a header through `read_range`, with one read where it is of usual size.
 
     Args:
         shard: the file's name in its checkpoint, for the records.
         file: how messages name it.
         file_bytes: its size.
+        first_read_bytes: how much to read at once; a second read fetches the rest of the header.
     """
-    start = read_range(0, min(FIRST_READ_BYTES, file_bytes))
+    start = read_range(0, min(first_read_bytes, file_bytes))
     json_bytes = _check_start(start, file=file, file_bytes=file_bytes)
     missing = LENGTH_BYTES + json_bytes - len(start)
     if missing > 0:

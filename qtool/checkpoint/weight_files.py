@@ -19,7 +19,7 @@ INDEX: Final = ".safetensors.index.json"
 SINGLE_FILE: Final = "model.safetensors"
 ADAPTER_FILE: Final = "adapter_model.safetensors"
 MAX_INDEX_BYTES: Final = 64_000_000
-NUMBERED: Final = re.compile(r"-\d+-of-\d+\.safetensors$")
+NUMBERED: Final = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 # Weights in formats that qtool does not read. Pickles can run code when they are loaded.
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -39,10 +39,14 @@ class WeightFiles:
     weight_map: Mapping[str, str] | None = None
 
 
-def find_weight_files(source: FileSource, on_event: OnEvent) -> WeightFiles:
+def find_weight_files(
+    source: FileSource, on_event: OnEvent, *, trust_numbers: bool = False
+) -> WeightFiles:
     """Choose the shards: by model.safetensors, else by the index, else the only file there is.
 
     That is transformers' order. Without any safetensors file `shards` is empty; see `no_weights`.
+    With `trust_numbers` the index, which can be larger than all headers, is not read where the
+    shards are numbered and complete: it would only repeat what they and their headers say.
 
     Raises:
         QtoolError: bad_file for a broken index or several files without one; unsupported for a
@@ -58,6 +62,8 @@ def find_weight_files(source: FileSource, on_event: OnEvent) -> WeightFiles:
         return WeightFiles((SINGLE_FILE,))
     if indexes:
         index = f"model{INDEX}" if f"model{INDEX}" in indexes else indexes[0]
+        if trust_numbers and (numbered := _complete_shards(files, index.removesuffix(INDEX))):
+            return WeightFiles(numbered)
         weight_map = read_index(source, index)
         shards = tuple(sorted(set(weight_map.values())))
         _check_shards_exist(source, index, weight_map, shards)
@@ -156,6 +162,14 @@ def no_weights(source: FileSource) -> QtoolError:
     )
 
 
+def _complete_shards(files: list[str], stem: str) -> tuple[str, ...]:
+    """STEM-00001-of-00003.safetensors and its siblings; none if one of them is missing."""
+    matches = [m for name in files if (m := NUMBERED.fullmatch(name)) and m[1] == stem]
+    found = [(int(match[2]), int(match[3])) for match in matches]
+    expected = [(number, len(found)) for number in range(1, len(found) + 1)]
+    return tuple(match.string for match in matches) if sorted(found) == expected else ()
+
+
 def _top_level(source: FileSource) -> list[str]:
     return [name for name in source.files if "/" not in name]
 
@@ -177,7 +191,7 @@ def _check_shards_exist(
 def _several_without_index(source: FileSource, files: list[str]) -> QtoolError:
     where = source.describe("").rstrip("/")
     hint = "keep one model's weights in the folder, or give the file: qtool VERB FOLDER/FILE"
-    if all(NUMBERED.search(name) for name in files):
+    if all(NUMBERED.fullmatch(name) for name in files):
         hint = f"download the model's *{INDEX} too"
     return QtoolError(
         f"{where}: expected {SINGLE_FILE} or *{INDEX}, found {len(files)} safetensors files "

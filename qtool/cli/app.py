@@ -26,8 +26,8 @@ EPILOG = "Every option can also be set by a variable: --compute-dtype by QTOOL_C
 
 
 @cache
-def build_command() -> Any:
-    """The whole command tree, ready to be invoked."""
+def build_command(verbs: tuple[str, ...] = VERBS) -> Any:
+    """The command tree with these verbs, ready to be invoked."""
     app = typer.Typer(
         name="qtool",
         help=HELP,
@@ -37,7 +37,7 @@ def build_command() -> Any:
         pretty_exceptions_enable=False,
     )
     app.callback()(_root)
-    for verb in VERBS:
+    for verb in verbs:
         _add_verb(app, verb)
     group: Any = typer.main.get_command(app)
     _bind_environment(group)
@@ -108,9 +108,11 @@ def _bind_environment(group: Any) -> None:
 def main() -> None:
     """Run qtool and exit with the contract's code."""
     _start_quickly()
-    command = build_command()
+    arguments = sys.argv[1:]
+    # The other verbs take time to describe, and only help and mistakes need them.
+    command = build_command(tuple(verb for verb in VERBS if verb in arguments[:1]) or VERBS)
     try:
-        result = command(sys.argv[1:] or ["--help"], prog_name="qtool", standalone_mode=False)
+        result = command(arguments or ["--help"], prog_name="qtool", standalone_mode=False)
     except Exception as error:  # usage errors; verbs report their own inside verb_session
         sys.exit(_report_outside_verb(error))
     except KeyboardInterrupt:

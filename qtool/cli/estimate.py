@@ -2,60 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qtool.cli import options
+from qtool.cli import planning_options as planning
 from qtool.cli.session import verb_session
 from qtool.errors import EXIT_CODES
-from qtool.formats.precisions import QUANTIZED_PRECISIONS
+
+if TYPE_CHECKING:
+    from qtool.planner.model import PlannedModel
+    from qtool.planner.records import Estimate
 
 EXAMPLES = (
     "qtool estimate meta-llama/Llama-3.1-8B",
     "qtool estimate ./my-model --gpu 4090 --gpu 'a100 80gb'",
     "qtool estimate ./my-model --quant nf4-dq --context 32768 --gpu auto",
-    "qtool estimate ./my-model/config.json --batch 8 --headroom 10 --gpu L4",
+    "qtool estimate ./my-model --mode qlora --batch 2 --gpu 4090",
+    "qtool estimate ./my-model --runtime transformers --gpu H100 --gpus 2",
+    "qtool estimate ./my-model/config.json --plot memory.html --gpu L4",
     "qtool estimate Qwen/Qwen3-8B@main --json",
 )
-
-PRECISIONS = ("fp32", "bf16", "fp16", *QUANTIZED_PRECISIONS)
-
-
-def check_quants(quants: list[str] | None) -> list[str]:
-    """The values of a repeatable --quant."""
-    for quant in quants or ():
-        if quant not in PRECISIONS:
-            raise typer.BadParameter(f"{quant!r} is none of {', '.join(PRECISIONS)}")
-    return quants or []
-
-
-Context = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="Tokens per sequence, prompt included.",
-        show_default="4096, or the model's if shorter",
-    ),
-]
-Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Sequences at once.")]
-Gpus = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--gpu",
-        metavar="NAME",
-        help='A GPU to fit on, such as "4090" or "a100 80gb"; auto: this machine\'s; repeatable. '
-        "Exit code 3 if nothing fits.",
-        show_default=False,
-    ),
-]
-Headroom = Annotated[
-    float,
-    typer.Option(
-        min=0, max=99, metavar="PERCENT", help="Share of each GPU's memory to leave free."
-    ),
-]
 
 
 def estimate(
@@ -73,20 +42,36 @@ def estimate(
         typer.Option(
             "--quant",
             metavar="P",
-            callback=check_quants,
-            autocompletion=lambda: list(PRECISIONS),
-            help=f"A precision to plan, one of {' '.join(PRECISIONS)}; repeatable.",
-            show_default="bf16 int8 nf4 nf4-dq",
+            callback=planning.check_quants,
+            autocompletion=lambda: list(planning.PRECISIONS),
+            help=f"A precision to plan, one of {' '.join(planning.PRECISIONS)}; repeatable.",
+            show_default="bf16 int8 nf4 nf4-dq, or those that suit the mode",
         ),
     ] = None,
-    context: Context = None,
-    batch: Batch = 1,
-    kv_dtype: Annotated[
-        Literal["auto", "bf16"],
-        typer.Option(help="The cache's dtype; auto: what the model computes in."),
-    ] = "auto",
-    gpu: Gpus = None,
-    headroom: Headroom = 0,
+    mode: planning.Mode = "generate",
+    runtime: planning.Runtime = "qtool",
+    context: planning.Context = None,
+    batch: planning.Batch = 1,
+    kv_dtype: planning.KvDtype = "auto",
+    lora_r: planning.LoraR = 16,
+    lora_targets: planning.LoraTargets = None,
+    lora_dropout: planning.LoraDropout = 0.05,
+    adapter_dtype: planning.AdapterDtype = "fp32",
+    optimizer: planning.Optimizer = "adamw",
+    gradient_checkpointing: planning.GradientCheckpointing = True,
+    gpu: planning.Gpus = None,
+    gpus: planning.NumGpus = 1,
+    split: planning.Split = "pipeline",
+    headroom: planning.Headroom = 0,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="Also run the real transformers model under fake tensors, without a GPU, and "
+            "show what it allocates (needs qtool[run]).",
+        ),
+    ] = False,
+    plot: planning.Plot = None,
     config: options.ConfigFile = None,
     json_output: options.Json = False,
     quiet: options.Quiet = False,
@@ -101,19 +86,61 @@ def estimate(
     with verb_session(
         "estimate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as output:
-        from qtool.planner import EstimateRequest, estimate_model
+        if plot is not None:
+            check_plot_path(plot)
+        from qtool.checkpoint.open import open_in_background
+
+        opening = open_in_background(model, need="headers", on_event=output.on_note)
+        # Imported while the Hub is asked.
+        from qtool.planner.estimate import EstimateRequest, estimate_opened
+        from qtool.planner.gpus import resolve_gpus
+        from qtool.planner.model import describe_model
         from qtool.report.estimate import report_estimate
 
         request = EstimateRequest(
             model=model,
             quants=tuple(quant or ()),
             context=context,
-            batch=batch,
-            kv_dtype=kv_dtype,
-            gpus=tuple(gpu or ()),
+            workload=planning.build_workload(
+                mode=mode,
+                runtime=runtime,
+                batch=batch,
+                kv_dtype=kv_dtype,
+                gpus=gpus,
+                split=split,
+                lora_r=lora_r,
+                lora_targets=lora_targets,
+                lora_dropout=lora_dropout,
+                adapter_dtype=adapter_dtype,
+                optimizer=optimizer,
+                gradient_checkpointing=gradient_checkpointing,
+            ),
             headroom_percent=headroom,
         )
-        answer = estimate_model(request, output.on_note)
+        devices = resolve_gpus(gpu or ())
+        opened = describe_model(opening())
+        answer = estimate_opened(opened, devices, request)
+        if exact:
+            from qtool.exact.beside_plans import run_plans
+
+            answer = run_plans(opened, answer)
         report_estimate(output, answer)
+        if plot is not None:
+            draw_curves(plot, opened, answer)
         if answer.gpus and not answer.fits_somewhere:
             raise typer.Exit(EXIT_CODES["no_fit"])
+
+
+def check_plot_path(path: Path) -> None:
+    """Object to a file that cannot be drawn before any work is done."""
+    from qtool.report import plot
+
+    plot.check_plot_path(path)
+
+
+def draw_curves(path: Path, model: PlannedModel, answer: Estimate) -> None:
+    """Memory against context, for each precision."""
+    from qtool.planner.curves import context_curves
+    from qtool.report import plot
+
+    plot.write_plot(path, context_curves(model, answer))

@@ -55,13 +55,14 @@ ConfigFile = Annotated[
 def load_config_file(ctx: typer.Context, path: Path | None) -> None:
     """Make the TOML file's values the defaults of the verb that `ctx` belongs to."""
     if path is not None:
+        from qtool.cli.app import build_command
         from qtool.cli.config_file import read_config_file
 
         root = ctx.find_root()
         ctx.default_map = read_config_file(
             path,
             verb=ctx.command_path.removeprefix(f"{root.info_name} "),
-            verbs=_verbs_of(root.command),
+            verbs=_verbs_of(build_command()),
             params=ctx.command.params,
         )
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qtool.cli import options
-from qtool.cli.estimate import PRECISIONS, Batch, Context, Gpus, Headroom, check_quants
+from qtool.cli import planning_options as planning
+from qtool.cli.estimate import check_plot_path
 from qtool.cli.session import verb_session
 from qtool.errors import EXIT_CODES
+
+if TYPE_CHECKING:
+    from qtool.planner.records import Sizing
 
 EXAMPLES = (
     "qtool sizing",
@@ -35,15 +40,18 @@ def sizing(
         typer.Option(
             "--quant",
             metavar="P",
-            callback=check_quants,
-            autocompletion=lambda: list(PRECISIONS),
-            help=f"A precision, one of {' '.join(PRECISIONS)}; repeatable.",
+            callback=planning.check_quants,
+            autocompletion=lambda: list(planning.PRECISIONS),
+            help=f"A precision, one of {' '.join(planning.PRECISIONS)}; repeatable.",
             show_default="nf4-dq int8; with MODEL bf16 too",
         ),
     ] = None,
-    context: Context = None,
-    batch: Batch = 1,
-    gpu: Gpus = None,
+    mode: planning.Mode = "generate",
+    context: planning.Context = None,
+    batch: planning.Batch = 1,
+    gpu: planning.Gpus = None,
+    gpus: planning.NumGpus = 1,
+    split: planning.Split = "pipeline",
     vram: Annotated[
         list[float] | None,
         typer.Option(
@@ -52,9 +60,11 @@ def sizing(
             metavar="GIB",
             help="Any GPU with so many GiB; repeatable.",
             show_default=False,
+            rich_help_panel=planning.DEVICES_PANEL,
         ),
     ] = None,
-    headroom: Headroom = 0,
+    headroom: planning.Headroom = 0,
+    plot: planning.Plot = None,
     config: options.ConfigFile = None,
     json_output: options.Json = False,
     quiet: options.Quiet = False,
@@ -69,19 +79,30 @@ def sizing(
     with verb_session(
         "sizing", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as output:
-        from qtool.planner import SizingRequest, size_models
+        if plot is not None:
+            check_plot_path(plot)
+        from qtool.planner.sizing import SizingRequest, size_models
         from qtool.report.sizing import report_sizing
 
         request = SizingRequest(
             models=tuple(models or ()),
             quants=tuple(quant or ()),
             context=context,
-            batch=batch,
+            workload=planning.build_workload(mode=mode, batch=batch, gpus=gpus, split=split),
             gpus=tuple(gpu or ()),
             vram_gib=tuple(vram or ()),
             headroom_percent=headroom,
         )
         answer = size_models(request, output.on_note)
         report_sizing(output, answer)
+        if plot is not None:
+            draw_bars(plot, answer)
         if request.gpus and not answer.fits_somewhere:
             raise typer.Exit(EXIT_CODES["no_fit"])
+
+
+def draw_bars(path: Path, answer: Sizing) -> None:
+    """Each model's memory at each precision against what the GPUs offer."""
+    from qtool.report import plot
+
+    plot.write_sizing_plot(path, answer)

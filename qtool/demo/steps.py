@@ -14,8 +14,9 @@ from qtool.backends.cpu import num_usable_cores
 from qtool.demo.speed import KernelSpeed, measure_speed
 from qtool.events import OnEvent, ignore_events
 from qtool.inspection.command import InspectionResult, inspect_path
-from qtool.planner import Estimate, EstimateRequest, SizingRequest, estimate_model, size_models
-from qtool.planner.records import Sizing
+from qtool.planner.estimate import EstimateRequest, estimate_model
+from qtool.planner.records import Estimate, Sizing
+from qtool.planner.sizing import SizingRequest, size_models
 from qtool.quantize.command import (
     PlannedRequest,
     QuantizeRequest,

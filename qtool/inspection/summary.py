@@ -61,11 +61,13 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
 
 
 def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """The model that config.json describes, or None where it describes none that is known."""
+    """The model that config.json describes, or None where it describes none that is known, and for
+    mixtures of experts: a stored expert is a part of a parameter, not one to compare with."""
     try:
-        return build_architecture(config)
+        architecture = build_architecture(config)
     except QtoolError:
         return None
+    return architecture if architecture.experts is None else None
 
 
 def _real_shapes(

@@ -12,21 +12,50 @@ state, MLP, queries and keys:
     logits           2*h + one row of the vocabulary per sequence
 
 Attention itself is fused (no matrix of tokens x tokens) except where transformers has no such path.
+A mixture of experts copies every token once per expert that it goes to, k of them of width e:
+
+    experts          c*h + k*h + 4*k*e      gate and up, the activation, their product
+    reordering       c*h + 2*k*h            and twice k*h weighted rows, in the weights' dtype
+
+Multi-head latent attention makes keys and values of all n heads from the latent l, with keys of d,
+r of them rotated, and values of d - r:
+
+    latent           4*h + n*(6*d - 2*r) + 2*(l + r)    queries twice, keys, both in one, the output
+
+Recurrent layers (state space, linear attention) are a multiple of their convolution's channels,
+read off runs on the meta device: a heuristic.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Self
+from typing import Final, Literal, NamedTuple, Self
 
-from qtool.architecture import Architecture
+from qtool.architecture import (
+    Architecture,
+    AttentionCache,
+    CacheLayer,
+    LatentCache,
+    RecurrentState,
+)
 from qtool.planner.kv_cache import CacheLayers, overhang_bytes
+from qtool.planner.llm_int8 import int8_moments
 
 # Hidden-sized tensors alive at the MLP's product: the embeddings, the layer's input, the residual
 # and the normed input. Some layers hold more, or norm after the MLP instead of before.
 USUAL_HIDDEN_COPIES: Final = 4
 HIDDEN_COPIES: Final = {"gpt2": 6, "olmo2": 3, "olmo3": 3}
+# The same where a mixture keeps what its shared expert or dense MLP made.
+HIDDEN_COPIES_WITH_EXPERTS: Final = {
+    "gemma4": 7,
+    "gemma4_text": 7,
+    "llama4": 5,
+    "llama4_text": 5,
+    "ernie4_5_moe": 5,
+    "qwen2_moe": 5,
+}
 # The same where a norm tells the model type's two kinds of layers apart.
 HIDDEN_COPIES_WITH_NORM: Final = {
     "falcon": ("ln_attn.weight", 5),
@@ -44,25 +73,99 @@ class MlpCopies(NamedTuple):
 GATED_MLP: Final = MlpCopies(3, 2)
 FUSED_GATE_MLP: Final = MlpCopies(4, 2)
 PLAIN_MLP: Final = MlpCopies(2, 1)
-# `gelu_new` is spelled out in Python and keeps two more than a fused activation.
-MLP_COPIES: Final = {"gpt2": MlpCopies(4, 1), "phi": MlpCopies(4, 1)}
+# An activation spelled out in Python keeps more than a fused one: `gelu_new`, BLOOM's own.
+MLP_COPIES: Final = {
+    "gpt2": MlpCopies(4, 1),
+    "phi": MlpCopies(4, 1),
+    "bloom": MlpCopies(6, 1),
+}
 
 # Bytes per entry of the attention matrix (heads x tokens x tokens) where it is materialised:
 # scores in 16 bit, their float32 copy, the float32 softmax; sums with ALiBi and mask before them.
-ATTENTION_MATRIX_BYTES: Final = {"bloom": 14, "gemma2": 10}
+# With sinks: scores with the sinks appended, less their maximum, and the softmax, in 16 bit.
+ATTENTION_MATRIX_BYTES: Final = {
+    "bloom": 14,
+    "gemma2": 10,
+    "gpt_oss": 6,
+    "mimo_v2_flash": 4,
+    "deepseek_v4": 6,
+}
+# What of it the layer holds until its end, because attention returns it.
+KEPT_MATRIX_BYTES: Final = {"gemma2": 2, "gpt_oss": 2, "mimo_v2_flash": 2}
 
 # Models whose layers get an explicit mask (tokens x tokens) without a sliding window.
-MASKED_MODEL_TYPES: Final = frozenset({"falcon"})
+MASKED_MODEL_TYPES: Final = frozenset({"falcon", "qwen2_moe"})
+
+# Routers whose weights have the dtype of the activations; the others' are float32, and so are the
+# rows that they weigh.
+HALF_ROUTERS: Final = frozenset(
+    {"qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"}
+    | {"olmoe", "granitemoe", "ernie4_5_moe", "gpt_oss"}
+)
+# Expert-sized tensors at the activation. With biases of every row, and the activation spelled out:
+USUAL_EXPERT_COPIES: Final = 4
+EXPERT_COPIES: Final = {"gpt_oss": 9}
+# Every token goes through every expert, and what comes out is weighed by zero.
+DENSE_MIXTURES: Final = frozenset({"llama4", "llama4_text"})
+
+# Channel-sized tensors of 16 bit alive at the peak of a recurrent layer.
+RECURRENT_COPIES: Final = {"nemotron_h": 30, "jamba": 107, "mamba2": 45}
+USUAL_RECURRENT_COPIES: Final = 16
+CONVOLUTION_WIDTH: Final = 4
 
 INTEGER_INPUTS_BYTES: Final = 24  # token id, position and mask, int64 each
 LOGIT_COPY_BYTES: Final = 4  # the float32 copy that a token is chosen from
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedRows:
+    """The rows that a mixture makes of a token, one per expert: of `hidden` and expert `width`.
+
+    `copies` of the width are alive at the activation. `weighted_bytes` is per element of a row
+    times its weight, None for the dtype of activations. `routing_bytes`: indices, weights and the
+    router's scores of a token.
+    """
+
+    rows: int
+    hidden: int
+    width: int
+    copies: int
+    weighted_bytes: int | None
+    routing_bytes: int
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> Self | None:
+        """None without experts."""
+        experts = architecture.experts
+        if experts is None:
+            return None
+        is_dense = architecture.model_type in DENSE_MIXTURES
+        rows = experts.num_experts if is_dense else experts.experts_per_token
+        return cls(
+            rows=rows,
+            hidden=architecture.hidden_size,
+            width=experts.intermediate_size,
+            copies=EXPERT_COPIES.get(architecture.model_type, USUAL_EXPERT_COPIES),
+            weighted_bytes=None if is_dense or architecture.model_type in HALF_ROUTERS else 4,
+            routing_bytes=40 * experts.experts_per_token + 4 * experts.num_experts,
+        )
+
+    def peak_bytes(self, element_bytes: int) -> int:
+        """Per token, the larger of both moments."""
+        activation = self.hidden + self.copies * self.width
+        reordering = 2 * self.hidden
+        weighted_bytes = 2 * self.hidden * (self.weighted_bytes or element_bytes)
+        row_bytes = max(activation * element_bytes, reordering * element_bytes + weighted_bytes)
+        return self.rows * row_bytes + self.routing_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class LayerShape:
     """What one layer's activations are made of, in elements per token; see the module's text.
 
-    `attention_matrix_bytes` are per pair of tokens: 0 where attention is fused.
+    `attention` is the largest of the kinds of attention and recurrent layers, `basis` says whether
+    it is counted or read off. `attention_matrix_bytes` are per pair of tokens, 0 where attention is
+    fused; `kept_matrix_bytes` of them stay until the layer's end.
     """
 
     hidden: int
@@ -76,27 +179,35 @@ class LayerShape:
     kinds_of_layers: int
     always_masked: bool
     attention_matrix_bytes: int
+    kept_matrix_bytes: int
+    routed: RoutedRows | None
+    basis: Literal["formula", "heuristic"]
 
     @classmethod
     def of(cls, architecture: Architecture) -> Self:
-        """The shape of a decoder with attention layers."""
+        """The shape of a decoder."""
         model_type = architecture.model_type
-        queries = architecture.num_attention_heads * architecture.head_dim
-        keys = architecture.num_kv_heads * architecture.head_dim
-        kinds_of_layers = {layer.window is None for layer in architecture.cache_layers}  # at most 2
+        attention_layers = [
+            layer for layer in architecture.cache_layers if isinstance(layer, AttentionCache)
+        ]
+        kinds_of_layers = {layer.window is None for layer in attention_layers}  # at most 2
         per_pair = ATTENTION_MATRIX_BYTES.get(model_type, 0)
         return cls(
             hidden=architecture.hidden_size,
             hidden_copies=_hidden_copies(architecture),
             mlp=architecture.intermediate_size,
             mlp_copies=_mlp_copies(architecture),
-            attention=3 * architecture.hidden_size + max(4 * queries, queries + 4 * keys),
+            attention=max(_attention_elements(architecture), default=0),
             rotary=2 * architecture.head_dim * len(kinds_of_layers),  # cosines and sines
             vocabulary=architecture.vocab_size,
             cache_layers=Counter(architecture.cache_layers),
             kinds_of_layers=len(kinds_of_layers),
             always_masked=model_type in MASKED_MODEL_TYPES,
             attention_matrix_bytes=per_pair * architecture.num_attention_heads,
+            kept_matrix_bytes=KEPT_MATRIX_BYTES.get(model_type, 0)
+            * architecture.num_attention_heads,
+            routed=RoutedRows.of(architecture),
+            basis="formula" if all(map(_is_counted, architecture.cache_layers)) else "heuristic",
         )
 
     def mask_bytes(self, context: int, element_bytes: int) -> int:
@@ -107,9 +218,23 @@ class LayerShape:
         """
         if self.attention_matrix_bytes:
             return context * context * element_bytes * self.kinds_of_layers
-        windows = (layer.window for layer in self.cache_layers if layer.window is not None)
-        is_masked = self.always_masked or any(window <= context for window in windows)
-        return context * context if is_masked else 0
+        return context * context if self._is_masked(context) else 0
+
+    def additive_mask_bytes(self, context: int, batch: int, element_bytes: int) -> int:
+        """The mask as numbers, which a fused kernel wants of every sequence.
+
+        A context that is no multiple of 8 takes it twice, which is left out: then more tokens
+        would need less.
+        """
+        if self.attention_matrix_bytes or not self._is_masked(context):
+            return 0
+        return batch * context * context * element_bytes
+
+    def _is_masked(self, context: int) -> bool:
+        windows = (layer.window for layer in self.cache_layers if isinstance(layer, AttentionCache))
+        return self.always_masked or any(
+            window is not None and window <= context for window in windows
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +270,7 @@ def prefill_peak(
     element_bytes: int,
     buffer: DequantBuffer = NO_BUFFER,
     converted_bytes: int = 0,
+    int8_outliers: float | None = None,
 ) -> PrefillPeak:
     """The peak of one forward pass over `batch` prompts of `context` tokens each.
 
@@ -153,6 +279,7 @@ def prefill_peak(
         buffer: what the largest packed linear layer takes beside its inputs and output.
         converted_bytes: per element where packed layers compute in another dtype than the
             activations', so that their inputs and outputs exist twice.
+        int8_outliers: where products are LLM.int8's, the share of the MLP's columns with outliers.
     """
     tokens = batch * context
     elements = tokens * element_bytes
@@ -162,21 +289,69 @@ def prefill_peak(
         layer.cache_layers, context=context, batch=batch, element_bytes=element_bytes
     )
     hidden = in_layer + elements * layer.hidden_copies * layer.hidden
+    hidden += batch * context * context * layer.kept_matrix_bytes
     mlp = elements * layer.mlp
     twice = tokens * converted_bytes * (layer.hidden + layer.mlp)
     matrix = batch * context * context * layer.attention_matrix_bytes
+    float_mask = layer.additive_mask_bytes(context, batch, element_bytes)
+    routed = tokens * layer.routed.peak_bytes(element_bytes) if layer.routed else 0
     logits_bytes = batch * layer.vocabulary * (element_bytes + LOGIT_COPY_BYTES)
     moments = (
         PrefillPeak(hidden + layer.mlp_copies.activation * mlp, 0, 0),
+        PrefillPeak(hidden + routed, 0, 0),
         PrefillPeak(hidden + layer.mlp_copies.linear * mlp + twice, buffer.product_bytes, 0),
         PrefillPeak(hidden + mlp + twice, buffer.dequantizing_bytes, 0),
-        PrefillPeak(in_layer + elements * layer.attention + matrix, 0, 0),
+        PrefillPeak(in_layer + elements * layer.attention + matrix + float_mask, 0, 0),
         PrefillPeak(in_layer + elements * 2 * layer.hidden, 0, logits_bytes),
+        *_int8_moments(layer, tokens, hidden, int8_outliers),
     )
     return max(moments, key=lambda moment: moment.total_bytes)
 
 
+def _int8_moments(
+    layer: LayerShape, tokens: int, hidden_bytes: int, outliers: float | None
+) -> Iterator[PrefillPeak]:
+    if outliers is None:
+        return
+    is_fused = layer.mlp_copies == FUSED_GATE_MLP
+    moments = int8_moments(
+        tokens=tokens,
+        hidden=layer.hidden,
+        mlp=layer.mlp,
+        first_width=layer.mlp * (2 if is_fused else 1),
+        beside_first=0 if is_fused else layer.mlp_copies.linear - 1,
+        outliers=outliers,
+    )
+    for moment in moments:
+        yield PrefillPeak(hidden_bytes + moment.activations_bytes, moment.weight_bytes, 0)
+
+
+def _attention_elements(architecture: Architecture) -> Iterator[int]:
+    """Per token, for each kind of layer."""
+    for layer in set(architecture.cache_layers):
+        heads, hidden = architecture.num_attention_heads, 3 * architecture.hidden_size
+        if isinstance(layer, RecurrentState):
+            copies = RECURRENT_COPIES.get(architecture.model_type, USUAL_RECURRENT_COPIES)
+            yield hidden + copies * layer.conv_elements // CONVOLUTION_WIDTH
+        elif isinstance(layer, LatentCache):
+            per_head = 6 * architecture.head_dim - 2 * layer.rope_dim
+            latents = 2 * (layer.latent_dim + layer.rope_dim)
+            yield hidden + architecture.hidden_size + heads * per_head + latents
+        else:
+            kv_heads = layer.num_kv_heads if isinstance(layer, AttentionCache) else 1
+            queries, keys = heads * layer.head_dim, kv_heads * layer.head_dim
+            yield hidden + max(4 * queries, queries + 4 * keys)
+
+
+def _is_counted(layer: CacheLayer) -> bool:
+    if isinstance(layer, LatentCache):
+        return layer.index_head_dim == 0
+    return isinstance(layer, AttentionCache)
+
+
 def _hidden_copies(architecture: Architecture) -> int:
+    if architecture.experts is not None:
+        return HIDDEN_COPIES_WITH_EXPERTS.get(architecture.model_type, USUAL_HIDDEN_COPIES)
     copies = HIDDEN_COPIES.get(architecture.model_type, USUAL_HIDDEN_COPIES)
     norm, copies_with_norm = HIDDEN_COPIES_WITH_NORM.get(architecture.model_type, ("", copies))
     has_norm = any(name.endswith(norm) for name in architecture.tensors)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from qtool.events import OnEvent, ignore_events
-from qtool.planner.activations import NO_BUFFER
-from qtool.planner.fit import fit, is_unfit, suggest
+from qtool.formats.precisions import QUANTIZED_PRECISIONS
+from qtool.planner.fit import fit, is_unfit
 from qtool.planner.gpus import Gpu, resolve_gpus
-from qtool.planner.memory import KvDtype, MemoryBudget
+from qtool.planner.memory import MemoryBudget
 from qtool.planner.model import PlannedModel, open_model
-from qtool.planner.records import Estimate
+from qtool.planner.records import Estimate, MemoryPlan, Workload
+from qtool.planner.suggestions import suggest
 from qtool.planner.weights import CAST_DTYPES
 
 DEFAULT_QUANTS: Final = ("bf16", "int8", "nf4", "nf4-dq")
@@ -24,14 +25,14 @@ FLOAT32_BYTES: Final = 4
 class EstimateRequest:
     """What the user asked for.
 
-    No `quants`: the default ones. No `context`: 4096, or the model's if that is shorter.
+    No `quants`: the default ones. No `context`: 4096, or the model's if that is shorter; it stands
+    in for the workload's.
     """
 
     model: str
     quants: tuple[str, ...] = ()
     context: int | None = None
-    batch: int = 1
-    kv_dtype: KvDtype = "auto"
+    workload: Workload = field(default_factory=lambda: Workload(context=DEFAULT_CONTEXT))
     gpus: tuple[str, ...] = ()
     headroom_percent: float = 0
 
@@ -52,31 +53,55 @@ def estimate_opened(
 ) -> Estimate:
     """The same for a model that is open already; pure."""
     warnings = [*model.warnings, *unmodelled_warnings(model)]
-    quants = choose_quants(model, request.quants, DEFAULT_QUANTS, warnings)
+    quants = choose_quants(model, request.quants, default_quants(request.workload), warnings)
     context = choose_context(model, request.context, warnings)
-    budgets = {quant: MemoryBudget.of(model, quant, request.kv_dtype) for quant in quants}
+    workload = replace(request.workload, context=context)
+    budgets = {quant: MemoryBudget.of(model, quant, workload) for quant in quants}
     warnings += quantization_warnings(model, budgets.values())
-    plans = [budget.plan(context=context, batch=request.batch) for budget in budgets.values()]
-    fits = [
-        tuple(fit(budgets[plan.quant], plan, gpu, request.headroom_percent) for gpu in gpus)
+    plans = [budget.plan(workload) for budget in budgets.values()]
+    plans = [
+        replace(
+            plan,
+            fits=tuple(
+                fit(budgets[plan.quant], plan, gpu, request.headroom_percent) for gpu in gpus
+            ),
+        )
         for plan in plans
     ]
-    if gpus and any(is_unfit(answers) for answers in fits):  # other precisions may help
-        for quant in choose_quants(model, (), DEFAULT_QUANTS, []):
-            if quant not in budgets:
-                budgets[quant] = MemoryBudget.of(model, quant, request.kv_dtype)
-    others = [budget.plan(context=context, batch=request.batch) for budget in budgets.values()]
+    others = _alternatives(model, budgets, plans, workload)
     return Estimate(
         model=model.facts,
         plans=tuple(
-            replace(
-                plan, fits=answers, suggestions=suggest(budgets[plan.quant], plan, answers, others)
-            )
-            for plan, answers in zip(plans, fits, strict=True)
+            replace(plan, suggestions=suggest(budgets[plan.quant], plan, plan.fits, others))
+            for plan in plans
         ),
         gpus=gpus,
         warnings=tuple(warnings),
     )
+
+
+def _alternatives(
+    model: PlannedModel,
+    budgets: dict[str, MemoryBudget],
+    plans: list[MemoryPlan],
+    workload: Workload,
+) -> list[MemoryPlan]:
+    """Plans at the precisions asked for and, where one fits nowhere, at the default ones."""
+    if not any(is_unfit(plan.fits) for plan in plans):
+        return plans
+    more = choose_quants(model, (), default_quants(workload), [])
+    return plans + [
+        MemoryBudget.of(model, quant, workload).plan(workload)
+        for quant in more
+        if quant not in budgets
+    ]
+
+
+def default_quants(workload: Workload) -> tuple[str, ...]:
+    """The precisions that a mode makes sense at: training in full needs floating point."""
+    if workload.mode == "qlora":
+        return ("nf4", "nf4-dq")
+    return DEFAULT_QUANTS if workload.mode == "generate" else ("bf16",)
 
 
 def choose_quants(
@@ -88,7 +113,8 @@ def choose_quants(
             model.check_precision(quant)
         return tuple(dict.fromkeys(asked))
     if model.stored_precision is not None:
-        return (model.stored_precision,)
+        more = default if model.stored_format is not None and model.architecture else ()
+        return (model.stored_precision, *more)
     if model.architecture is None:
         left_out = [quant for quant in default if quant not in CAST_DTYPES]
         warnings.append(
@@ -113,14 +139,15 @@ def choose_context(model: PlannedModel, asked: int | None, warnings: list[str]) 
 
 def quantization_warnings(model: PlannedModel, budgets: Iterable[MemoryBudget]) -> list[str]:
     """Where quantizing the model does less than its name promises, in words."""
-    quantized = [budget for budget in budgets if budget.quant not in CAST_DTYPES]
+    quantized = [budget for budget in budgets if budget.quant in QUANTIZED_PRECISIONS]
     warnings = []
     if any(budget.weights.element_bytes == FLOAT32_BYTES for budget in quantized):
         warnings.append(
             f"{model.id} computes in float32, so cache and activations take twice what they would "
             "in bfloat16 (generate --compute-dtype bfloat16)"
         )
-    if any(budget.weights.buffer == NO_BUFFER for budget in quantized):
+    architecture = model.architecture
+    if quantized and architecture and not architecture.quantizable() and not model.packed:
         warnings.append(
             f"no linear layer of {model.id} is one that bitsandbytes replaces, so quantizing it "
             "changes nothing"
@@ -135,5 +162,5 @@ def unmodelled_warnings(model: PlannedModel) -> list[str]:
         return []
     parts = list(architecture.unmodelled)
     if not architecture.cache_layers:
-        parts.append("cache, activations and buffers of a model without attention")
+        parts.append("cache and activations of a model whose layers are not known to keep anything")
     return ["not counted: " + "; ".join(parts)] if parts else []

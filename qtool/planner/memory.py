@@ -1,138 +1,262 @@
-"""One plan: a model at one precision, context and batch, component by component.
+"""One plan: a model at one precision under a workload, component by component.
 
-    budget = MemoryBudget.of(model, "nf4-dq", kv_dtype="auto")
-    budget.plan(context=8192, batch=1).peak_bytes
+    budget = MemoryBudget.of(model, "nf4-dq", Workload(context=8192))
+    budget.plan(budget.workload).peak_bytes
 
-The peak is that of a prompt which fills the context in one forward pass; decoding takes less.
+Generating peaks with a prompt that fills the context in one forward pass; decoding takes less.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal, Self
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Self
 
-from qtool.planner.activations import NO_BUFFER, LayerShape, PrefillPeak, prefill_peak
-from qtool.planner.kv_cache import kv_cache_bytes
+from qtool.architecture import Architecture
+from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantFormat
+from qtool.planner.activations import NO_BUFFER, LayerShape, prefill_peak
+from qtool.planner.demand import Demand, Parts
+from qtool.planner.devices import Share, pipeline_shares, tensor_share
+from qtool.planner.kv_cache import (
+    VLLM_BATCHED_TOKENS,
+    KvDtype,
+    dequantized_layer_bytes,
+    kv_cache_bytes,
+)
+from qtool.planner.llm_int8 import USUAL_INITIALIZER_RANGE, outlier_share
 from qtool.planner.model import PlannedModel
-from qtool.planner.overhead import CONTEXT_BYTES, WORKSPACE_BYTES, allocator_bytes, peak_band
-from qtool.planner.records import Basis, Component, ComponentName, MemoryPlan
+from qtool.planner.overhead import Overhead
+from qtool.planner.records import Basis, Component, ComponentName, MemoryPlan, Workload
+from qtool.planner.runtimes import plan_notes
 from qtool.planner.weights import Weights
 
-KvDtype = Literal["auto", "bf16"]
-KV_DTYPE_BYTES: Final = {"bf16": 2}
+if TYPE_CHECKING:
+    from qtool.planner.loading import Loading
 
-
-@dataclass(frozen=True, slots=True)
-class _WorkingSet:
-    """What comes and goes: the cache, and what a forward pass over the prompt allocates."""
-
-    kv_cache_bytes: int
-    peak: PrefillPeak
-
-    @property
-    def total_bytes(self) -> int:
-        return self.kv_cache_bytes + self.peak.total_bytes
-
-    def components(self, activations_basis: Basis) -> dict[ComponentName, Component]:
-        return {
-            "kv_cache": Component(self.kv_cache_bytes, "exact"),
-            "activations": Component(self.peak.activations_bytes, activations_basis),
-            "logits": Component(self.peak.logits_bytes, "exact"),
-            "dequant_buffer": Component(self.peak.dequant_buffer_bytes, "formula"),
-        }
+QUANTIZED_CACHES: Final[frozenset[KvDtype]] = frozenset({"fp8", "int8"})
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
-    """A model at one precision; `plan` fills in context and batch.
+    """A model at one precision on so many GPUs; `plan` fills in the workload.
 
-    `layer` is None where only the weights are known, or there is no attention. `max_context` is
-    what the model was made for, None where that is not limited.
+    `workload` is the one it was made for: others may differ from it in context, batch and tuning.
+    `layer` is None where only the weights are known, or no layer keeps a cache. `loading` is known
+    where transformers loads a 16-bit checkpoint.
     """
 
+    model: PlannedModel
     quant: str
+    workload: Workload
     weights: Weights
     weights_basis: Basis
     activations_basis: Basis
     layer: LayerShape | None
-    max_context: int | None
-    kv_element_bytes: int
+    shares: tuple[Share, ...]
+    overhead: Overhead
+    loading: Loading | None = None
+    notes: tuple[str, ...] = field(default=())
 
     @classmethod
-    def of(cls, model: PlannedModel, quant: str, kv_dtype: KvDtype = "auto") -> Self:
+    def of(cls, model: PlannedModel, quant: str, workload: Workload) -> Self:
         """Raises QtoolError if the model cannot be planned at `quant`."""
-        weights, architecture = model.weights(quant), model.architecture
-        has_attention = architecture is not None and bool(architecture.cache_layers)
+        architecture, runtime = model.architecture, workload.runtime
+        weights = model.weights(quant, runtime)
+        layer = None
+        if architecture is not None and architecture.cache_layers:
+            layer = LayerShape.of(architecture)
         return cls(
+            model=model,
             quant=quant,
+            workload=workload,
             weights=weights,
             weights_basis="header" if model.source == "headers" else "exact",
-            activations_basis="heuristic"
-            if architecture and architecture.unmodelled
-            else "formula",
-            layer=LayerShape.of(architecture) if architecture and has_attention else None,
-            max_context=architecture.max_context if architecture else None,
-            kv_element_bytes=KV_DTYPE_BYTES.get(kv_dtype, weights.element_bytes),
+            activations_basis=_activations_basis(layer, workload),
+            layer=layer,
+            shares=_shares(weights, architecture, workload),
+            overhead=Overhead.of(workload),
+            loading=_loading(model, quant, weights, workload),
+            notes=_notes(model, quant, workload),
         )
 
-    def plan(self, *, context: int, batch: int) -> MemoryPlan:
-        """The memory for `batch` sequences of `context` tokens."""
-        working_set = self._working_set(context, batch)
-        dynamic_bytes = working_set.total_bytes if working_set else 0
-        components: dict[ComponentName, Component] = {}
-        components["weights"] = Component(self.weights.device_bytes, self.weights_basis)
-        if working_set:
-            components |= working_set.components(self.activations_basis)
-        components["workspace"] = Component(WORKSPACE_BYTES, "heuristic")
-        components["runtime_overhead"] = Component(CONTEXT_BYTES, "heuristic")
-        components["allocator"] = Component(allocator_bytes(dynamic_bytes), "heuristic")
-        allocated_bytes = self.weights.device_bytes + dynamic_bytes + WORKSPACE_BYTES
-        low_bytes, high_bytes = peak_band(allocated_bytes, dynamic_bytes)
+    @property
+    def max_context(self) -> int | None:
+        """What the model was made for; None where that is not limited."""
+        return self.model.architecture.max_context if self.model.architecture else None
+
+    def plan(self, workload: Workload) -> MemoryPlan:
+        """The memory that the workload takes."""
+        demand, overhead = self._demand(workload), self.overhead
+        components: dict[ComponentName, Component] = dict(demand.parts)
+        components["workspace"] = Component(overhead.workspace_bytes, "heuristic")
+        components["runtime_overhead"] = Component(overhead.context_bytes, "heuristic")
+        components["allocator"] = Component(
+            overhead.allocator_bytes(demand.dynamic_bytes), "heuristic"
+        )
+        allocated_bytes = demand.total_bytes + overhead.workspace_bytes
+        low_bytes, high_bytes = overhead.band(allocated_bytes, demand.dynamic_bytes)
+        low_bytes -= demand.paged_bytes
+        outside_bytes = overhead.workspace_bytes + overhead.context_bytes
         return MemoryPlan(
             quant=self.quant,
-            context=context,
-            batch=batch,
+            workload=workload,
             components=components,
             checkpoint_bytes=self.weights.checkpoint_bytes,
-            steady_bytes=self._steady_bytes(context, batch),
-            load_peak_bytes=self.weights.device_bytes + CONTEXT_BYTES,
+            steady_bytes=demand.steady_bytes + outside_bytes,
+            load_peak_bytes=self._load_peak_bytes() + overhead.context_bytes,
             peak_low_bytes=low_bytes,
             peak_high_bytes=high_bytes,
+            notes=self.notes,
         )
 
-    def peak_bytes(self, *, context: int, batch: int) -> int:
-        """`plan(...).peak_bytes` without the rest; grows with context and with batch."""
-        working_set = self._working_set(context, batch)
-        dynamic_bytes = working_set.total_bytes if working_set else 0
-        fixed_bytes = self.weights.device_bytes + WORKSPACE_BYTES + CONTEXT_BYTES
-        return fixed_bytes + dynamic_bytes + allocator_bytes(dynamic_bytes)
+    def peak_bytes(self, workload: Workload) -> int:
+        """`plan(...).peak_bytes` without the rest; grows with context, batch and LoRA rank."""
+        demand, overhead = self._demand(workload), self.overhead
+        fixed_bytes = overhead.workspace_bytes + overhead.context_bytes
+        return fixed_bytes + demand.total_bytes + overhead.allocator_bytes(demand.dynamic_bytes)
 
-    def kv_cache_bytes(self, *, context: int, batch: int) -> int:
-        """The cache of `batch` full sequences; 0 where the layers are not known."""
+    def kv_cache_bytes(self, workload: Workload, share: Share | None = None) -> int:
+        """The cache of full sequences on one GPU (`share`), or on all; 0 without layers."""
         if self.layer is None:
             return 0
         return kv_cache_bytes(
-            self.layer.cache_layers,
-            context=context,
-            batch=batch,
-            element_bytes=self.kv_element_bytes,
+            share.cache_layers if share else self.layer.cache_layers,
+            context=workload.context,
+            batch=workload.batch,
+            element_bytes=self.weights.element_bytes,
+            kv_dtype=workload.kv_dtype,
+            runtime=workload.runtime,
         )
 
-    def _working_set(self, context: int, batch: int) -> _WorkingSet | None:
-        if self.layer is None:
-            return None
+    def _demand(self, workload: Workload) -> Demand:
+        return max(
+            (self._share_demand(share, workload) for share in self.shares),
+            key=lambda demand: demand.total_bytes,
+        )
+
+    def _share_demand(self, share: Share, workload: Workload) -> Demand:
+        if workload.mode != "generate":
+            return self._training_demand(share, workload)
+        weights_bytes = self._resident_bytes(share)
+        parts: dict[ComponentName, Component] = {
+            "weights": Component(weights_bytes, self.weights_basis)
+        }
+        cache_bytes = self.kv_cache_bytes(workload, share)
+        if self.layer is not None:
+            parts["kv_cache"] = Component(cache_bytes, "exact")
+            parts |= self._prefill(self.layer, share, workload)
+        steady_bytes = weights_bytes + cache_bytes + self._read_back_bytes(workload, share)
+        return Demand(parts, weights_bytes, steady_bytes)
+
+    def _training_demand(self, share: Share, workload: Workload) -> Demand:
+        weights = Component(self._resident_bytes(share), self.weights_basis)
+        if self.model.architecture is None:
+            return Demand({"weights": weights}, weights.bytes, weights.bytes)
+        from qtool.planner.training_plan import training_demand  # only training pays for it
+
+        return training_demand(
+            self.model.architecture,
+            self.quant,
+            workload,
+            weights=weights,
+            part=share.part,
+            buffer_bytes=self._own_buffer_bytes(workload),
+        )
+
+    def _own_buffer_bytes(self, workload: Workload) -> int | None:
+        """What qtool's packed layers take beside a product; bitsandbytes' make a whole weight."""
+        return self.weights.buffer.dequantizing_bytes if workload.runtime == "qtool" else None
+
+    def _prefill(self, layer: LayerShape, share: Share, workload: Workload) -> Parts:
+        """What one forward pass over the prompts allocates beside the cache."""
         weights = self.weights
+        context, batch = workload.context, workload.batch
+        if workload.runtime == "vllm":  # prompts go through in pieces
+            context, batch = min(context * batch, VLLM_BATCHED_TOKENS), 1
         converts = weights.buffer != NO_BUFFER and weights.compute_bytes != weights.element_bytes
         peak = prefill_peak(
-            self.layer,
+            layer,
             context=context,
             batch=batch,
             element_bytes=weights.element_bytes,
             buffer=weights.buffer,
             converted_bytes=weights.compute_bytes if converts else 0,
+            int8_outliers=self._int8_outliers(context * batch),
         )
-        return _WorkingSet(self.kv_cache_bytes(context=context, batch=batch), peak)
+        return {
+            "activations": Component(peak.activations_bytes, self.activations_basis),
+            "logits": Component(peak.logits_bytes, "exact"),
+            "dequant_buffer": Component(peak.dequant_buffer_bytes, "formula"),
+        }
 
-    def _steady_bytes(self, context: int, batch: int) -> int:
-        cache_bytes = self.kv_cache_bytes(context=context, batch=batch)
-        return self.weights.device_bytes + cache_bytes + WORKSPACE_BYTES + CONTEXT_BYTES
+    def _int8_outliers(self, num_tokens: int) -> float | None:
+        """The share of outlier columns where bitsandbytes' INT8 layers multiply, else None."""
+        architecture = self.model.architecture
+        if self.quant != "int8" or self.workload.runtime == "qtool" or architecture is None:
+            return None
+        deviation = self.model.config.get("initializer_range")
+        if not isinstance(deviation, float) or not 0 < deviation < 1:
+            deviation = USUAL_INITIALIZER_RANGE
+        return outlier_share(architecture.hidden_size, num_tokens, deviation)
+
+    def _read_back_bytes(self, workload: Workload, share: Share) -> int:
+        """What a decode step with a quantized cache turns back at once."""
+        if workload.kv_dtype not in QUANTIZED_CACHES or workload.runtime == "vllm":
+            return 0
+        return dequantized_layer_bytes(
+            share.cache_layers,
+            context=workload.context,
+            batch=workload.batch,
+            element_bytes=self.weights.element_bytes,
+        )
+
+    def _resident_bytes(self, share: Share) -> int:
+        """The share's weights as the allocator hands them out."""
+        if self.loading is None or len(self.shares) > 1:
+            return share.weights_bytes
+        return self.loading.allocated_bytes
+
+    def _load_peak_bytes(self) -> int:
+        if self.loading is not None and len(self.shares) == 1:
+            return self.loading.peak_bytes
+        return max(share.weights_bytes for share in self.shares)
+
+
+def _notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str, ...]:
+    notes = plan_notes(model, quant, workload)
+    if workload.mode == "generate" or model.architecture is None:
+        return notes
+    from qtool.planner.training_plan import training_notes
+
+    return (*notes, *training_notes(model.architecture, quant, workload))
+
+
+def _shares(
+    weights: Weights, architecture: Architecture | None, workload: Workload
+) -> tuple[Share, ...]:
+    layers = architecture.cache_layers if architecture else ()
+    if workload.gpus == 1 or architecture is None:
+        return (Share(weights.device_bytes, Counter(layers)),)
+    if workload.split == "tensor":
+        counted = Counter(layers)
+        return (tensor_share(weights.device_bytes, weights.split_bytes, counted, workload.gpus),)
+    return pipeline_shares(weights.place_bytes, layers, architecture.num_layers, workload.gpus)
+
+
+def _activations_basis(layer: LayerShape | None, workload: Workload) -> Basis:
+    return layer.basis if layer is not None and workload.runtime != "vllm" else "heuristic"
+
+
+def _loading(
+    model: PlannedModel, quant: str, weights: Weights, workload: Workload
+) -> Loading | None:
+    """How transformers loads a 16-bit checkpoint; None for other runtimes and checkpoints."""
+    if workload.runtime != "transformers" or model.architecture is None or model.packed:
+        return None
+    if model.stored_format is not None or weights.element_bytes not in (2, 4):
+        return None
+    from qtool.planner.loading import load_with_transformers  # only this runtime pays for it
+
+    fmt = next((QuantFormat(known) for known in QUANTIZED_PRECISIONS if known == quant), None)
+    packed = model.architecture.quantizable(model.skip_modules) if fmt else ()
+    return load_with_transformers(model.architecture, packed, fmt, weights.element_bytes)

@@ -4,32 +4,43 @@
     model.weights("nf4-dq").checkpoint_bytes
 
 Headers beat the config: a model of an unknown type still has a size, though nothing else is known.
+A model in a format of others (FP8, MXFP4, GPTQ, ...) is planned as it is stored, and from its
+config at the precisions that qtool makes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, cast, get_args
 
-from qtool.architecture import Architecture, build_architecture
+from qtool.architecture import Architecture, ModelTensor, build_architecture
+from qtool.architecture.stored_weights import check_linear_layers
 from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.errors import QtoolError
 from qtool.events import OnEvent, ignore_events
 from qtool.formats.bitsandbytes import QuantizedWeight, find_quantized
-from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantFormat, QuantizedPrecision
+from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantizedPrecision
 from qtool.formats.tensors import DTYPE_BITS, SourceDtype, TensorLayout
+from qtool.planner.inventory import Inventory, take_inventory
+from qtool.planner.kv_cache import Runtime
 from qtool.planner.records import ModelFacts, ModelSourceKind
+from qtool.planner.stored_formats import StoredFormat, find_format, fp8_per_tensor
 from qtool.planner.weights import (
     CAST_DTYPES,
     COMPUTE_BYTES,
     Weights,
     cast_weights,
+    files_as_they_are,
+    formatted_weights,
+    packed_weights,
     quantized_weights,
-    stored_weights,
 )
-from qtool.quantize.plan import Recipe
+
+FP8_SCALES: Final = ("_scale", "_scale_inv")  # of tensor names
+LEAST_WORTH_MENTIONING: Final = 1_000_000  # parameters
 
 CONFIG_DTYPES: Final[dict[str, SourceDtype]] = {
     "bfloat16": "BF16",
@@ -44,7 +55,8 @@ class PlannedModel:
 
     `layouts` are its stored tensors, or those that config.json implies. `architecture` is None for
     a type that qtool does not know; then `why_unknown` says so. `stored_precision` is set where the
-    model is quantized already: it can only be planned as it is.
+    model is quantized already. In bitsandbytes' layout (`packed`) it can only be planned as it is;
+    in a format of others (`stored_format`) also at other precisions, from its config.
     """
 
     id: str
@@ -55,8 +67,12 @@ class PlannedModel:
     architecture: Architecture | None
     why_unknown: QtoolError | None = None
     packed: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    stored_format: StoredFormat | None = None
     stored_precision: str | None = None
     warnings: tuple[str, ...] = ()
+    # Counted and checked once, for all precisions; a copy of the model starts anew.
+    _inventory: list[Inventory] = field(default_factory=list, init=False, compare=False)
+    _is_checked: list[bool] = field(default_factory=list, init=False, compare=False)
 
     @property
     def facts(self) -> ModelFacts:
@@ -73,7 +89,7 @@ class PlannedModel:
             architecture=architecture.class_name if architecture else None,
             source=self.source,
             parameters=num_parameters,
-            active_parameters=num_parameters if architecture else None,
+            active_parameters=architecture.num_active_parameters if architecture else None,
             checkpoint_parameters=stored,
             max_context=architecture.max_context if architecture else None,
         )
@@ -85,14 +101,15 @@ class PlannedModel:
 
     def check_precision(self, precision: str) -> None:
         """Raise QtoolError if the model cannot be planned at `precision`."""
-        if self.stored_precision is not None and precision != self.stored_precision:
+        is_stored = precision == self.stored_precision
+        if self.stored_precision is not None and self.stored_format is None and not is_stored:
             raise QtoolError(
                 f"{self.id} is quantized already ({self.stored_precision}), so --quant {precision} "
                 "cannot be planned from it",
                 kind="unsupported",
                 hint="give the full-precision model, or leave --quant out",
             )
-        if self.architecture is None and precision not in CAST_DTYPES:
+        if self.architecture is None and precision not in CAST_DTYPES and not is_stored:
             assert self.why_unknown is not None
             raise QtoolError(
                 f"{self.id} cannot be planned at {precision}, because which of its tensors are "
@@ -101,26 +118,68 @@ class PlannedModel:
                 hint=f"--quant {' or '.join(CAST_DTYPES)} needs only the file headers",
             )
 
-    def weights(self, precision: str) -> Weights:
+    def weights(self, precision: str, runtime: Runtime = "qtool") -> Weights:
         """The weights at `precision`; QtoolError if `check_precision` objects."""
         self.check_precision(precision)
-        if precision in CAST_DTYPES and self.stored_precision is None:
-            return cast_weights(self.layouts.values(), self.architecture, precision)
-        assert self.architecture is not None
         if self.packed:
-            return stored_weights(
+            assert self.architecture is not None
+            return packed_weights(
                 self.layouts,
                 self.packed,
                 self.architecture,
                 self.element_bytes,
                 self._compute_bytes,
+                runtime,
             )
-        recipe = Recipe(
-            format=QuantFormat(cast(QuantizedPrecision, precision)), skip=self._skip_modules
-        )
+        if self.stored_format is not None and precision == self.stored_precision:
+            return self._weights_as_stored(self.stored_format)
+        if precision in CAST_DTYPES:
+            return cast_weights(self._take_inventory(), precision)
+        assert self.architecture is not None
+        if precision == "fp8":
+            fmt = StoredFormat("fp8", fp8_per_tensor, self._is_packed)
+            return formatted_weights(self._take_inventory(), fmt, self.element_bytes)
+        self._check_once(self.architecture)
         return quantized_weights(
-            self.layouts.values(), self.architecture, recipe, self.element_bytes
+            self._take_inventory(),
+            cast(QuantizedPrecision, precision),
+            element_bytes=self.element_bytes,
+            runtime=runtime,
         )
+
+    def _take_inventory(self) -> Inventory:
+        """The tensors in 16 or 32 bit, with those marked that quantized precisions pack."""
+        if not self._inventory:
+            is_packed = self._is_packed if self.architecture else lambda parameter: False
+            layouts = self._full_precision()
+            self._inventory.append(take_inventory(layouts, self.architecture, is_packed))
+        return self._inventory[0]
+
+    def _check_once(self, architecture: Architecture) -> None:
+        if not self._is_checked:
+            check_linear_layers(self._full_precision(), architecture, self.skip_modules)
+            self._is_checked.append(True)
+
+    def _weights_as_stored(self, fmt: StoredFormat) -> Weights:
+        if self.source == "headers":
+            inventory = take_inventory(self.layouts.values(), self.architecture)
+            return files_as_they_are(inventory, self.element_bytes)
+        assert self.architecture is not None
+        inventory = take_inventory(self.layouts.values(), self.architecture, fmt.packs)
+        return formatted_weights(inventory, fmt, self.element_bytes)
+
+    def _full_precision(self) -> Sequence[TensorLayout]:
+        """The tensors in 16 or 32 bit: as stored, or as the config implies."""
+        if self.stored_format is None or self.architecture is None:
+            return tuple(self.layouts.values())
+        return tuple(implied_layouts(self.architecture, self.config).values())
+
+    @property
+    def _is_packed(self) -> Callable[[ModelTensor], bool]:
+        """Which parameters a quantized precision packs: linear layers and routed experts."""
+        assert self.architecture is not None
+        linear = self.architecture.quantizable(self.skip_modules)
+        return lambda parameter: parameter.name in linear or parameter.is_expert
 
     @property
     def _quantization(self) -> Mapping[str, Any]:
@@ -135,20 +194,24 @@ class PlannedModel:
         return COMPUTE_BYTES.get(said, self.element_bytes)
 
     @property
-    def _skip_modules(self) -> tuple[str, ...]:
+    def skip_modules(self) -> tuple[str, ...]:
+        """What config.json adds to the default rule of what stays unpacked."""
         skip = self._quantization.get("llm_int8_skip_modules")
         names = skip if isinstance(skip, list) else ()
         return tuple(name for name in names if isinstance(name, str))
 
-    def _stored_parameters(self) -> int:
-        """Elements in the files, packed weights counted as the weights they stand for."""
+    def _stored_parameters(self) -> int | None:
+        """Elements in the files, packed weights counted as the weights they stand for; None for
+        formats of others that pack several weights into an element."""
+        if self.stored_format is not None and self.stored_format.method != "fp8":
+            return None
         statistics = {
             part.name for group in self.packed.values() for part in group.statistics.values()
         }
         return sum(
             math.prod(self._logical_shape(tensor))
             for name, tensor in self.layouts.items()
-            if name not in statistics
+            if name not in statistics and not name.endswith(FP8_SCALES)
         )
 
     def _logical_shape(self, tensor: TensorLayout) -> tuple[int, ...]:
@@ -170,7 +233,7 @@ def describe_model(checkpoint: Checkpoint) -> PlannedModel:
     """The model of a checkpoint whose headers and config were read; pure."""
     layouts: Mapping[str, TensorLayout] = checkpoint.tensors
     packed = find_quantized(layouts)
-    _refuse_foreign_quantization(checkpoint, packed)
+    stored_format = None if packed else find_format(checkpoint.config)
     warnings: list[str] = []
     why_unknown: QtoolError | None = None
     architecture: Architecture | None = None
@@ -191,7 +254,11 @@ def describe_model(checkpoint: Checkpoint) -> PlannedModel:
             "as the 16-bit model that it stores; quantize and generate refuse it"
         )
     if architecture is not None and not layouts:
-        layouts = _implied_layouts(checkpoint, architecture, warnings)
+        layouts = implied_layouts(architecture, checkpoint.config)
+        if not _config_dtype(checkpoint.config):
+            warnings.append("config.json names no dtype; what stays unpacked is taken as bf16")
+    if architecture is not None and checkpoint.tensors:
+        warnings += _left_out(layouts.values(), architecture)
     return PlannedModel(
         id=checkpoint.id,
         revision=checkpoint.revision,
@@ -201,17 +268,19 @@ def describe_model(checkpoint: Checkpoint) -> PlannedModel:
         architecture=architecture,
         why_unknown=why_unknown,
         packed=packed,
-        stored_precision=_stored_precision(checkpoint, packed),
+        stored_format=stored_format,
+        stored_precision=stored_format.method
+        if stored_format
+        else _stored_precision(checkpoint, packed),
         warnings=tuple(warnings),
     )
 
 
-def _implied_layouts(
-    checkpoint: Checkpoint, architecture: Architecture, warnings: list[str]
+def implied_layouts(
+    architecture: Architecture, config: Mapping[str, Any]
 ) -> dict[str, TensorLayout]:
-    if not _config_dtype(checkpoint.config):
-        warnings.append("config.json names no dtype; tensors that stay unpacked are taken as bf16")
-    dtype = _config_dtype(checkpoint.config) or "BF16"
+    """The tensors that the config implies, in the dtype it names (bf16 where it names none)."""
+    dtype = _config_dtype(config) or "BF16"
     return {
         name: TensorLayout(name, dtype, tensor.shape)
         for name, tensor in architecture.tensors.items()
@@ -219,18 +288,20 @@ def _implied_layouts(
     }
 
 
-def _refuse_foreign_quantization(
-    checkpoint: Checkpoint, packed: Mapping[str, QuantizedWeight]
-) -> None:
-    entry = checkpoint.config.get("quantization_config")
-    method = entry.get("quant_method", "bitsandbytes") if isinstance(entry, Mapping) else None
-    if packed or method in (None, "bitsandbytes"):
-        return
-    raise QtoolError(
-        f"{checkpoint.id} is quantized already with {method}, which qtool does not run",
-        kind="unsupported",
-        hint="give the full-precision model; qtool plans, makes and runs bitsandbytes' formats",
-    )
+def _left_out(layouts: Iterable[TensorLayout], architecture: Architecture) -> list[str]:
+    """What the files hold and the model does not load, in words, with its parameters."""
+    left_out: Counter[str] = Counter()
+    for tensor in layouts:
+        if architecture.find(tensor.name) is None:
+            what = architecture.stored_names.why_ignored(tensor.name)
+            if what is not None and tensor.num_elements > 1:
+                left_out[what] += tensor.num_elements
+    return [
+        f"the files hold {num_elements / 1e9:.2f} billion parameters more, which "
+        f"{architecture.class_name} does not load: {what}"
+        for what, num_elements in left_out.items()
+        if num_elements >= LEAST_WORTH_MENTIONING
+    ]
 
 
 def _stored_precision(checkpoint: Checkpoint, packed: Mapping[str, QuantizedWeight]) -> str | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from qtool.planner.devices import Split
 from qtool.planner.gpus import Gpu
+from qtool.planner.kv_cache import KvDtype, Runtime
 
 # How a number is known: read from file headers; counted exactly from the config and the format;
 # a closed form over the architecture; experience with other machines.
@@ -16,29 +18,31 @@ ComponentName = Literal[
     "kv_cache",
     "activations",
     "logits",
+    "adapters",
+    "gradients",
+    "optimizer",
     "dequant_buffer",
     "workspace",
     "runtime_overhead",
     "allocator",
 ]
 Verdict = Literal["yes", "tight", "no"]
+Mode = Literal["generate", "qlora", "lora", "full"]
 ModelSourceKind = Literal["headers", "config"]
 
 # Components that the framework's allocator does not hand out.
 OUTSIDE_ALLOCATOR: frozenset[ComponentName] = frozenset({"runtime_overhead", "allocator"})
 
 
-@dataclass(frozen=True, slots=True)
-class Component:
+class Component(NamedTuple):
     """One part of the memory in use at the moment of the peak."""
 
     bytes: int
     basis: Basis
 
 
-@dataclass(frozen=True, slots=True)
-class Suggestion:
-    """A change that lowers the peak: "nf4-dq", "context 8192 -> 5120", "batch 8 -> 3"."""
+class Suggestion(NamedTuple):
+    """A change that lowers the peak: "nf4-dq", "context 8192 -> 5120", "gradient checkpointing"."""
 
     change: str
     saves_bytes: int
@@ -49,8 +53,9 @@ class Fit:
     """One GPU's answer to one plan.
 
     `max_context` is for the plan's batch and ends at the longest context the model was made for;
-    `max_batch` is for the plan's context. 0: not even one token, not even one sequence. None:
-    nothing limits it.
+    `max_batch` is for the plan's context, `max_lora_r` for both. 0: not even one token, not even
+    one sequence. None: nothing limits it, or there are no adapters. `notes` say what the runtime
+    will do on that GPU.
     """
 
     gpu: Gpu
@@ -58,21 +63,60 @@ class Fit:
     verdict: Verdict
     max_context: int | None
     max_batch: int | None
+    max_lora_r: int | None = None
     gpus: int = 1
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a model is trained. `lora_targets` are module names, or None for all linear layers but
+    the output head; the defaults are those of the command line."""
+
+    lora_r: int = 16
+    lora_targets: tuple[str, ...] | None = None
+    lora_dropout: float = 0.05
+    adapter_dtype: Literal["fp32", "bf16"] = "fp32"
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is asked of the model, the same at every precision.
+
+    `gpus` hold it together, as `split` says; the memory is that of the fullest one.
+    """
+
+    context: int
+    batch: int = 1
+    mode: Mode = "generate"
+    runtime: Runtime = "qtool"
+    kv_dtype: KvDtype = "auto"
+    gpus: int = 1
+    split: Split = "pipeline"
+    tuning: Tuning = field(default_factory=Tuning)
+
+
+class ExactRun(NamedTuple):
+    """What running the real model under fake tensors allocated."""
+
+    allocated_peak_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The memory of one model at one precision, context and batch.
+    """The memory of one model at one precision under a workload; per GPU, the fullest one.
 
     `components` are the parts live at the moment of the peak. `steady_bytes` is what stays between
-    decode steps once the context is full, `load_peak_bytes` the most while weights are loaded,
-    both with the runtime's overhead. `peak_low_bytes` and `peak_high_bytes` bound `peak_bytes`.
+    decode steps once the context is full, or between training steps, `load_peak_bytes` the most
+    while weights are loaded, both with the runtime's overhead. `peak_low_bytes` and
+    `peak_high_bytes` bound `peak_bytes`. `notes` say what the runtime does that one may not expect.
     """
 
     quant: str
-    context: int
-    batch: int
+    workload: Workload
     components: Mapping[ComponentName, Component]
     checkpoint_bytes: int
     steady_bytes: int
@@ -81,8 +125,8 @@ class MemoryPlan:
     peak_high_bytes: int
     suggestions: tuple[Suggestion, ...] = ()
     fits: tuple[Fit, ...] = ()
-    mode: str = "generate"
-    runtime: str = "qtool"
+    notes: tuple[str, ...] = ()
+    exact: ExactRun | None = None
 
     @property
     def allocated_peak_bytes(self) -> int:
@@ -97,8 +141,7 @@ class MemoryPlan:
         return sum(part.bytes for part in self.components.values())
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ModelFacts(NamedTuple):
     """The model that was planned.
 
     `parameters` counts tied weights once; `checkpoint_parameters` counts what the files store, None
@@ -128,6 +171,15 @@ class Estimate:
     def fits_somewhere(self) -> bool:
         """Whether any plan is "yes" or "tight" on any GPU asked about."""
         return any(fit.verdict != "no" for plan in self.plans for fit in plan.fits)
+
+    @property
+    def best_quants(self) -> tuple[str | None, ...]:
+        """Per GPU the precision that loses least of those planned that fit; None: none fits."""
+        by_size = sorted(self.plans, key=lambda plan: -plan.checkpoint_bytes)
+        return tuple(
+            next((plan.quant for plan in by_size if plan.fits[index].verdict != "no"), None)
+            for index in range(len(self.gpus))
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from qtool.events import OnEvent, ignore_events
 from qtool.planner.estimate import (
+    DEFAULT_CONTEXT,
     choose_context,
     choose_quants,
+    default_quants,
     quantization_warnings,
     unmodelled_warnings,
 )
@@ -17,7 +19,7 @@ from qtool.planner.fit import longest_context, usable_bytes, verdict
 from qtool.planner.gpus import Gpu, read_catalogue, resolve_gpus, vram_class
 from qtool.planner.memory import MemoryBudget
 from qtool.planner.model import PlannedModel, open_model
-from qtool.planner.records import MemoryPlan, Sizing, SizingRow
+from qtool.planner.records import MemoryPlan, Sizing, SizingRow, Workload
 from qtool.planner.reference_models import reference_models
 
 VRAM_CLASSES_GIB: Final = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
@@ -35,7 +37,7 @@ class SizingRequest:
     models: tuple[str, ...] = ()
     quants: tuple[str, ...] = ()
     context: int | None = None
-    batch: int = 1
+    workload: Workload = field(default_factory=lambda: Workload(context=DEFAULT_CONTEXT))
     gpus: tuple[str, ...] = ()
     vram_gib: tuple[float, ...] = ()
     headroom_percent: float = 0
@@ -67,7 +69,7 @@ def size_models(request: SizingRequest, on_event: OnEvent = ignore_events) -> Si
     return Sizing(
         rows=tuple(rows),
         context=request.context,
-        batch=request.batch,
+        batch=request.workload.batch,
         reference_models={reference.size: reference.name for reference in references},
         warnings=tuple(dict.fromkeys(warnings)),
     )
@@ -87,17 +89,23 @@ def _model_rows(
     model: PlannedModel, devices: Sequence[_Device], request: SizingRequest, warnings: list[str]
 ) -> list[SizingRow]:
     found = [*model.warnings, *unmodelled_warnings(model)]
-    default = MODEL_QUANTS if request.models else GUIDE_QUANTS
-    quants = choose_quants(model, request.quants, default, found)
+    quants = choose_quants(model, request.quants, _default_quants(request), found)
     context = choose_context(model, request.context, found)
-    budgets = [MemoryBudget.of(model, quant) for quant in quants]
+    workload = replace(request.workload, context=context)
+    budgets = [MemoryBudget.of(model, quant, workload) for quant in quants]
     warnings += [f"{model.id}: {warning}" for warning in found]
     warnings += quantization_warnings(model, budgets)
     rows = []
     for budget in budgets:
-        plan = budget.plan(context=context, batch=request.batch)
+        plan = budget.plan(workload)
         rows += [_row(model, budget, plan, device, request) for device in devices]
     return rows
+
+
+def _default_quants(request: SizingRequest) -> tuple[str, ...]:
+    if request.workload.mode != "generate":
+        return default_quants(request.workload)
+    return MODEL_QUANTS if request.models else GUIDE_QUANTS
 
 
 def _row(
@@ -107,7 +115,7 @@ def _row(
     device: _Device,
     request: SizingRequest,
 ) -> SizingRow:
-    available_bytes = usable_bytes(device.gpu, request.headroom_percent)
+    available_bytes = usable_bytes(device.gpu, request.headroom_percent, plan.workload)
     return SizingRow(
         gpu=device.gpu,
         vram_gib=device.vram_gib,
@@ -116,15 +124,21 @@ def _row(
         verdict=verdict(plan.peak_bytes, available_bytes),
         peak_bytes=plan.peak_bytes,
         usable_bytes=available_bytes,
-        max_context=longest_context(budget, plan.batch, available_bytes),
+        max_context=longest_context(budget, plan.workload, available_bytes),
         decode_tok_s_ceiling=_decode_ceiling(budget, plan, device.gpu),
+        gpus=plan.workload.gpus,
     )
 
 
 def _decode_ceiling(budget: MemoryBudget, plan: MemoryPlan, gpu: Gpu) -> float | None:
-    """Tokens per second, all sequences together, if reading memory were all there is to do."""
-    if gpu.bandwidth_gb_s is None:
+    """Tokens per second, all sequences together, if reading memory were all there is to do.
+
+    A mixture's sequences may all choose the same experts, so no more than those are sure to be
+    read. GPUs that share every layer read at the same time; those that pass it on take turns.
+    """
+    workload = plan.workload
+    if gpu.bandwidth_gb_s is None or workload.mode != "generate":
         return None
-    cache_bytes = budget.kv_cache_bytes(context=plan.context, batch=plan.batch)
-    step_bytes = budget.weights.read_per_token_bytes + cache_bytes
-    return plan.batch * gpu.bandwidth_gb_s * 1e9 / step_bytes
+    step_bytes = budget.weights.read_per_token_bytes + budget.kv_cache_bytes(workload)
+    at_once = workload.gpus if workload.split == "tensor" else 1
+    return workload.batch * at_once * gpu.bandwidth_gb_s * 1e9 / step_bytes

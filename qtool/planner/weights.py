@@ -1,21 +1,25 @@
 """A model's weights at each precision: bytes on disk, bytes on the device, the largest product.
 
-Quantized sizes come from the quantizer's own plan, so they are what it will write. A full precision
-is a plain cast of every floating-point tensor.
+Quantized sizes come from the format that the quantizer writes, so they are what it will write. A
+full precision is a plain cast of every floating-point tensor.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from qtool.architecture import Architecture
-from qtool.formats.bitsandbytes import QuantizedWeight
+from qtool.formats.bitsandbytes import QuantizedWeight, packed_layouts
+from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 from qtool.formats.tensors import DTYPE_BITS, TensorLayout
 from qtool.planner.activations import NO_BUFFER, DequantBuffer
-from qtool.quantize.plan import Recipe, plan_tensors
+from qtool.planner.inventory import Inventory, Place, TensorGroup, place_of, take_inventory
+from qtool.planner.kv_cache import Runtime
+from qtool.planner.stored_formats import StoredFormat
 
 CAST_DTYPES: Final = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FLOAT_DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16"})
@@ -36,152 +40,202 @@ class Weights:
     """One model at one precision.
 
     `checkpoint_bytes` is the sum of the tensors in its files, `device_bytes` what lies on the
-    device when it runs, `read_per_token_bytes` the part of it that computing a token reads,
-    `buffer` the most that multiplying by a packed weight takes beside. Activations have
-    `element_bytes`, products with packed weights are computed in `compute_bytes`.
+    device when it runs, by `place_bytes`; `split_bytes` is the part that tensor parallelism
+    divides, the rest every GPU holds. Computing one token reads `read_per_token_bytes`; `buffer` is
+    the most that multiplying by a packed weight takes beside. Activations have `element_bytes`,
+    products with packed weights are computed in `compute_bytes`.
     """
 
     checkpoint_bytes: int
     device_bytes: int
+    place_bytes: Mapping[Place, int]
+    split_bytes: int
     read_per_token_bytes: int
     buffer: DequantBuffer
     element_bytes: int
     compute_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _PackedWeight:
-    """A packed linear weight [out, in], and the tensors that hold it.
-
-    `decoded_bytes` per element of what dequantizing rounds to: the dtype it was quantized from.
-    """
+class _PackedWeight(NamedTuple):
+    """A packed matrix [out, in]. `decoded_bytes` per element of what dequantizing rounds to: the
+    dtype it was quantized from."""
 
     shape: tuple[int, ...]
     decoded_bytes: int
     precision: str
     blocksize: int
-    parts: tuple[TensorLayout, ...]
 
 
-def cast_weights(
-    layouts: Iterable[TensorLayout], architecture: Architecture | None, precision: str
-) -> Weights:
+@dataclass(frozen=True, slots=True)
+class _Stock:
+    """`count` tensors of a group at a precision, bytes of one."""
+
+    group: TensorGroup
+    count: int
+    file_bytes: int
+    device_bytes: int
+    packed: _PackedWeight | None = None
+
+
+def cast_weights(inventory: Inventory, precision: str) -> Weights:
     """The weights in fp32, bf16 or fp16."""
     dtype = CAST_DTYPES[precision]
-    cast = [
-        TensorLayout(t.name, dtype if t.dtype in FLOAT_DTYPES else t.dtype, t.shape)
-        for t in layouts
-    ]
     element_bytes = DTYPE_BITS[dtype] // 8
-    return _add_up(cast, (), architecture, element_bytes, element_bytes)
+    stocks = []
+    for group, count in inventory.items():
+        is_float = group.dtype in FLOAT_DTYPES
+        layout = TensorLayout("", dtype if is_float else group.dtype, group.shape)
+        stocks.append(_Stock(group, count, layout.num_bytes, layout.num_bytes))
+    return _add_up(stocks, element_bytes, element_bytes)
 
 
 def quantized_weights(
-    layouts: Iterable[TensorLayout],
-    architecture: Architecture,
-    recipe: Recipe,
+    inventory: Inventory,
+    precision: QuantizedPrecision,
+    *,
     element_bytes: int,
+    compute_dtype: str = "bfloat16",
+    runtime: Runtime = "qtool",
 ) -> Weights:
-    """The weights as `qtool quantize` writes them; `element_bytes` of what stays unpacked."""
-    fmt = recipe.format
-    plans = plan_tensors(layouts, architecture, recipe)
-    copied = [plan.outputs[0] for plan in plans if plan.action == "copy"]
-    packed = [
-        _PackedWeight(
-            plan.source.shape[::-1] if plan.transposed else plan.source.shape,
-            DTYPE_BITS[plan.source.dtype] // 8,
-            fmt.precision,
-            fmt.blocksize,
-            plan.outputs,
-        )
-        for plan in plans
-        if plan.action == "quantize"
-    ]
+    """The weights as `qtool quantize` writes them; `element_bytes` of what stays unpacked.
+
+    transformers leaves routed experts as they are: they are one parameter, no linear layers.
+    """
+    fmt = QuantFormat(precision)
+    stocks = []
+    for group, count in inventory.items():
+        if group.role == "linear" or (group.role == "experts" and runtime != "transformers"):
+            stocks.append(_packed_stock(group, count, fmt))
+        else:
+            stocks.append(_kept_stock(group, count, element_bytes))
     # config.json tells 4-bit readers what to compute in; int8 follows the activations.
-    compute_bytes = element_bytes if fmt.is_int8 else COMPUTE_BYTES[recipe.compute_dtype]
-    return _add_up(copied, packed, architecture, element_bytes, compute_bytes)
+    compute_bytes = element_bytes if fmt.is_int8 else COMPUTE_BYTES[compute_dtype]
+    return _add_up(stocks, element_bytes, compute_bytes, runtime)
 
 
-def stored_weights(
+def formatted_weights(inventory: Inventory, fmt: StoredFormat, element_bytes: int) -> Weights:
+    """The weights in a format of others (FP8, MXFP4, ...), from the shapes of what it packs."""
+    stocks = []
+    for group, count in inventory.items():
+        if group.role in ("linear", "experts"):
+            num_bytes = fmt.matrix_bytes(group.shape)
+            stocks.append(_Stock(group, count, num_bytes, num_bytes))
+        else:
+            stocks.append(_kept_stock(group, count, element_bytes))
+    return _add_up(stocks, element_bytes, element_bytes)
+
+
+def files_as_they_are(inventory: Inventory, element_bytes: int) -> Weights:
+    """The weights of files in a format of others: every tensor as it is stored."""
+    stocks = [
+        _Stock(group, count, group.layout.num_bytes, group.layout.num_bytes)
+        for group, count in inventory.items()
+    ]
+    return _add_up(stocks, element_bytes, element_bytes)
+
+
+def packed_weights(
     tensors: Mapping[str, TensorLayout],
     packed: Mapping[str, QuantizedWeight],
     architecture: Architecture,
     element_bytes: int,
     compute_bytes: int,
+    runtime: Runtime = "qtool",
 ) -> Weights:
-    """The weights of a folder that is quantized already, as they lie in it."""
-    groups = [
-        _stored_group(quantized, architecture, element_bytes) for quantized in packed.values()
+    """The weights of a folder in bitsandbytes' layout, as they lie in it."""
+    stocks = [_stored_stock(weight, architecture, element_bytes) for weight in packed.values()]
+    taken = {part.name for weight in packed.values() for part in weight.statistics.values()}
+    taken |= packed.keys()
+    others = (tensor for name, tensor in tensors.items() if name not in taken)
+    stocks += [
+        _kept_stock(group, count, element_bytes)
+        for group, count in take_inventory(others, architecture).items()
     ]
-    taken = {part.name for group in groups for part in group.parts}
-    copied = [tensor for name, tensor in tensors.items() if name not in taken]
-    return _add_up(copied, groups, architecture, element_bytes, compute_bytes)
+    return _add_up(stocks, element_bytes, compute_bytes, runtime)
 
 
-def _stored_group(
-    quantized: QuantizedWeight, architecture: Architecture, element_bytes: int
-) -> _PackedWeight:
-    parameter = architecture.find(quantized.name)
-    shape = quantized.weight.shape if parameter is None else parameter.shape
-    absmax = quantized.statistics.get("absmax")
-    return _PackedWeight(
-        shape=shape,
-        decoded_bytes=element_bytes,  # the JSON that knows better is data, not header
-        precision=quantized.precision,
-        blocksize=math.prod(shape) // absmax.num_elements if absmax else 1,
-        parts=(quantized.weight, *quantized.statistics.values()),
+# -- one group ------------------------------------------------------------------------------------
+
+
+def _kept_stock(group: TensorGroup, count: int, element_bytes: int) -> _Stock:
+    layout = group.layout
+    is_float = layout.dtype in FLOAT_DTYPES
+    device_bytes = layout.num_elements * element_bytes if is_float else layout.num_bytes
+    return _Stock(group, count, layout.num_bytes, device_bytes)
+
+
+def _packed_stock(group: TensorGroup, count: int, fmt: QuantFormat) -> _Stock:
+    parts = packed_layouts(group.layout, fmt)
+    packed = _PackedWeight(group.shape, DTYPE_BITS[group.dtype] // 8, fmt.precision, fmt.blocksize)
+    return _Stock(group, count, _sum_bytes(parts), _device_bytes(parts), packed)
+
+
+def _stored_stock(
+    weight: QuantizedWeight, architecture: Architecture, element_bytes: int
+) -> _Stock:
+    parameter = architecture.find(weight.name)
+    shape = weight.weight.shape if parameter is None else parameter.shape
+    absmax = weight.statistics.get("absmax")
+    blocksize = math.prod(shape) // absmax.num_elements if absmax else 1
+    place = place_of(parameter) if parameter else 0
+    parts = (weight.weight, *weight.statistics.values())
+    return _Stock(
+        TensorGroup("linear", place, weight.weight.dtype, shape),
+        1,
+        _sum_bytes(parts),
+        _device_bytes(parts),
+        # The JSON that knows what it was quantized from is data, not header.
+        _PackedWeight(shape, element_bytes, weight.precision, blocksize),
     )
 
 
+def _sum_bytes(parts: Iterable[TensorLayout]) -> int:
+    return sum(part.num_bytes for part in parts)
+
+
+def _device_bytes(parts: Iterable[TensorLayout]) -> int:
+    return _sum_bytes(part for part in parts if is_on_device(part))
+
+
+def is_on_device(part: TensorLayout) -> bool:
+    """Not so for the code table, which is a constant, the JSON and INT8's format number."""
+    *_, last = part.name.split(".")
+    return last not in ("quant_map", "weight_format") and not last.startswith("bitsandbytes__")
+
+
+# -- all groups -----------------------------------------------------------------------------------
+
+
 def _add_up(
-    copied: Iterable[TensorLayout],
-    packed: Iterable[_PackedWeight],
-    architecture: Architecture | None,
-    element_bytes: int,
-    compute_bytes: int,
+    stocks: Iterable[_Stock], element_bytes: int, compute_bytes: int, runtime: Runtime = "qtool"
 ) -> Weights:
-    checkpoint_bytes = device_bytes = looked_up_bytes = 0
+    checkpoint_bytes = read_bytes = split_bytes = 0
+    place_bytes: Counter[Place] = Counter()
     buffer = NO_BUFFER
-    loaded: set[str] = set()
-    for tensor in copied:
-        checkpoint_bytes += tensor.num_bytes
-        parameter = architecture.find(tensor.name) if architecture else None
-        if architecture is not None and parameter is None:
-            continue  # nothing that the model loads
-        storage = tensor.name if parameter is None else parameter.tied_to or parameter.name
-        if storage in loaded:
-            continue  # both ends of tied weights are stored, one is kept
-        loaded.add(storage)
-        is_float = tensor.dtype in FLOAT_DTYPES
-        resident_bytes = tensor.num_elements * element_bytes if is_float else tensor.num_bytes
-        device_bytes += resident_bytes
-        if architecture is not None and _is_looked_up(storage, architecture):
-            looked_up_bytes += resident_bytes
-    for group in packed:
-        checkpoint_bytes += sum(part.num_bytes for part in group.parts)
-        device_bytes += sum(part.num_bytes for part in group.parts if _is_on_device(part))
-        buffer = max(buffer, _buffer(group, compute_bytes), key=_dequantizing_bytes)
+    for stock in stocks:
+        group, device_bytes = stock.group, stock.count * stock.device_bytes
+        checkpoint_bytes += stock.count * stock.file_bytes
+        if group.role == "file":
+            continue
+        place_bytes[group.place] += device_bytes
+        if len(group.shape) > 1:  # norms and biases are not worth dividing
+            split_bytes += device_bytes
+        if group.role != "lookup":
+            read_bytes += device_bytes * group.experts_per_token // group.num_experts
+        if stock.packed is not None:
+            making = _buffer if runtime == "qtool" else _whole_weight_buffer
+            found = making(stock.packed, compute_bytes)
+            buffer = max(buffer, found, key=lambda buffer: buffer.dequantizing_bytes)
     return Weights(
         checkpoint_bytes=checkpoint_bytes,
-        device_bytes=device_bytes,
-        read_per_token_bytes=device_bytes - looked_up_bytes,
+        device_bytes=place_bytes.total(),
+        place_bytes=place_bytes,
+        split_bytes=split_bytes,
+        read_per_token_bytes=read_bytes,
         buffer=buffer,
         element_bytes=element_bytes,
         compute_bytes=compute_bytes,
     )
-
-
-def _is_looked_up(name: str, architecture: Architecture) -> bool:
-    """An embedding of which a token reads one row; a tied one is multiplied by as the head."""
-    if architecture.tensors[name].kind != "embedding":
-        return False
-    return all(parameter.tied_to != name for parameter in architecture.tensors.values())
-
-
-def _is_on_device(part: TensorLayout) -> bool:
-    """Not so for the code table, which is a constant, the JSON and INT8's format number."""
-    *_, last = part.name.split(".")
-    return last not in ("quant_map", "weight_format") and not last.startswith("bitsandbytes__")
 
 
 def _buffer(weight: _PackedWeight, compute_bytes: int) -> DequantBuffer:
@@ -208,5 +262,13 @@ def _chunk_bytes(piece: int) -> int:
     return max(alone_bytes, first * FLOAT32_BYTES + second * (FLOAT32_BYTES + INDEX_BYTES))
 
 
-def _dequantizing_bytes(buffer: DequantBuffer) -> int:
-    return buffer.dequantizing_bytes
+def _whole_weight_buffer(weight: _PackedWeight, compute_bytes: int) -> DequantBuffer:
+    """bitsandbytes dequantizes a whole weight; with double quantization its absmax in float32 is
+    made twice, before and after the offset is added. INT8 multiplies without."""
+    if weight.precision == "int8":
+        return NO_BUFFER
+    num_elements = math.prod(weight.shape)
+    num_bytes = num_elements * compute_bytes
+    if weight.precision.endswith("-dq"):
+        num_bytes += 2 * FLOAT32_BYTES * -(-num_elements // weight.blocksize)
+    return DequantBuffer(num_bytes, num_bytes)

@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from qtool.architecture.stored_weights import QUANTIZABLE_DTYPES
 from qtool.backends.protocol import Backend, SourceArray
 from qtool.checkpoint.reading import ShardReader, open_shard
 from qtool.checkpoint.records import Checkpoint, TensorInfo
@@ -27,7 +28,7 @@ from qtool.formats.precisions import QuantFormat
 from qtool.formats.tensors import SourceDtype
 from qtool.quantize.buffers import AbsmaxCollector, BufferPool, CollectedAbsmax, TileBuffers
 from qtool.quantize.growing_file import GrowingFile
-from qtool.quantize.plan import QUANTIZABLE_DTYPES, ShardPlan, TensorPlan
+from qtool.quantize.plan import ShardPlan, TensorPlan
 from qtool.quantize.tiles import Tile, cut_tensor
 
 

@@ -6,21 +6,21 @@ the free-space check and the writer all read the same plan, so its sizes are exa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 from qtool.architecture import Architecture, ModelTensor, build_architecture
+from qtool.architecture.stored_weights import check_linear_layers, place_of
 from qtool.checkpoint.records import Checkpoint, TensorInfo
 from qtool.errors import QtoolError
 from qtool.formats.bitsandbytes import find_quantized, packed_layouts, quantization_config
 from qtool.formats.precisions import QuantFormat
-from qtool.formats.tensors import SourceDtype, TensorLayout
+from qtool.formats.tensors import TensorLayout
 
 Action = Literal["quantize", "copy"]
 ComputeDtype = Literal["bfloat16", "float16", "float32"]
 
-QUANTIZABLE_DTYPES = get_args(SourceDtype)
 DATA_ALIGNMENT_BYTES = 16  # a 16-byte load never straddles the start of a large tensor
 
 
@@ -151,26 +151,24 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> QuantPlan:
 
 
 def plan_tensors(
-    tensors: Iterable[TensorLayout], architecture: Architecture, recipe: Recipe
+    tensors: Collection[TensorLayout], architecture: Architecture, recipe: Recipe
 ) -> tuple[TensorPlan, ...]:
     """Decide every tensor's fate, in the order given.
 
     Raises:
         QtoolError: a linear weight is missing, has another shape than config.json says, or a dtype
-            that cannot be quantized.
+            that cannot be quantized; a mixture of experts.
     """
-    missing = architecture.quantizable(recipe.skip)
+    _refuse_mixture(architecture)
+    check_linear_layers(tensors, architecture, recipe.skip)
     planned: list[TensorPlan] = []
     for tensor in tensors:
         reason = architecture.why_kept(tensor.name, recipe.skip)
         parameter = architecture.find(tensor.name)
         if reason is None and parameter is not None:
-            missing.pop(parameter.name, None)
             planned.append(_plan_quantized(tensor, parameter, recipe.format))
         else:
             planned.append(TensorPlan(tensor, "copy", reason or "", (tensor,)))
-    if missing:
-        _raise_missing(sorted(missing), architecture)
     return tuple(planned)
 
 
@@ -195,21 +193,18 @@ def refuse_quantized_source(checkpoint: Checkpoint) -> None:
         )
 
 
-def _plan_quantized(tensor: TensorLayout, parameter: ModelTensor, fmt: QuantFormat) -> TensorPlan:
-    if tensor.shape != parameter.shape:
+def _refuse_mixture(architecture: Architecture) -> None:
+    if architecture.experts is not None:
         raise QtoolError(
-            f"{_place(tensor)}: config.json implies shape {list(parameter.shape)}, "
-            f"found {list(tensor.shape)}",
-            kind="bad_file",
-            hint="config.json and the weights do not belong together; fetch both again",
-        )
-    if tensor.dtype not in QUANTIZABLE_DTYPES:
-        raise QtoolError(
-            f"{_place(tensor)}: dtype {tensor.dtype} cannot be quantized, "
-            f"expected one of {', '.join(QUANTIZABLE_DTYPES)}",
+            f"config.json: {architecture.class_name} is a mixture of "
+            f"{architecture.experts.num_experts} experts per layer, whose packed experts nothing "
+            "would run",
             kind="unsupported",
-            hint="convert the checkpoint to bfloat16 first",
+            hint="quantize a dense model; `qtool estimate` plans mixtures of experts too",
         )
+
+
+def _plan_quantized(tensor: TensorLayout, parameter: ModelTensor, fmt: QuantFormat) -> TensorPlan:
     transposed = parameter.kind == "conv1d"
     shape = tensor.shape[::-1] if transposed else tensor.shape
     weight = TensorLayout(tensor.name, tensor.dtype, shape)
@@ -218,18 +213,11 @@ def _plan_quantized(tensor: TensorLayout, parameter: ModelTensor, fmt: QuantForm
         outputs = packed_layouts(weight, fmt)
     except ValueError as error:
         raise QtoolError(
-            f"{_place(tensor)}: {error}", kind="unsupported", hint=f"--skip {parameter.module_name}"
+            f"{place_of(tensor)}: {error}",
+            kind="unsupported",
+            hint=f"--skip {parameter.module_name}",
         ) from error
     return TensorPlan(tensor, "quantize", reason, outputs, transposed)
-
-
-def _raise_missing(names: Sequence[str], architecture: Architecture) -> None:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    raise QtoolError(
-        f"config.json ({architecture.class_name}) implies {names[0]}{more}, found in no shard",
-        kind="bad_file",
-        hint="the checkpoint is incomplete, or its config.json belongs to another model",
-    )
 
 
 def _split_into_shards(
@@ -258,8 +246,3 @@ def _shard_name(number: int, num_shards: int) -> str:
     if num_shards == 1:
         return "model.safetensors"
     return f"model-{number:05d}-of-{num_shards:05d}.safetensors"
-
-
-def _place(tensor: TensorLayout) -> str:
-    shard = getattr(tensor, "shard", None)
-    return f"{shard}: {tensor.name}" if shard else tensor.name

@@ -5,8 +5,8 @@ Memory is in GiB. Colour repeats what signs and words say already.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +18,7 @@ from qtool.planner.records import (
     MemoryPlan,
     Suggestion,
     Verdict,
+    Workload,
 )
 from qtool.report.output import Output
 from qtool.report.units import format_count, format_gib
@@ -41,7 +42,8 @@ VERDICT_SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
 GROUPS: Final[tuple[tuple[str, str, str, tuple[ComponentName, ...]], ...]] = (
     ("weights", "█", "blue", ("weights",)),
     ("KV cache", "▓", "cyan", ("kv_cache",)),
-    ("prefill", "▒", "magenta", ("activations", "logits", "dequant_buffer")),
+    ("adapters", "▚", "green", ("adapters", "gradients", "optimizer")),
+    ("activations", "▒", "magenta", ("activations", "logits", "dequant_buffer")),
     ("overhead", "░", "bright_black", ("workspace", "runtime_overhead", "allocator")),
 )
 WIDE_GROUPS: Final[tuple[tuple[str, tuple[ComponentName, ...]], ...]] = (
@@ -49,6 +51,9 @@ WIDE_GROUPS: Final[tuple[tuple[str, tuple[ComponentName, ...]], ...]] = (
     ("KV cache", ("kv_cache",)),
     ("activations", ("activations",)),
     ("logits", ("logits",)),
+    ("adapters", ("adapters",)),
+    ("gradients", ("gradients",)),
+    ("optimizer", ("optimizer",)),
     ("dequantized", ("dequant_buffer",)),
     ("workspace", ("workspace",)),
     ("driver", ("runtime_overhead",)),
@@ -68,19 +73,27 @@ def report_estimate(output: Output, estimate: Estimate) -> None:
 
 def estimate_document(estimate: Estimate) -> dict[str, Any]:
     """The fields of the JSON document."""
-    model = asdict(estimate.model)
+    model = estimate.model._asdict()
     del model["max_context"]
-    return {"model": model, "plans": [_plan_fields(plan) for plan in estimate.plans]}
+    best = zip(estimate.gpus, estimate.best_quants, strict=True)
+    return {
+        "model": model,
+        "plans": [_plan_fields(plan) for plan in estimate.plans],
+        "best": [{"gpu": gpu.name, "quant": quant} for gpu, quant in best],
+    }
 
 
 def _plan_fields(plan: MemoryPlan) -> dict[str, Any]:
     return {
         "quant": plan.quant,
-        "mode": plan.mode,
-        "runtime": plan.runtime,
-        "batch": plan.batch,
-        "context": plan.context,
-        "components": {name: asdict(part) for name, part in plan.components.items()},
+        "mode": plan.workload.mode,
+        "runtime": plan.workload.runtime,
+        "batch": plan.workload.batch,
+        "context": plan.workload.context,
+        "kv_dtype": plan.workload.kv_dtype,
+        "gpus": plan.workload.gpus,
+        "split": plan.workload.split if plan.workload.gpus > 1 else None,
+        "components": {name: part._asdict() for name, part in plan.components.items()},
         "checkpoint_bytes": plan.checkpoint_bytes,
         "steady_bytes": plan.steady_bytes,
         "allocated_peak_bytes": plan.allocated_peak_bytes,
@@ -88,7 +101,9 @@ def _plan_fields(plan: MemoryPlan) -> dict[str, Any]:
         "load_peak_bytes": plan.load_peak_bytes,
         "peak_low_bytes": plan.peak_low_bytes,
         "peak_high_bytes": plan.peak_high_bytes,
-        "suggestions": [asdict(suggestion) for suggestion in plan.suggestions],
+        "exact": plan.exact._asdict() if plan.exact else None,
+        "suggestions": [suggestion._asdict() for suggestion in plan.suggestions],
+        "notes": list(plan.notes),
         "fits": [_fit_fields(fit) for fit in plan.fits],
     }
 
@@ -101,6 +116,8 @@ def _fit_fields(fit: Fit) -> dict[str, Any]:
         "verdict": fit.verdict,
         "max_context": fit.max_context,
         "max_batch": fit.max_batch,
+        "max_lora_r": fit.max_lora_r,
+        "notes": list(fit.notes),
     }
 
 
@@ -122,7 +139,10 @@ class EstimateView:
         if self.estimate.gpus:
             yield ""
             yield _fits_table(self.estimate, options.max_width)
+            yield from _best(self.estimate)
             yield from _advice(plans)
+        yield from _exact_lines(plans)
+        yield from _notes(plans)
         yield ""
         yield _provenance(self.estimate)
 
@@ -161,9 +181,23 @@ def _heading(estimate: Estimate) -> Iterable[Text]:
     about = facts.architecture or "unknown architecture"
     about += f" · {format_count(facts.parameters)} parameters"
     yield Text.assemble((f"{shown_name(facts.id)}{revision}", "bold"), f"  {about}")
-    sequences = f"{first.batch} sequence{'s' * (first.batch != 1)}"
+    workload = first.workload
+    sequences = f"{workload.batch} sequence{'s' * (workload.batch != 1)}"
     most = f" of at most {facts.max_context:,}" if facts.max_context else ""
-    yield Text(f"GPU memory in GiB (2^30 bytes), {sequences} of {first.context:,}{most} tokens")
+    each = f" on each of {workload.gpus} GPUs ({workload.split})" if workload.gpus > 1 else ""
+    yield Text(f"{_doing(workload)}: {sequences} of {workload.context:,}{most} tokens")
+    yield Text(f"GPU memory in GiB (2^30 bytes){each}")
+
+
+def _doing(workload: Workload) -> str:
+    """What is planned: "generate with qtool", "qlora with transformers, r 16, adamw"."""
+    words = f"{workload.mode} with {workload.runtime}"
+    if workload.mode == "generate":
+        return words
+    tuning = workload.tuning
+    rank = "" if workload.mode == "full" else f", r {tuning.lora_r}"
+    how = "" if tuning.gradient_checkpointing else ", activations kept"
+    return f"{words}{rank}, {tuning.optimizer}{how}"
 
 
 def new_table() -> Table:
@@ -173,39 +207,46 @@ def new_table() -> Table:
     return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
 
-def _table(plans: Iterable[MemoryPlan]) -> Table:
+def _table(plans: Sequence[MemoryPlan]) -> Table:
     table = new_table()
     table.add_column("quant", no_wrap=True)
-    for name in ("on disk", *(group[0] for group in GROUPS), "peak", "range"):
+    groups = [(name, names) for name, _, _, names in GROUPS if _is_shown(plans, names)]
+    for name in ("on disk", *(name for name, _ in groups), "peak", "range"):
         table.add_column(name, justify="right", no_wrap=True)
     for plan in plans:
         table.add_row(
             plan.quant,
             format_gib(plan.checkpoint_bytes),
-            *(_sum_text(plan, names) for *_, names in GROUPS),
+            *(_sum_text(plan, names) for _, names in groups),
             _bold(format_gib(plan.peak_bytes)),
             _range_text(plan),
         )
     return table
 
 
-def _wide_table(plans: Iterable[MemoryPlan]) -> Table:
+def _wide_table(plans: Sequence[MemoryPlan]) -> Table:
     table = new_table()
     table.add_column("quant", no_wrap=True)
-    groups = (name for name, _ in WIDE_GROUPS)
-    for name in ("on disk", *groups, "peak", "range", "decoding", "loading"):
+    groups = [group for group in WIDE_GROUPS if _is_shown(plans, group[1])]
+    steady = "decoding" if plans[0].workload.mode == "generate" else "between steps"
+    for name in ("on disk", *(name for name, _ in groups), "peak", "range", steady, "loading"):
         table.add_column(name, justify="right", no_wrap=True)
     for plan in plans:
         table.add_row(
             plan.quant,
             format_gib(plan.checkpoint_bytes),
-            *(_sum_text(plan, names) for _, names in WIDE_GROUPS),
+            *(_sum_text(plan, names) for _, names in groups),
             _bold(format_gib(plan.peak_bytes)),
             _range_text(plan),
             format_gib(plan.steady_bytes),
             format_gib(plan.load_peak_bytes),
         )
     return table
+
+
+def _is_shown(plans: Iterable[MemoryPlan], names: Iterable[ComponentName]) -> bool:
+    """Whether a plan has any of these parts at all."""
+    return any(name in plan.components for plan in plans for name in names)
 
 
 def _sum_bytes(plan: MemoryPlan, names: Iterable[ComponentName]) -> int | None:
@@ -246,7 +287,9 @@ def _bars(plans: tuple[MemoryPlan, ...], width: int) -> Iterable[Text]:
         bar.append(f" {format_gib(plan.peak_bytes)}")
         yield bar
     legend = Text(" " * (name_cells - 3))
-    for name, sign, style, _ in GROUPS:
+    for name, sign, style, names in GROUPS:
+        if not _is_shown(plans, names):
+            continue
         legend.append(f"   {sign}", style)
         legend.append(f" {name}")
     yield legend
@@ -281,6 +324,20 @@ def _signed_gib(num_bytes: int) -> str:
     return f"{'-' if num_bytes < 0 else ''}{format_gib(abs(num_bytes))}"
 
 
+def _best(estimate: Estimate) -> Iterable[Text]:
+    """The precision that loses least of those that fit, GPUs of one answer in one line."""
+    from rich.text import Text
+
+    if len(estimate.plans) < 2:
+        return
+    names: dict[str, list[str]] = {}
+    for gpu, quant in zip(estimate.gpus, estimate.best_quants, strict=True):
+        if quant is not None:
+            names.setdefault(quant, []).append(gpu.short_name)
+    for quant, gpus in names.items():
+        yield Text.assemble("best that fits ", (", ".join(gpus), "bold"), f": {quant}")
+
+
 def _advice(plans: Iterable[MemoryPlan]) -> Iterable[Text]:
     """What would make each plan fit that fits nowhere."""
     from rich.text import Text
@@ -291,6 +348,36 @@ def _advice(plans: Iterable[MemoryPlan]) -> Iterable[Text]:
         changes = ", or ".join(map(_change_text, plan.suggestions))
         helps = f"fits with {changes}" if changes else "no single change makes it fit"
         yield Text.assemble((f"{plan.quant}: ", "bold"), helps)
+
+
+def _exact_lines(plans: Iterable[MemoryPlan]) -> Iterable[Text]:
+    """What running the model under fake tensors allocated, beside the closed form."""
+    from rich.text import Text
+
+    for plan in plans:
+        if plan.exact is not None:
+            ours, theirs = plan.allocated_peak_bytes, plan.exact.allocated_peak_bytes
+            yield Text(
+                f"{plan.quant}: allocated {format_gib(ours)}, with --exact {format_gib(theirs)} "
+                f"({ours / theirs - 1:+.2%}; {plan.exact.seconds:.1f} s)"
+            )
+
+
+def _notes(plans: Iterable[MemoryPlan]) -> Iterable[Text]:
+    """What the runtime does that one may not expect, once each."""
+    from rich.text import Text
+
+    about: dict[str, list[str]] = {}
+    for plan in plans:
+        for note in plan.notes:
+            about.setdefault(note, []).append(plan.quant)
+        for fit in plan.fits:
+            for note in fit.notes if fit.verdict != "no" else ():
+                about.setdefault(f"{fit.gpu.short_name}: {note}", []).append(plan.quant)
+    if about:
+        yield Text()
+    for note, quants in about.items():
+        yield Text(f"{', '.join(quants)}: {note}")
 
 
 def _change_text(suggestion: Suggestion) -> str:
@@ -305,7 +392,7 @@ def _provenance(estimate: Estimate) -> Text:
     origin = "config.json, exact if it is right" if is_config else "the file headers, exact"
     parts = [f"on disk, weights: {origin}"]
     if any("kv_cache" in plan.components for plan in estimate.plans):
-        parts += ["KV cache: exact", "prefill: formula for the whole prompt at once"]
+        parts += ["KV cache: exact", "activations: formula for the whole prompt at once"]
     parts.append("overhead: measured on other machines, hence the range")
     if any(gpu.memory_is_recalled for gpu in estimate.gpus):
         parts.append("~ a GPU's memory not confirmed")

@@ -52,16 +52,21 @@ FLOAT_DTYPES: Final = {
 
 
 def build_config(checkpoint: Checkpoint) -> Any:
-    """transformers' config object for the checkpoint.
+    """transformers' config object for the checkpoint; raises as `parse_config`."""
+    return parse_config(checkpoint.config, checkpoint.id)
+
+
+def parse_config(config: Mapping[str, Any], model_id: str) -> Any:
+    """The same for what config.json holds; `model_id` names the model in errors.
 
     Raises:
         QtoolError: an architecture that this transformers does not know, or values it refuses.
     """
-    fields = _without_dropped(checkpoint.config)
+    fields = _without_dropped(config)
     model_type = fields.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise QtoolError(
-            f"{checkpoint.id}: config.json says model_type {model_type!r}, which this transformers "
+            f"{model_id}: config.json says model_type {model_type!r}, which this transformers "
             "does not know; qtool never runs a repository's own code",
             kind="unsupported",
             hint="upgrade transformers if the model is new: pip install --upgrade transformers",
@@ -70,7 +75,7 @@ def build_config(checkpoint: Checkpoint) -> Any:
         return CONFIG_MAPPING[model_type].from_dict(fields)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise QtoolError(
-            f"{checkpoint.id}: config.json is not a valid {model_type} config: {error}",
+            f"{model_id}: config.json is not a valid {model_type} config: {error}",
             kind="bad_file",
             hint="fetch config.json again",
         ) from error
@@ -81,7 +86,10 @@ def find_model_class(config: Any) -> Any:
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+            found = found[0] if isinstance(found, tuple) else found
+            # Some text models stand there for a VLM's config, of which they take only a part.
+            if found.config_class is not config.sub_configs.get("text_config"):
+                return found
     raise QtoolError(
         f"{config.model_type} models do not generate text",
         kind="unsupported",

@@ -11,6 +11,8 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from tests.architecture import latent_and_state, mixtures
+
 COMMON = {
     "vocab_size": 48,
     "hidden_size": 32,
@@ -19,6 +21,9 @@ COMMON = {
     "num_attention_heads": 4,
 }
 GROUPED = {**COMMON, "num_key_value_heads": 2}
+# Three shares of the rotated pairs: time, height, width.
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+QWEN2_VL_TEXT = {**GROUPED, "rope_parameters": _MROPE}
 QWEN_VISION = {
     "depth": 2,
     "hidden_size": 24,
@@ -29,6 +34,8 @@ QWEN_VISION = {
 }
 
 TINY: dict[str, dict[str, Any]] = {
+    **latent_and_state.TINY,
+    **mixtures.TINY,
     "bloom": {"vocab_size": 48, "hidden_size": 32, "n_layer": 3, "n_head": 4},
     "cohere": GROUPED,
     "falcon": COMMON,
@@ -47,6 +54,7 @@ TINY: dict[str, dict[str, Any]] = {
         "mm_tokens_per_image": 4,
     },
     "gemma3_text": {**GROUPED, "head_dim": 16, "sliding_window": 4},
+    "glm4": {**GROUPED, "head_dim": 16, "pad_token_id": 0},
     "gpt2": {"vocab_size": 48, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
     "gpt_neox": COMMON,
     "granite": GROUPED,
@@ -74,6 +82,21 @@ TINY: dict[str, dict[str, Any]] = {
     "phi": GROUPED,
     "phi3": {**GROUPED, "sliding_window": 4, "pad_token_id": 0},
     "qwen2": GROUPED,
+    "qwen2_5_vl": {
+        "text_config": QWEN2_VL_TEXT,
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 24,
+            "intermediate_size": 28,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+        },
+    },
+    "qwen2_vl": {
+        "text_config": QWEN2_VL_TEXT,
+        "vision_config": {"depth": 2, "embed_dim": 24, "hidden_size": 32, "num_heads": 2},
+    },
     "qwen3": {**GROUPED, "head_dim": 16},
     "qwen3_5": {
         "text_config": {
@@ -131,6 +154,8 @@ _QWEN = {
 _LABELS = {"num_labels": st.integers(2, 5)}
 
 VARIATIONS: dict[str, dict[str, SearchStrategy[Any]]] = {
+    **latent_and_state.VARIATIONS,
+    **mixtures.VARIATIONS,
     "bloom": {
         "n_embed": st.sampled_from([16, 32]),
         "num_attention_heads": st.sampled_from([2, 8]),
@@ -157,6 +182,7 @@ VARIATIONS: dict[str, dict[str, SearchStrategy[Any]]] = {
         **_WINDOW,
         "sliding_window_pattern": st.integers(1, 4),
     },
+    "glm4": {**_HEADS, **_ATTENTION_BIAS, **_LABELS},
     "gpt2": {
         "n_inner": st.sampled_from([None, 20]),
         "hidden_size": st.sampled_from([16, 24]),

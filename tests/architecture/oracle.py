@@ -22,25 +22,25 @@ transformers.logging.set_verbosity_error()
 
 Model = Any  # transformers.PreTrainedModel
 
+# Types of published configs that transformers reads under another name.
+READ_AS = {"kimi_k2": "deepseek_v3"}
+
 
 def published_configs() -> list[Path]:
-    """The dense, counted configs of the test data; [] where the data is not there."""
+    """The counted configs of the test data; [] where the data is not there."""
     root = Path(os.environ.get("QTOOL_TEST_DATA", "/nonexistent")) / "configs"
     if not root.is_dir():
         return []
     counts = json.loads((root / "COUNTS.json").read_text())
-    return [
-        root / name
-        for name, entry in counts.items()
-        if entry["counts"].get("experts3d") == 0 and "cls" in entry["counts"]
-    ]
+    return [root / name for name, entry in counts.items() if "cls" in entry["counts"]]
 
 
 def build_model(config: Mapping[str, Any], class_name: str, device: str = "meta") -> Model:
     """`class_name` built by transformers from the config.json `config`."""
     values = copy.deepcopy(dict(config))
     values.pop("quantization_config", None)  # the model as it is before any quantization
-    parsed = AutoConfig.for_model(values.pop("model_type"), **values)
+    model_type = values.pop("model_type")
+    parsed = AutoConfig.for_model(READ_AS.get(model_type, model_type), **values)
     with torch.device(device):
         return getattr(transformers, class_name)._from_config(parsed)
 
@@ -53,14 +53,24 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
     }
 
 
+def expert_parameters(model: Model) -> int:
+    """Elements of all routed experts: what the modules called `experts` own, biases too."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0].endswith(".experts")
+    )
+
+
 def tied(model: Model) -> dict[str, str]:
     """Tied parameter -> the one that holds the storage."""
     return dict(model.all_tied_weights_keys)
 
 
 def default_skips(model: Model) -> set[str]:
-    """The module names that transformers keeps without a list from the user."""
-    return set(HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules))
+    """The module names that transformers keeps only without a list from the user; those that the
+    class keeps in any case are `would_replace`'s to know."""
+    return set(HfQuantizer.get_modules_to_not_convert(model))
 
 
 def replaced(model: Model) -> set[str]:
@@ -93,7 +103,7 @@ def cache_windows(model: Model) -> list[int | None]:
     """The window of every attention layer's cache, None for the whole context."""
     kinds, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     return [
-        argument.get("sliding_window")
+        argument.get("sliding_window", getattr(argument.get("config"), "sliding_window", None))
         for kind, argument in zip(kinds, arguments, strict=True)
-        if kind != "linear_attention"
+        if kind not in ("linear_attention", "dummy")
     ]

@@ -1,15 +1,17 @@
-"""Every dense published config: the same model, tensor by tensor, as transformers builds."""
+"""Every counted published config: the same model, tensor by tensor, as transformers builds."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qtool.architecture import Architecture, build_architecture
+from qtool.architecture import Architecture, RecurrentState, build_architecture
 from tests.architecture import oracle
 
 CONFIGS = oracle.published_configs()
@@ -46,9 +48,34 @@ def test_tied_weights_and_the_count_of_parameters_agree(built):
 
 def test_linear_layers_are_counted_as_published(built):
     counts, ours, _ = built
-    linear = [t for t in ours.tensors.values() if t.is_linear and t.module_name != "lm_head"]
+    linear = [
+        t for t in ours.tensors.values() if t.is_linear and not t.module_name.endswith("lm_head")
+    ]
     assert len(linear) == counts["linear_modules"]
     assert sum(t.shape[0] * t.shape[1] for t in linear) == counts["linear"]
+
+
+def test_routed_experts_are_counted_as_published_and_their_share_is_active(built):
+    counts, ours, model = built
+    experts = [t for t in ours.tensors.values() if t.kind.startswith("experts")]
+    assert sum(math.prod(t.shape) for t in experts) == counts["experts3d"]
+    assert (ours.experts is None) == (counts["experts3d"] == 0)
+    if ours.experts is None:
+        assert ours.num_active_parameters == ours.num_parameters
+        return
+    idle = oracle.expert_parameters(model) * (
+        1 - Fraction(ours.experts.experts_per_token, ours.experts.num_experts)
+    )
+    assert ours.num_active_parameters == ours.num_parameters - idle
+
+
+def test_the_cache_layers_that_slide_are_the_models_own(built):
+    _, ours, model = built
+    assert [
+        getattr(layer, "window", None)
+        for layer in ours.cache_layers
+        if not isinstance(layer, RecurrentState)
+    ] == oracle.cache_windows(model)
 
 
 def test_the_default_rule_names_the_same_modules(built):

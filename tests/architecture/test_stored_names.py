@@ -78,6 +78,8 @@ def test_names_are_found_with_and_without_the_prefix_of_the_base_model(model_typ
         ),
         ("gemma3", "language_model.lm_head.weight", "lm_head.weight"),
         ("qwen3_5_text", "model.language_model.norm.weight", "model.norm.weight"),
+        ("qwen2_vl", "visual.merger.ln_q.bias", "model.visual.merger.ln_q.bias"),
+        ("qwen2_vl", "model.norm.weight", "model.language_model.norm.weight"),
     ],
 )
 def test_old_names_are_followed(model_type, stored, name):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ def hub(hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("qtool.checkpoint.hub.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("qtool.checkpoint.hub_requests.time.sleep", lambda seconds: None)
     return hub_server
 
 
@@ -66,7 +67,7 @@ class TestHeaders:
         shapes = {**tiny_models.SHAPES, "model.big.weight": (3000, 1000)}
         hub.add_model(ID, tiny_models.write_single(tmp_path / "source", shapes))
         open_checkpoint(ID, need="headers")
-        assert 0 < hub.sent_bytes(".safetensors") <= 128 * 1024
+        assert 0 < hub.sent_bytes(".safetensors") <= 16 * 1024
         weights = [r for r in hub.requests if r.path.endswith(".safetensors")]
         assert all(request.range for request in weights)
         assert not list((tmp_path / "cache").rglob("*.safetensors"))
@@ -75,7 +76,37 @@ class TestHeaders:
         hub.add_model(ID, sharded)
         open_checkpoint(ID, need="headers")
         asked = [r.path for r in hub.requests if not r.path.startswith("/cdn/")]
-        assert len(asked) == 1 + len({"config", "index", "shard 1", "shard 2"})
+        assert len(asked) == 1 + len({"config", "shard 1", "shard 2"})
+
+    def test_that_are_numbered_and_complete_need_no_index(self, hub: HubServer, sharded: Path):
+        hub.add_model(ID, sharded)
+        open_checkpoint(ID, need="headers")
+        assert hub.sent_bytes(tiny_models.INDEX_NAME) == 0
+        (sharded / tiny_models.SECOND).rename(sharded / "second.safetensors")
+        weight_map = json.loads((sharded / tiny_models.INDEX_NAME).read_text())["weight_map"]
+        names = {tiny_models.SECOND: "second.safetensors"}
+        moved = {tensor: names.get(shard, shard) for tensor, shard in weight_map.items()}
+        tiny_models.edit_json(sharded / tiny_models.INDEX_NAME, weight_map=moved)
+        hub.add_model(ID, sharded)
+        assert set(open_checkpoint(ID, need="headers").tensors) == set(moved)
+        assert hub.sent_bytes(tiny_models.INDEX_NAME) > 0
+
+    def test_of_thirty_shards_share_connections_and_stay_far_under_2_mb(
+        self, hub: HubServer, tmp_path: Path
+    ):
+        write_shards(tmp_path / "source", num_shards=30, tensors_per_shard=100)
+        hub.add_model(ID, tmp_path / "source")
+        events: list[Event] = []
+        checkpoint = open_checkpoint(ID, need="headers", on_event=events.append)
+        assert len(checkpoint.tensors) == 3000
+        num_bytes = sum(request.sent_bytes for request in hub.requests)
+        assert num_bytes < 600_000
+        shown = f"read 30 headers in {len(hub.requests)} requests, {num_bytes:,} bytes fetched, "
+        assert [e for e in events if isinstance(e, Note) and shown in e.text] != []
+        assert {e.level for e in events if isinstance(e, Note)} == {"detail"}
+        connections_before = hub.num_connections
+        open_checkpoint(ID, need="headers")
+        assert hub.num_connections - connections_before < 30  # of 62 requests
 
     def test_longer_than_the_first_read_are_read_whole(self, hub: HubServer, tmp_path: Path):
         shapes = {f"model.layers.{i}.weight": (4,) for i in range(4000)}
@@ -84,6 +115,28 @@ class TestHeaders:
         assert len(open_checkpoint(ID, need="headers").tensors) == 4000
         ranges = {r.range for r in hub.requests if r.path.endswith(".safetensors")}
         assert len(ranges) == 2
+        redirected = [r for r in hub.requests if r.status == 302]
+        assert len(redirected) == 1  # the rest is asked for where the beginning came from
+
+    def test_longer_than_the_first_read_do_not_tell_others_the_token(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        shapes = {f"model.layers.{i}.weight": (4,) for i in range(4000)}
+        hub.add_model(ID, tiny_models.write_single(tmp_path / "source", shapes))
+        open_checkpoint(ID, need="headers")
+        assert [r.authorized for r in hub.requests if r.path.startswith("/cdn/")] == [False] * 2
+        assert all(r.authorized for r in hub.requests if not r.path.startswith("/cdn/"))
+
+    def test_of_later_shards_are_read_at_once_when_the_first_was_long(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("qtool.checkpoint.hub.HubRepository.num_parallel_reads", 1)
+        write_shards(tmp_path / "source", num_shards=5, tensors_per_shard=400)
+        hub.add_model(ID, tmp_path / "source")
+        assert len(open_checkpoint(ID, need="headers").tensors) == 2000
+        parts = [r for r in hub.requests if r.path.startswith("/cdn/")]
+        assert len(parts) == 6
 
     def test_survive_a_server_that_ignores_ranges(self, hub: HubServer, tmp_path: Path):
         shapes = {**tiny_models.SHAPES, "model.big.weight": (3000, 1000)}
@@ -91,27 +144,100 @@ class TestHeaders:
         hub.ignore_ranges = True
         assert len(open_checkpoint(ID, need="headers").tensors) == len(shapes)
 
-    def test_are_not_pieced_together_wrongly_by_such_a_server(self, hub: HubServer, tmp_path: Path):
+        weights = [r for r in hub.requests if r.path.endswith(".safetensors")]
+        assert {r.status for r in weights} == {200, 302}
+
+    def test_longer_than_the_first_read_survive_such_a_server(self, hub: HubServer, tmp_path: Path):
         shapes = {f"model.layers.{i}.weight": (4,) for i in range(4000)}
         hub.add_model(ID, tiny_models.write_single(tmp_path / "source", shapes))
         hub.ignore_ranges = True
+        assert len(open_checkpoint(ID, need="headers").tensors) == 4000
+
+    def test_of_a_large_file_do_not_make_such_a_server_send_it_all(
+        self, hub: HubServer, tmp_path: Path
+    ):
+        layouts = {"model.big.weight": ("BF16", (40_000, 40_000))}
+        source = tiny_models.write_single(tmp_path / "source", {})
+        write_sparse(source / "model.safetensors", tiny_models.header_json(layouts))
+        hub.add_model(ID, source)
+        hub.ignore_ranges = True
+        checkpoint = open_checkpoint(ID, need="headers")
+        assert checkpoint.weights_bytes == 3_200_000_000
+        assert hub.sent_bytes(".safetensors") < 50_000_000  # what the sockets hold
+
+    def test_of_absurd_length_are_refused_unread(self, hub: HubServer, tmp_path: Path):
+        source = tiny_models.write_single(tmp_path / "source")
+        path = source / "model.safetensors"
+        path.write_bytes((10**12).to_bytes(8, "little") + path.read_bytes()[8:])
+        hub.add_model(ID, source)
         error = error_of(ID)
-        assert error.kind == "network"
-        assert "ignores range requests" in error.message
+        assert (error.kind, error.exit_code) == ("bad_file", 1)
+        assert f"{ID}/model.safetensors" in error.message
+        assert "1,000,000,000,000" in error.message
+        assert len([r for r in hub.requests if r.path.startswith("/cdn/")]) == 1
+
+    @pytest.mark.parametrize("fault", ["breaks_off", "has_short_ranges"])
+    def test_that_arrive_cut_are_a_network_error(self, hub: HubServer, sharded: Path, fault: str):
+        hub.add_model(ID, sharded)
+        setattr(hub, fault, True)
+        error = error_of(ID)
+        assert (error.kind, error.exit_code) == ("network", 1)
+        assert ID in error.message
+
+    def test_are_asked_for_again_where_they_arrive_cut(self, hub: HubServer, sharded: Path):
+        hub.add_model(ID, sharded)
+        hub.has_short_ranges = True
+        error_of(ID)
+        attempts = [r for r in hub.requests if r.path.endswith(tiny_models.FIRST)]
+        assert len([r for r in attempts if r.status == 302]) == 3
+
+    def test_are_resolved_again_when_a_redirect_no_longer_holds(
+        self, hub: HubServer, tmp_path: Path
+    ):
+        shapes = {f"model.layers.{i}.weight": (4,) for i in range(4000)}
+        hub.add_model(ID, tiny_models.write_single(tmp_path / "source", shapes))
+        hub.expire_redirects_after = 1
+        assert len(open_checkpoint(ID, need="headers").tensors) == 4000
+        assert [r.status for r in hub.requests if r.path.startswith("/cdn/")] == [206, 403, 206]
 
     def test_survive_a_busy_server(self, hub: HubServer, sharded: Path):
         hub.add_model(ID, sharded)
-        hub.failures_to_come = 2
+        hub.fail(2)
         assert open_checkpoint(ID, need="headers").tensors
+
+    def test_wait_as_long_as_the_hub_asks_them_to(
+        self, hub: HubServer, sharded: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        waits: list[float] = []
+        monkeypatch.setattr("qtool.checkpoint.hub_requests.time.sleep", waits.append)
+        hub.add_model(ID, sharded)
+        hub.fail(1, 429, {"RateLimit": '"resolvers";r=0;t=7'})
+        hub.fail(1, 503, {"Retry-After": "9"})
+        assert open_checkpoint(ID, need="headers").tensors
+        assert sorted(waits) == [7, 9]
+
+    def test_beyond_the_rate_limit_name_it_and_do_not_wait_for_minutes(
+        self, hub: HubServer, sharded: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        waits: list[float] = []
+        monkeypatch.setattr("qtool.checkpoint.hub_requests.time.sleep", waits.append)
+        hub.add_model(ID, sharded)
+        hub.fail(100, 429, {"Retry-After": "300"})
+        error = error_of(ID)
+        assert (error.kind, error.exit_code) == ("network", 1)
+        assert "429" in error.message
+        assert "higher limit" in error.hint
+        assert waits == []
 
     def test_of_a_server_that_stays_busy_are_a_network_error(self, hub: HubServer, sharded: Path):
         hub.add_model(ID, sharded)
-        hub.failures_to_come = 1000
+        hub.fail(1000)
         error = error_of(ID)
         assert error.kind == "network"
         assert "503" in error.message
 
     def test_are_checked_like_local_ones(self, hub: HubServer, sharded: Path):
+        (sharded / tiny_models.SECOND).unlink()  # or else the index is not needed
         tiny_models.edit_json(
             sharded / tiny_models.INDEX_NAME, weight_map={"x": "../y.safetensors"}
         )
@@ -139,6 +265,28 @@ class TestHeaders:
         assert not checkpoint.tensors
         assert [e for e in events if isinstance(e, Note) and "pytorch_model.bin" in e.text]
         assert error_of(ID, "files").kind == "unsupported"
+
+
+def write_shards(folder: Path, *, num_shards: int, tensors_per_shard: int) -> None:
+    """A model in shards of small tensors, with an index."""
+    folder.mkdir()
+    weight_map = {}
+    for shard in range(1, num_shards + 1):
+        name = f"model-{shard:05d}-of-{num_shards:05d}.safetensors"
+        tensors = [f"model.layers.{shard}.{i}.weight" for i in range(tensors_per_shard)]
+        layouts = dict.fromkeys(tensors, ("BF16", (4, 4)))
+        write_sparse(folder / name, tiny_models.header_json(layouts))
+        weight_map |= dict.fromkeys(tensors, name)
+    (folder / "config.json").write_text(json.dumps(tiny_models.CONFIG))
+    (folder / tiny_models.INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def write_sparse(path: Path, header: dict[str, Any]) -> None:
+    """A safetensors file whose data is a hole."""
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    end = max(entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry)
+    os.truncate(path, 8 + len(text) + end)
 
 
 class TestRevisions:

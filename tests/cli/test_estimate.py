@@ -53,7 +53,7 @@ def test_json_is_one_document_with_the_contract_s_fields(model):
     ran = run("estimate", model, "--gpu", "4090", "--json")
     assert ran.exit_code == 0 and ran.stderr == ""
     document = ran.document
-    assert document.keys() == {"schema", "command", "warnings", "model", "plans"}
+    assert document.keys() == {"schema", "command", "warnings", "model", "plans", "best"}
     assert (document["schema"], document["command"], document["warnings"]) == (1, "estimate", [])
     facts = document["model"]
     assert facts.keys() >= {
@@ -67,13 +67,13 @@ def test_json_is_one_document_with_the_contract_s_fields(model):
     assert (facts["source"], facts["architecture"]) == ("headers", "LlamaForCausalLM")
     assert [plan["quant"] for plan in document["plans"]] == ["bf16", "int8", "nf4", "nf4-dq"]
     for plan in document["plans"]:
-        assert plan.keys() == PLAN_FIELDS
+        assert plan.keys() >= PLAN_FIELDS
         parts = plan["components"].values()
         assert all(part.keys() == {"bytes", "basis"} for part in parts)
         assert plan["peak_bytes"] == sum(part["bytes"] for part in parts)
         assert all(type(plan[name]) is int for name in PLAN_FIELDS if name.endswith("_bytes"))
         (fit,) = plan["fits"]
-        assert fit.keys() == {
+        assert fit.keys() >= {
             "gpu",
             "gpus",
             "usable_bytes",
@@ -124,11 +124,11 @@ def test_text_fits_the_terminal(large, monkeypatch, width):
 def test_nothing_fits_is_exit_code_3_with_what_would_help(large):
     ran = run("estimate", large, "--quant", "bf16", "--gpu", "RTX 3060", "--gpu", "4060")
     assert ran.exit_code == 3
-    assert "fits with --quant int8 (saves " in ran.stdout
+    assert "fits with int8 (saves " in ran.stdout
     document = run("estimate", large, "--quant", "bf16", "--gpu", "3060", "--json").document
     (plan,) = document["plans"]
     assert plan["fits"][0]["verdict"] == "no" and plan["fits"][0]["max_context"] == 0
-    assert plan["suggestions"][0]["change"] == "--quant int8"
+    assert plan["suggestions"][0]["change"] == "int8"
     assert plan["suggestions"][0]["saves_bytes"] > 1 << 30
 
 
@@ -145,7 +145,7 @@ def test_without_a_gpu_nothing_can_fail_to_fit(large):
         (("--gpu", "a100"), "usage", "A100 40GB"),
         (("--gpu", "rtx 4091"), "usage", "RTX 4090"),
         (("--quant", "nf3"), "usage", "nf4-dq"),
-        (("--quant", "fp8"), "usage", "none of"),
+        (("--quant", "q4_0"), "usage", "none of"),
         (("--context", 0), "usage", "--context"),
         (("--batch", "many"), "usage", "--batch"),
         (("--headroom", 100), "usage", "--headroom"),

@@ -1,17 +1,13 @@
-"""The memory that a PyTorch program allocates, counted storage by storage on the meta device.
+"""The storages of any device that a PyTorch program holds at once: the training oracle's counter.
 
-Runs the real modules of transformers without a GPU and without memory: every operator reports the
-shapes of its outputs, and a storage counts until the last tensor over it is gone. The fused
-attention kernel is replaced by what it allocates on a GPU; everything else is transformers' own.
+`qtool.exact` counts on the meta device; this one shares no code with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
-from unittest import mock
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,41 +39,6 @@ class LiveStorages(TorchDispatchMode):
         total_bytes = sum(num_bytes for _, num_bytes in self._live.values())
         self.peak_bytes = max(self.peak_bytes, total_bytes)
         return result
-
-
-def peak_bytes(work: Callable[[], object], existing: Iterable[Tensor] = ()) -> int:
-    """The most that `work` has allocated at once, beside the storages of `existing`."""
-    with torch.no_grad(), LiveStorages(existing) as storages:
-        work()
-    return storages.peak_bytes
-
-
-def prefill_peak_bytes(model: Any, *, context: int, batch: int) -> int:
-    """The same for one forward pass over `batch` prompts, as `generate` makes it."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config.get_text_config())
-
-    def forward() -> None:
-        ids = torch.zeros(batch, context, dtype=torch.long, device="meta")
-        # The mask says that no token is padding, which the meta device cannot look up.
-        extra = torch.empty_like(ids)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        del extra
-
-    tensors = [*model.parameters(), *model.buffers()]
-    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused_attention):
-        return peak_bytes(forward, tensors)
-
-
-def _fused_attention(
-    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    """What a fused kernel allocates: the output, and one float32 per query."""
-    batch, heads, tokens, _ = query.shape
-    torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device)
-    shape = (batch, tokens, heads, value.shape[-1])
-    return torch.empty(shape, dtype=query.dtype, device=query.device).transpose(1, 2)
 
 
 def _key(tensor: Tensor) -> int:

@@ -11,6 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.architecture import build_architecture
+from qtool.exact.models import tensors
+from qtool.exact.peak import exact_peak
+from qtool.exact.records import ExactRequest
+from qtool.exact.storages import LiveStorages
 from qtool.planner import weights
 from qtool.planner.activations import (
     ATTENTION_MATRIX_BYTES,
@@ -21,8 +25,8 @@ from qtool.planner.activations import (
 )
 from qtool.planner.kv_cache import kv_cache_bytes
 from qtool.runtime import dequantize, linear
+from tests.architecture import families
 from tests.architecture.oracle import build_model
-from tests.planner.storages import peak_bytes, prefill_peak_bytes
 
 MIB = 1 << 20
 CONTEXT = 2048
@@ -37,6 +41,22 @@ SIZES = {
     "max_position_embeddings": 4096,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 5}
+ROUTED = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 304}
+LATENT = {
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 304,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 96,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "head_dim": 32,
+}
 GEMMA = {**GROUPED, "head_dim": 64, "query_pre_attn_scalar": 64}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", GROUPED),
@@ -47,6 +67,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("MistralForCausalLM", {**GROUPED, "sliding_window": None}),
     "mistral, sliding": ("MistralForCausalLM", {**GROUPED, "sliding_window": 512}),
+    "mistral, sliding, narrow MLP": (
+        "MistralForCausalLM",
+        {**GROUPED, "sliding_window": 512, "intermediate_size": 64},
+    ),
     "qwen2": ("Qwen2ForCausalLM", GROUPED),
     "qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 64}),
     "granite": ("GraniteForCausalLM", GROUPED),
@@ -84,6 +108,31 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"new_decoder_architecture": True, "num_kv_heads": 5},
     ),
     "stablelm, parallel": ("StableLmForCausalLM", {**GROUPED, "use_parallel_residual": True}),
+    "mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 8}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {**GROUPED, **ROUTED, "shared_expert_intermediate_size": 304},
+    ),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**GROUPED, **ROUTED, "head_dim": 64}),
+    "qwen3_moe, wide experts": (
+        "Qwen3MoeForCausalLM",
+        {**GROUPED, **ROUTED, "head_dim": 64, "moe_intermediate_size": 2000},
+    ),
+    "olmoe": ("OlmoeForCausalLM", {**GROUPED, "num_experts": 16, "num_experts_per_tok": 4}),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {**GROUPED, "head_dim": 64, "num_local_experts": 16, "num_experts_per_tok": 4}
+        | {"sliding_window": 512},
+    ),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", {**SIZES, **LATENT}),
+    "deepseek_v3, many heads": (
+        "DeepseekV3ForCausalLM",
+        {**SIZES, **LATENT, "num_attention_heads": 40, "intermediate_size": 100},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2ForCausalLM",
+        {**SIZES, **LATENT, "topk_method": "greedy", "n_group": None},
+    ),
     "opt": (
         "OPTForCausalLM",
         {"hidden_size": 640, "num_attention_heads": 10, "num_hidden_layers": 3}
@@ -91,6 +140,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"max_position_embeddings": 4096},
     ),
 }
+
+
+# The others' shapes scaled up from the tiny ones that the architecture tests use.
+SCALED = ["ernie4_5_moe", "gemma4_text", "glm4", "glm4_moe", "granitemoe", "llama4_text"]
+SCALED += ["minimax_m2"]
+SCALED_SIZES = {**SIZES, "num_hidden_layers": 4, "intermediate_size": 1504}
+PER_HEAD = {"num_key_value_heads": 5, "head_dim": 64, "moe_intermediate_size": 304}
+# Masks that eager attention shares or not between the sequences of a batch.
+TOLERANCES = {"gemma2": 0.02, "gpt_oss": 0.02}
+# transformers calls it deepseek_v3; no fused attention, so compared at its published shape.
+NOT_SCALED = frozenset({"kimi_k2", "mimo_v2_flash"})
+BEHIND_A_TOWER = frozenset(
+    {"qwen2_vl", "qwen2_5_vl", "gemma3", "gemma4", "kimi_k25", "llama4", "qwen3_vl", "qwen3_vl_moe"}
+)
 
 
 def planned_bytes(config, *, context, batch, element_bytes=2):
@@ -101,17 +164,59 @@ def planned_bytes(config, *, context, batch, element_bytes=2):
     return cache + prefill_peak(layer, **sizes).total_bytes
 
 
-# Called without position ids, a model shares its positions between the sequences of a batch;
-# `generate` makes some for each.
-@pytest.mark.parametrize(("batch", "tolerance"), [(1, 0.011), (3, 0.03)])
+def allocated_bytes(config, *, context, batch):
+    """What transformers allocates beside the weights."""
+    peak = exact_peak(config, ExactRequest(quant="bf16", context=context, batch=batch))
+    return peak.allocated_peak_bytes - peak.weights_bytes
+
+
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_peak_is_what_transformers_allocates(name, batch, tolerance):
+def test_peak_is_what_transformers_allocates(name, batch):
     class_name, sizes = CONFIGS[name]
     config = {"model_type": name.partition(",")[0], "architectures": [class_name], **sizes}
-    model = build_model(config, class_name).to(torch.bfloat16).eval()
-    found = prefill_peak_bytes(model, context=CONTEXT, batch=batch)
+    found = allocated_bytes(config, context=CONTEXT, batch=batch)
     planned = planned_bytes(config, context=CONTEXT, batch=batch)
-    assert planned == pytest.approx(found, rel=tolerance)
+    assert planned == pytest.approx(found, rel=TOLERANCES.get(name, 0.011))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_peak_is_what_transformers_allocates_for_scaled_models(name):
+    config = {"model_type": name, **families.TINY[name], **SCALED_SIZES}
+    config |= {key: value for key, value in PER_HEAD.items() if key in config}
+    for key in ("layer_types", "mlp_layer_types"):
+        config.pop(key, None)
+    found = allocated_bytes(config, context=CONTEXT, batch=1)
+    assert planned_bytes(config, context=CONTEXT, batch=1) == pytest.approx(found, rel=0.015)
+
+
+PUBLISHED = [
+    "Qwen--Qwen3-8B",
+    "Qwen--Qwen3-30B-A3B",
+    "XiaomiMiMo--MiMo-V2-Flash",
+    "deepseek-ai--DeepSeek-V3",
+    "google--gemma-4-26B-A4B",
+    "meta-llama--Llama-4-Scout-17B-16E-Instruct",
+    "meta-llama--Meta-Llama-3.1-8B",
+    "mirror--bloom-176b",
+    "mistralai--Mixtral-8x7B-v0.1",
+    "mlc--deepseek_v2_lite",
+    "mlc--gemma2_2b",
+    "mlc--gemma3_1b_it",
+    "mlc--phi-3_5",
+    "mlc--starcoder2",
+    "openai--gpt-oss-120b",
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_need_what_the_closed_form_says(test_data, name):
+    """Within 3 %; one long prompt where windows slide and matrices are large, and many short."""
+    config = json.loads((test_data / "configs" / name / "config.json").read_text())
+    for context, batch in ((2048, 1), (256, 8)):
+        planned = planned_bytes(config, context=context, batch=batch)
+        found = allocated_bytes(config, context=context, batch=batch)
+        assert planned == pytest.approx(found, rel=0.03), (context, batch)
 
 
 @pytest.mark.parametrize("name", sorted({name.partition(",")[0] for name in CONFIGS}))
@@ -122,13 +227,17 @@ def test_models_without_fused_attention_are_the_listed_ones(name):
     assert is_fused == (name not in ATTENTION_MATRIX_BYTES)
 
 
-def test_every_known_decoder_is_compared():
+def test_every_known_decoder_is_compared_or_flagged():
     from qtool.architecture import KNOWN_MODEL_TYPES
 
-    # The others: no attention, linear attention, or one of these behind a vision tower.
-    not_compared = {"gemma3", "mamba2", "qwen3_5", "qwen3_5_text", "qwen3_vl"}
     compared = {name.partition(",")[0] for name in CONFIGS}
-    assert compared | not_compared == set(KNOWN_MODEL_TYPES)
+    missing = []
+    compared |= {*SCALED, *BEHIND_A_TOWER, *NOT_SCALED}
+    for name in sorted(set(KNOWN_MODEL_TYPES) - compared):
+        config = {"model_type": name, **families.TINY[name]}
+        if LayerShape.of(build_architecture(config)).basis == "formula":
+            missing.append(name)
+    assert not missing
 
 
 # -- qtool's own packed layers --------------------------------------------------------------------
@@ -170,9 +279,13 @@ def test_packed_product_allocates_its_buffer(monkeypatch, precision, pieces, chu
         inputs = torch.empty(1, IN_FEATURES, dtype=torch.bfloat16)
         if precision != "int8":
             dequantize._byte_to_pair("nf4", inputs.device)  # cached: not part of a product
-    found = peak_bytes(lambda: packed(inputs), [*packed.parameters(), *packed.buffers(), inputs])
+    storages = LiveStorages()
+    existing_bytes = storages.add([*tensors(packed), inputs], "weights")
+    with torch.no_grad(), storages:
+        packed(inputs)
+    found = storages.peak_bytes - existing_bytes
     planned = weights._buffer(
-        weights._PackedWeight((OUT_FEATURES, IN_FEATURES), 2, precision, 64, ()), 2
+        weights._PackedWeight((OUT_FEATURES, IN_FEATURES), 2, precision, 64), 2
     )
     assert planned.dequantizing_bytes == pytest.approx(found - OUT_FEATURES * 2, rel=0.03)
     assert planned.product_bytes == num_elements // pieces * 2

@@ -25,19 +25,21 @@ def write_config(folder, **changes):
 def test_defaults_are_four_precisions_and_4096_tokens(tmp_path):
     found = estimate(write_config(tmp_path, max_position_embeddings=100_000))
     assert [plan.quant for plan in found.plans] == ["bf16", "int8", "nf4", "nf4-dq"]
-    assert {(plan.context, plan.batch) for plan in found.plans} == {(4096, 1)}
-    assert {(plan.mode, plan.runtime) for plan in found.plans} == {("generate", "qtool")}
+    assert {(plan.workload.context, plan.workload.batch) for plan in found.plans} == {(4096, 1)}
+    assert {(plan.workload.mode, plan.workload.runtime) for plan in found.plans} == {
+        ("generate", "qtool")
+    }
     assert found.warnings == ()
 
 
 def test_default_context_ends_at_what_the_model_was_made_for(tmp_path):
     found = estimate(write_config(tmp_path, max_position_embeddings=300))
-    assert found.plans[0].context == 300 and found.warnings == ()
+    assert found.plans[0].workload.context == 300 and found.warnings == ()
 
 
 def test_a_longer_context_than_the_model_s_is_planned_with_a_warning(tmp_path):
     found = estimate(write_config(tmp_path, max_position_embeddings=300), context=301)
-    assert found.plans[0].context == 301
+    assert found.plans[0].workload.context == 301
     assert estimate(tmp_path, context=300).warnings == ()
     assert "301 is longer" in found.warnings[0] and "300" in found.warnings[0]
 
@@ -112,12 +114,9 @@ def test_a_model_whose_layers_are_not_replaced_says_so(tmp_path):
     assert len({plan.checkpoint_bytes for plan in found.plans}) == 1
 
 
-def test_parts_that_are_not_modelled_are_named(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "mamba2", "dtype": "bfloat16", "num_hidden_layers": 1})
-    )
-    warnings = " ".join(estimate(tmp_path).warnings)
-    assert "recurrent state" in warnings and "without attention" in warnings
+def test_parts_that_are_not_modelled_are_named(test_data):
+    found = estimate(test_data / "configs" / "Qwen--Qwen3-VL-8B-Instruct")
+    assert any("not counted: vision tower activations" in warning for warning in found.warnings)
 
 
 def test_int8_with_fp16_weights_is_planned_as_what_it_stores(tmp_path):
@@ -136,7 +135,7 @@ def test_a_plan_that_fits_nowhere_is_helped_by_precisions_not_asked_for(test_dat
     found = estimate(config, quants=("bf16",), gpus=("RTX 3060", "RTX 4060"))
     assert not found.fits_somewhere
     (plan,) = found.plans
-    assert [s.change for s in plan.suggestions][:2] == ["--quant int8", "--quant nf4"]
+    assert [s.change for s in plan.suggestions][:2] == ["int8", "nf4"]
     assert estimate(config, quants=("bf16",), gpus=("4060", "4090")).fits_somewhere
 
 

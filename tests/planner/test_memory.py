@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from qtool.planner.memory import MemoryBudget
 from qtool.planner.model import open_model
-from qtool.planner.overhead import CONTEXT_LOW_BYTES, WORKSPACE_BYTES, WORKSPACE_LOW_BYTES
+from qtool.planner.overhead import CONTEXT_LOW_BYTES, CUBLAS_BYTES, CUBLAS_LOW_BYTES
 from qtool.planner.records import OUTSIDE_ALLOCATOR
 from qtool.planner.reference_models import reference_models
+from tests.planner.plans import budget_of, plan_of
 
 MIB = 1 << 20
 COMPONENTS = {
@@ -33,7 +33,7 @@ def small():
 
 @pytest.mark.parametrize("quant", ["bf16", "int8", "nf4-dq"])
 def test_peak_is_the_sum_of_its_parts(small, quant):
-    plan = MemoryBudget.of(small, quant).plan(context=5000, batch=3)
+    plan = plan_of(small, quant, context=5000, batch=3)
     assert plan.components.keys() == COMPONENTS
     parts = {name: part.bytes for name, part in plan.components.items()}
     outside = sum(parts[name] for name in OUTSIDE_ALLOCATOR)
@@ -45,33 +45,32 @@ def test_peak_is_the_sum_of_its_parts(small, quant):
 @pytest.mark.parametrize(("context", "batch"), [(1, 1), (128, 1), (4096, 7), (100_000, 2)])
 def test_peak_alone_is_the_plan_s(small, context, batch):
     for quant in ("bf16", "nf4"):
-        budget = MemoryBudget.of(small, quant)
-        plan = budget.plan(context=context, batch=batch)
-        assert budget.peak_bytes(context=context, batch=batch) == plan.peak_bytes
+        budget = budget_of(small, quant, context=context, batch=batch)
+        plan = budget.plan(budget.workload)
+        assert budget.peak_bytes(budget.workload) == plan.peak_bytes
         assert plan.peak_low_bytes < plan.peak_bytes < plan.peak_high_bytes
-        low = plan.allocated_peak_bytes - WORKSPACE_BYTES + WORKSPACE_LOW_BYTES
+        low = plan.allocated_peak_bytes - CUBLAS_BYTES + CUBLAS_LOW_BYTES
         assert plan.peak_low_bytes == low + CONTEXT_LOW_BYTES
         assert plan.load_peak_bytes < plan.steady_bytes < plan.peak_bytes
 
 
 def test_each_part_says_how_it_is_known(small, test_data):
-    plan = MemoryBudget.of(small, "nf4").plan(context=64, batch=1)
+    plan = plan_of(small, "nf4", context=64, batch=1)
     bases = {name: part.basis for name, part in plan.components.items()}
     assert bases["weights"] == "exact"  # from a config
     assert bases["kv_cache"] == bases["logits"] == "exact"
     assert bases["activations"] == bases["dequant_buffer"] == "formula"
     assert {bases[name] for name in ("workspace", "runtime_overhead", "allocator")} == {"heuristic"}
     stored = open_model(str(test_data / "models" / "tinylm-19m"))
-    plan = MemoryBudget.of(stored, "nf4").plan(context=64, batch=1)
+    plan = plan_of(stored, "nf4", context=64, batch=1)
     assert plan.components["weights"].basis == "header"
 
 
 def test_only_what_is_alive_at_the_peak_counts(small):
     """Short prompts peak while a weight is dequantized, long ones after, many at their logits."""
-    budget = MemoryBudget.of(small, "nf4")
-    short = budget.plan(context=128, batch=1).components
-    long = budget.plan(context=32_768, batch=1).components
-    many = budget.plan(context=1, batch=4096).components
+    short = plan_of(small, "nf4", context=128).components
+    long = plan_of(small, "nf4", context=32_768).components
+    many = plan_of(small, "nf4", context=1, batch=4096).components
     assert short["dequant_buffer"].bytes > 0 == short["logits"].bytes
     assert long["dequant_buffer"].bytes == 0 == long["logits"].bytes
     assert many["logits"].bytes == 4096 * 128_256 * 6  # bf16, and the float32 copy
@@ -80,26 +79,25 @@ def test_only_what_is_alive_at_the_peak_counts(small):
 def test_kv_dtype_changes_the_cache_alone(small):
     wide = replace(small, config={**small.config, "dtype": "float32"})
     auto, bf16 = (
-        MemoryBudget.of(wide, "fp32", kv_dtype).plan(context=1000, batch=1).components
+        plan_of(wide, "fp32", kv_dtype=kv_dtype, context=1000).components
         for kv_dtype in ("auto", "bf16")
     )
     assert auto["kv_cache"].bytes == 2 * bf16["kv_cache"].bytes
     assert auto["activations"] == bf16["activations"]
 
 
-def test_a_model_without_attention_has_weights_and_overhead_only(tmp_path):
+def test_a_recurrent_state_does_not_grow_with_the_context(tmp_path):
     config = {"model_type": "mamba2", "dtype": "bfloat16", "num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    plan = MemoryBudget.of(open_model(str(tmp_path)), "bf16").plan(context=9, batch=1)
-    assert plan.components.keys() == {"weights", "workspace", "runtime_overhead", "allocator"}
-    assert plan.components["allocator"].bytes == 0
+    model = open_model(str(tmp_path))
+    short, long = (plan_of(model, "bf16", context=n).components["kv_cache"] for n in (9, 9000))
+    assert short == long and short.bytes > 0
 
 
 def test_activations_of_layers_that_are_not_modelled_are_a_heuristic(test_data):
     hybrid = open_model(str(test_data / "configs" / "Qwen--Qwen3.5-27B"))
-    plan = MemoryBudget.of(hybrid, "bf16").plan(context=9, batch=1)
+    plan = plan_of(hybrid, "bf16", context=9)
     assert plan.components["activations"].basis == "heuristic"
-    assert plan.components["kv_cache"].bytes > 0  # of its attention layers
 
 
 # What the driver holds on the GPU of the measurements, with cuBLAS in use.
@@ -116,7 +114,7 @@ def test_band_holds_what_a_gpu_process_took(test_data, quant):
     rows = [row for row in rows if row["kind"] == "generate" and row["quant"] == quant]
     for row in rows:
         model = open_model(str(test_data / "configs" / folders[row["model"]] / "config.json"))
-        plan = MemoryBudget.of(model, quant).plan(context=row["context"], batch=row["batch"])
+        plan = plan_of(model, quant, context=row["context"], batch=row["batch"])
         taken_bytes = (row["reserved"] + H200_CONTEXT_MIB) * MIB
         assert plan.peak_low_bytes < taken_bytes < plan.peak_high_bytes, row
         assert plan.peak_bytes == pytest.approx(taken_bytes, rel=0.05), row
@@ -144,7 +142,7 @@ MEASURED_WITH_QTOOL = [
 def test_plans_are_what_qtool_took_on_a_gpu(quant, context, allocated_mib, device_mib):
     """Allocated within 0.1 %, the whole process within 3 %."""
     model = reference_models()[1].describe()
-    plan = MemoryBudget.of(model, quant).plan(context=context, batch=1)
+    plan = plan_of(model, quant, context=context, batch=1)
     assert plan.allocated_peak_bytes / MIB == pytest.approx(allocated_mib, rel=1e-3)
     assert plan.peak_bytes / MIB == pytest.approx(device_mib, rel=0.03)
     assert plan.peak_low_bytes < device_mib * MIB < plan.peak_high_bytes

@@ -8,6 +8,7 @@ import pytest
 
 from qtool.errors import QtoolError
 from qtool.planner.gpus import find_gpu, read_catalogue
+from qtool.planner.records import Workload
 from qtool.planner.reference_models import reference_models
 from qtool.planner.sizing import GUIDE_QUANTS, VRAM_CLASSES_GIB, SizingRequest, size_models
 from tests.tiny_models import llama_config, write_llama
@@ -96,7 +97,9 @@ def test_sequences_share_the_weights_but_not_the_cache(tmp_path):
     write_llama(tmp_path)
     one, many = (
         size_models(
-            SizingRequest((str(tmp_path),), ("bf16",), context=1, batch=batch, gpus=("t4",))
+            SizingRequest(
+                (str(tmp_path),), ("bf16",), context=1, workload=Workload(1, batch), gpus=("t4",)
+            )
         ).rows[0]
         for batch in (1, 64)
     )

@@ -211,13 +211,19 @@ def test_a_bare_config_says_how_its_weights_are_quantized(tmp_path, entry, preci
     assert model.weights(precision) == expected
 
 
-@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "mxfp4", "compressed-tensors"])
-def test_other_quantizations_are_refused_by_name(tmp_path, method):
-    config = {**llama_config(), "quantization_config": {"quant_method": method}}
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "compressed-tensors"])
+def test_formats_of_others_are_planned_as_stored_and_at_our_precisions(tmp_path, method):
+    config = {**llama_config(), "dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(QtoolError, match=f"with {method}") as raised:
-        open_model(str(tmp_path))
-    assert raised.value.kind == "unsupported"
+    plain = open_model(str(tmp_path))
+    config["quantization_config"] = {"quant_method": method}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = open_model(str(tmp_path))
+    assert model.stored_precision == method
+    assert model.weights("nf4") == plain.weights("nf4")
+    assert model.weights("bf16") == plain.weights("bf16")
+    stored_bytes = model.weights(method).device_bytes
+    assert stored_bytes < plain.weights("bf16").device_bytes
 
 
 def test_reference_models_have_the_parameters_that_their_makers_publish():

@@ -149,6 +149,13 @@ def test_quantized_sources_are_refused_with_the_reason(tmp_path, entry, words):
     assert caught.value.kind == "unsupported"
 
 
+def test_mixtures_of_experts_are_refused_with_what_qtool_can_do(test_data):
+    with pytest.raises(QtoolError, match="Qwen3MoeForCausalLM is a mixture of 8 experts") as caught:
+        plan_of(test_data / "models" / "tinymoe-6m")
+    assert caught.value.kind == "unsupported"
+    assert "qtool estimate" in caught.value.hint
+
+
 def test_a_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(llama_config()))
     with pytest.raises(QtoolError, match="no safetensors weights"):

@@ -49,6 +49,14 @@ def test_a_packed_model_is_not_quantized_again(packed_folders: PackedFolders) ->
         load_model(str(folder), LoadOptions(quant="int8", device="cpu"))
 
 
+def test_mixtures_of_experts_run_as_they_are_but_are_not_quantized(models: Path) -> None:
+    folder = str(models / "tinymoe-6m")
+    with pytest.raises(QtoolError, match="is a mixture of 8 experts") as caught:
+        load_model(folder, LoadOptions(quant="nf4-dq", device="cpu"))
+    assert caught.value.kind == "unsupported"
+    assert load_model(folder, LoadOptions(device="cpu")).num_packed_layers == 0
+
+
 def test_nan_in_a_weight_is_named(models: Path, tmp_path: Path) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")

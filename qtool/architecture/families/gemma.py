@@ -21,7 +21,7 @@ from qtool.architecture.families.vision import siglip, with_vision
 from qtool.architecture.parts import Tensors, norm, parameter
 from qtool.architecture.stored_names import StoredNames
 
-_FOUR_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+FOUR_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 def gemma(config: Config) -> Body:
@@ -51,7 +51,7 @@ def gemma2(config: Config) -> Body:
         window=4096,
         sliding=lambda index: index % 2 == 0,
     )
-    layer = _layer(config, sizes, _FOUR_NORMS)
+    layer = _layer(config, sizes, FOUR_NORMS)
     return decoder(config, sizes, [layer] * sizes.num_layers, cache, tied=True)
 
 
@@ -65,7 +65,7 @@ def gemma3_text(config: Config, root: str = "model") -> Body:
         window=4096,
         sliding=lambda index: (index + 1) % period != 0,
     )
-    layer = _layer(config, sizes, _FOUR_NORMS, qk_norm=True)
+    layer = _layer(config, sizes, FOUR_NORMS, qk_norm=True)
     return decoder(config, sizes, [layer] * sizes.num_layers, cache, tied=True, root=root)
 
 

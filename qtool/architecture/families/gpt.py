@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qtool.architecture.cache import AttentionCache
 from qtool.architecture.config import Config
 from qtool.architecture.decoder import (
     ROTARY_BUFFER,
@@ -13,7 +14,6 @@ from qtool.architecture.decoder import (
     whole_context,
 )
 from qtool.architecture.parts import Tensors, conv1d, embedding, linear, norm
-from qtool.architecture.records import CacheLayer
 from qtool.architecture.stored_names import StoredNames
 from qtool.errors import QtoolError
 
@@ -165,7 +165,7 @@ def falcon(config: Config) -> Body:
 
     # The new architecture repeats keys and values for every query head before it caches them.
     cached_heads = sizes.num_heads if new else sizes.num_kv_heads
-    cache_layer = CacheLayer(cached_heads, sizes.head_dim, sizes.head_dim)
+    cache_layer = AttentionCache(cached_heads, sizes.head_dim, sizes.head_dim)
     return Body(
         sizes=sizes,
         tensors=(

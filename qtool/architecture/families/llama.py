@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qtool.architecture.cache import CacheLayer
 from qtool.architecture.config import MAX_TENSORS, Config
 from qtool.architecture.decoder import (
     PRE_NORMS,
@@ -24,7 +25,6 @@ from qtool.architecture.decoder import (
     stack,
 )
 from qtool.architecture.parts import Tensors, linear, norm
-from qtool.architecture.records import CacheLayer
 
 
 def llama(config: Config) -> Body:

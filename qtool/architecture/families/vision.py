@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qtool.architecture.config import Config
-from qtool.architecture.decoder import Body, norms, plain_mlp, stack
+from qtool.architecture.decoder import Body, Layer, norms, plain_mlp, stack
 from qtool.architecture.parts import Tensors, convolution, embedding, linear, norm, parameter
 from qtool.architecture.records import ModelTensor
 from qtool.architecture.stored_names import StoredNames
@@ -89,6 +89,57 @@ def _attention_pooling(name: str, width: int, mlp: int) -> Tensors:
         *norm(f"{name}.layernorm", width, bias=True),
         *plain_mlp(f"{name}.mlp.fc1", f"{name}.mlp.fc2", width, mlp),
     )
+
+
+def qwen2_vision(config: Config, root: str) -> Tower:
+    """The tower of Qwen2-VL, whose `hidden_size` is the width it puts out."""
+    width, out = config.count("embed_dim", 1280), config.count("hidden_size", 3584)
+    mlp = width * config.count("mlp_ratio", 4)
+
+    def block(name: str) -> Tensors:
+        return (
+            *norms(name, width, "norm1", "norm2", bias=True),
+            *linear(f"{name}.attn.qkv", 3 * width, width, bias=True),
+            *linear(f"{name}.attn.proj", width, width, bias=True),
+            *plain_mlp(f"{name}.mlp.fc1", f"{name}.mlp.fc2", width, mlp),
+        )
+
+    return _qwen2_tower(config, root, block, width, out, norm_bias=True)
+
+
+def qwen2_5_vision(config: Config, root: str) -> Tower:
+    """The tower of Qwen2.5-VL: gated MLPs, norms without biases."""
+    width, out = config.count("hidden_size", 3584), config.count("out_hidden_size", 3584)
+    mlp = config.count("intermediate_size", 3420)
+
+    def block(name: str) -> Tensors:
+        return (
+            *norms(name, width, "norm1", "norm2"),
+            *linear(f"{name}.attn.qkv", 3 * width, width, bias=True),
+            *linear(f"{name}.attn.proj", width, width, bias=True),
+            *linear(f"{name}.mlp.gate_proj", mlp, width, bias=True),
+            *linear(f"{name}.mlp.up_proj", mlp, width, bias=True),
+            *linear(f"{name}.mlp.down_proj", width, mlp, bias=True),
+        )
+
+    return _qwen2_tower(config, root, block, width, out, norm_bias=False)
+
+
+def _qwen2_tower(
+    config: Config, root: str, block: Layer, width: int, out: int, *, norm_bias: bool
+) -> Tower:
+    patch, merge = config.count("patch_size", 14), config.count("spatial_merge_size", 2)
+    kernel = (config.count("temporal_patch_size", 2), patch, patch)
+    channels, merged = config.count("in_channels", 3), width * merge * merge
+    layers = [block] * config.num_layers("depth", 32, alias="num_hidden_layers")
+    tensors = (
+        *convolution(f"{root}.patch_embed.proj", width, channels, *kernel, bias=False),
+        *stack(f"{root}.blocks", layers),
+        *norm(f"{root}.merger.ln_q", width, bias=norm_bias),
+        *linear(f"{root}.merger.mlp.0", merged, merged, bias=True),
+        *linear(f"{root}.merger.mlp.2", out, merged, bias=True),
+    )
+    return Tower(tensors, out)
 
 
 def qwen_vision(config: Config, root: str, *, deepstack: int) -> Tower:

@@ -1,0 +1,59 @@
+"""Whether the weights in files are those that the architecture implies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import get_args
+
+from qtool.architecture.records import Architecture, ModelTensor
+from qtool.errors import QtoolError
+from qtool.formats.tensors import SourceDtype, TensorLayout
+
+QUANTIZABLE_DTYPES = get_args(SourceDtype)
+
+
+def check_linear_layers(
+    tensors: Iterable[TensorLayout], architecture: Architecture, skip: Sequence[str] = ()
+) -> None:
+    """Raise QtoolError unless every weight to quantize is there, in the shape that config.json
+    says and a dtype that can be quantized."""
+    missing = architecture.quantizable(skip)
+    for tensor in tensors:
+        parameter = architecture.find(tensor.name)
+        if parameter is not None and parameter.name in missing:
+            del missing[parameter.name]
+            _check_source(tensor, parameter)
+    if missing:
+        _raise_missing(sorted(missing), architecture)
+
+
+def _check_source(tensor: TensorLayout, parameter: ModelTensor) -> None:
+    if tensor.shape != parameter.shape:
+        raise QtoolError(
+            f"{place_of(tensor)}: config.json implies shape {list(parameter.shape)}, "
+            f"found {list(tensor.shape)}",
+            kind="bad_file",
+            hint="config.json and the weights do not belong together; fetch both again",
+        )
+    if tensor.dtype not in QUANTIZABLE_DTYPES:
+        raise QtoolError(
+            f"{place_of(tensor)}: dtype {tensor.dtype} cannot be quantized, "
+            f"expected one of {', '.join(QUANTIZABLE_DTYPES)}",
+            kind="unsupported",
+            hint="convert the checkpoint to bfloat16 first",
+        )
+
+
+def _raise_missing(names: Sequence[str], architecture: Architecture) -> None:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    raise QtoolError(
+        f"config.json ({architecture.class_name}) implies {names[0]}{more}, found in no shard",
+        kind="bad_file",
+        hint="the checkpoint is incomplete, or its config.json belongs to another model",
+    )
+
+
+def place_of(tensor: TensorLayout) -> str:
+    """How messages name the tensor: with its file, where that is known."""
+    shard = getattr(tensor, "shard", None)
+    return f"{shard}: {tensor.name}" if shard else tensor.name

@@ -1,0 +1,83 @@
+"""`estimate --exact`: run the model of each plan and set what it allocates beside the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from qtool.errors import QtoolError
+from qtool.exact.records import ExactRequest, FloatDtype, LoraAdapters, Optimizer
+from qtool.planner.llm_int8 import USUAL_INITIALIZER_RANGE, outlier_share
+from qtool.planner.model import PlannedModel
+from qtool.planner.records import Estimate, ExactRun, MemoryPlan
+from qtool.runtime.requirements import require_run_extra
+
+if TYPE_CHECKING:
+    from qtool.architecture import Architecture
+
+OPTIMIZERS: Final[dict[str, Optimizer]] = {"adamw": "adamw", "adamw-8bit": "adamw_8bit"}
+FLOAT_DTYPES: Final[dict[int, FloatDtype]] = {2: "bf16", 4: "fp32"}
+RUNNING: Final = frozenset({"fp32", "bf16", "fp16", "int8", "fp4", "fp4-dq", "nf4", "nf4-dq"})
+LAST_MLP_LAYERS: Final = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
+
+
+def run_plans(model: PlannedModel, estimate: Estimate) -> Estimate:
+    """The estimate with an `ExactRun` in each plan.
+
+    Raises:
+        QtoolError: what is asked for cannot be run so, or a package is missing.
+    """
+    require_run_extra()
+    return replace(estimate, plans=tuple(_run(model, plan) for plan in estimate.plans))
+
+
+def _run(model: PlannedModel, plan: MemoryPlan) -> MemoryPlan:
+    from qtool.exact.peak import exact_peak
+
+    peak = exact_peak(model.config, exact_request(model, plan), model.id)
+    workspace_bytes = plan.components["workspace"].bytes  # taken within kernels, out of sight
+    exact = ExactRun(peak.allocated_peak_bytes + workspace_bytes, peak.seconds)
+    return replace(plan, exact=exact)
+
+
+def exact_request(model: PlannedModel, plan: MemoryPlan) -> ExactRequest:
+    """The plan's workload in the words of the exact mode."""
+    workload, tuning = plan.workload, plan.workload.tuning
+    if workload.runtime == "vllm" or workload.gpus > 1:
+        raise _refusal("runs transformers' modules on one GPU", "--runtime qtool or transformers")
+    if plan.quant not in RUNNING:
+        raise _refusal(f"cannot run {plan.quant}", "--quant bf16, int8 or nf4-dq")
+    if workload.kv_dtype in ("fp8", "int8"):
+        raise _refusal("runs with a cache of full width", "--kv-dtype auto")
+    if workload.mode != "generate" and tuning.optimizer not in OPTIMIZERS:
+        raise _refusal(f"has no {tuning.optimizer}", f"--optimizer {' or '.join(OPTIMIZERS)}")
+    is_llm_int8 = plan.quant == "int8" and workload.runtime == "transformers"
+    dtype = "fp16" if is_llm_int8 else FLOAT_DTYPES.get(model.element_bytes, "bf16")
+    return ExactRequest(
+        quant=plan.quant,
+        mode=workload.mode,
+        runtime=workload.runtime,
+        context=workload.context,
+        batch=workload.batch,
+        compute_dtype=dtype,
+        lora=LoraAdapters(
+            r=tuning.lora_r,
+            targets=tuning.lora_targets or (),
+            dropout=tuning.lora_dropout,
+            dtype=tuning.adapter_dtype,
+        ),
+        optimizer=OPTIMIZERS.get(tuning.optimizer, "adamw"),
+        gradient_checkpointing=tuning.gradient_checkpointing,
+        int8_outliers=_outliers(model.architecture, workload.context * workload.batch)
+        if is_llm_int8 and model.architecture
+        else {},
+    )
+
+
+def _outliers(architecture: Architecture, num_tokens: int) -> dict[str, float]:
+    share = outlier_share(architecture.hidden_size, num_tokens, USUAL_INITIALIZER_RANGE)
+    return dict.fromkeys(LAST_MLP_LAYERS, share)
+
+
+def _refusal(what: str, instead: str) -> QtoolError:
+    return QtoolError(f"--exact {what}", kind="usage", hint=f"ask with {instead}")

@@ -1,0 +1,86 @@
+"""LLM.int8() products as bitsandbytes makes them: what they take beside inputs and weights.
+
+Inputs are rounded to 8 bit and multiplied into int32, which becomes float16. Columns of the input
+that hold a value beyond the threshold, outliers, are multiplied again in 16 bit with their columns
+of the weight. Sources: MatMul8bitLt and the int8 operators of bitsandbytes 0.50, float16 inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Final, NamedTuple
+
+THRESHOLD: Final = 6.0
+USUAL_INITIALIZER_RANGE: Final = 0.02
+
+CODE_BYTES: Final = 1
+ROW_STATISTICS_BYTES: Final = 4
+LOOKING_BYTES: Final = 3  # per input: its absolute value in 16 bit, and whether that is an outlier
+OUTPUT_BYTES: Final = 6  # int32, and float16 made from it
+HALF_BYTES: Final = 2
+COLUMN_BYTES: Final = 9  # of an outlier's weight: its code, float32, and float32 once more
+
+INTEGRATION_STEPS: Final = 2000
+INTEGRATION_LIMIT: Final = 8.0  # standard deviations
+
+
+class Int8Moment(NamedTuple):
+    """Bytes at one moment of a product: activations, and what is made of the weight."""
+
+    activations_bytes: int
+    weight_bytes: int
+
+
+def int8_moments(
+    *, tokens: int, hidden: int, mlp: int, first_width: int, beside_first: int, outliers: float
+) -> tuple[Int8Moment, ...]:
+    """The moments of an MLP that may be the largest, beside the layer's hidden states.
+
+    Args:
+        first_width: of the output of the largest first linear layer, `beside_first` MLP-sized
+            tensors alive with it.
+        outliers: the share of the second layer's input columns that hold one.
+    """
+    half_mlp = tokens * HALF_BYTES * mlp
+    codes = tokens * (CODE_BYTES * mlp + ROW_STATISTICS_BYTES)
+    outlier_inputs = int(half_mlp * outliers)
+    columns = math.ceil(mlp * outliers) * hidden
+    return (
+        Int8Moment(
+            beside_first * half_mlp + tokens * (CODE_BYTES * hidden + OUTPUT_BYTES * first_width), 0
+        ),
+        Int8Moment(half_mlp + codes + tokens * LOOKING_BYTES * mlp, 0),
+        Int8Moment(half_mlp + codes + outlier_inputs, COLUMN_BYTES * columns),
+        Int8Moment(
+            half_mlp + codes + outlier_inputs + tokens * OUTPUT_BYTES * hidden,
+            HALF_BYTES * columns,
+        ),
+    )
+
+
+def outlier_share(hidden: int, tokens: int, initializer_range: float) -> float:
+    """The share of a gated MLP's columns with an outlier, were the weights as drawn at first.
+
+    Which columns hold one depends on weights and text. This is the share for normal weights: gate
+    and up projection then are normal with sqrt(hidden) times the weights' deviation.
+    """
+    return 1 - (1 - _outlier_probability(hidden, initializer_range)) ** tokens
+
+
+@cache
+def _outlier_probability(hidden: int, initializer_range: float) -> float:
+    """P(|silu(gate) * up| > threshold), by the trapezoidal rule over the gate."""
+    deviation = initializer_range * math.sqrt(hidden)
+    if deviation <= 0:
+        return 0.0
+    step = 2 * INTEGRATION_LIMIT / INTEGRATION_STEPS
+    total = 0.0
+    for index in range(INTEGRATION_STEPS + 1):
+        z = -INTEGRATION_LIMIT + index * step
+        gate = z * deviation
+        activated = abs(gate / (1 + math.exp(-gate)))
+        if activated > 0:
+            beyond = math.erfc(THRESHOLD / activated / deviation / math.sqrt(2))
+            total += math.exp(-z * z / 2) * beyond * step
+    return total / math.sqrt(2 * math.pi)

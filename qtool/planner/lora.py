@@ -1,0 +1,62 @@
+"""Which linear layers LoRA adapts, and the parameters it adds: r * (in + out) for each.
+
+The rules are PEFT's (tuners/tuners_utils.py): "all-linear" is every linear layer but the output
+head, a name matches a module that has it or ends in "." and it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from qtool.architecture import Architecture, ModelTensor
+from qtool.errors import QtoolError
+
+ALL_LINEAR: Final = "all-linear"
+# Output head of a language model, and of a classifier.
+HEADS: Final = frozenset({"lm_head", "score"})
+
+Targets = str | Sequence[str]
+
+
+def features(tensor: ModelTensor) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer, whichever way its weight is stored."""
+    outputs, inputs = tensor.shape if tensor.kind == "linear" else tensor.shape[::-1]
+    return inputs, outputs
+
+
+def target_layers(architecture: Architecture, targets: Targets) -> tuple[ModelTensor, ...]:
+    """The weights of the linear layers that get adapters, in the model's order.
+
+    Raises:
+        QtoolError: "usage" for a name that matches no linear layer, with the nearest names.
+    """
+    linears = [tensor for tensor in architecture.tensors.values() if tensor.is_linear]
+    names = (targets,) if isinstance(targets, str) else tuple(targets)
+    if len(names) == 1 and names[0].lower() == ALL_LINEAR:
+        return tuple(tensor for tensor in linears if tensor.module_name not in HEADS)
+    for name in names:
+        if not any(_matches(tensor, name) for tensor in linears):
+            _refuse(name, linears)
+    return tuple(tensor for tensor in linears if any(_matches(tensor, name) for name in names))
+
+
+def num_adapter_parameters(tensor: ModelTensor, r: int) -> int:
+    """Parameters of lora_A [r, in] and lora_B [out, r]."""
+    return r * sum(features(tensor))
+
+
+def _matches(tensor: ModelTensor, name: str) -> bool:
+    return tensor.module_name == name or tensor.module_name.endswith(f".{name}")
+
+
+def _refuse(name: str, linears: Sequence[ModelTensor]) -> None:
+    from difflib import get_close_matches  # slow to import, and only this refusal needs it
+
+    known = list(dict.fromkeys(tensor.module_name.rpartition(".")[2] for tensor in linears))
+    near = get_close_matches(name, known, n=3) or known[:12]
+    raise QtoolError(
+        f"LoRA target {name[:80]!r} matches no linear layer of the model",
+        kind="usage",
+        hint=f"--lora-targets {ALL_LINEAR}, or names such as {', '.join(near)}",
+    )

@@ -1,0 +1,104 @@
+"""What the runtimes do that one may not expect, each with a line that says so.
+
+transformers + bitsandbytes replaces nn.Linear only, so routed experts stay in 16 bit; its device
+map gives weights a part of the GPU; vLLM takes a share of the GPU whatever the model needs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from qtool.architecture import Architecture
+from qtool.formats.precisions import QUANTIZED_PRECISIONS
+from qtool.planner.gpus import GIB, Gpu
+from qtool.planner.model import PlannedModel
+from qtool.planner.records import Workload
+
+# accelerate leaves a tenth of a GPU free of weights; the quantizer for bitsandbytes a tenth more.
+DEVICE_MAP_SHARE: Final = 0.90
+QUANTIZER_SHARE: Final = 0.90
+# Bits of a packed weight in transformers' reckoning, which leaves absmax out.
+DEVICE_MAP_BITS: Final = {"int8": 8}
+VLLM_SHARE: Final = 0.90  # gpu_memory_utilization
+
+
+def usable_share(workload: Workload) -> float:
+    """The part of a GPU's usable memory that the runtime lets itself have."""
+    return VLLM_SHARE if workload.runtime == "vllm" else 1.0
+
+
+def plan_notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str, ...]:
+    """Lines about the plan, whatever the GPU."""
+    notes = [*_expert_notes(model, quant, workload)]
+    if workload.runtime == "transformers" and workload.mode == "generate" and quant == "int8":
+        notes.append(
+            "LLM.int8() multiplies columns with outliers once more in 16 bit; how many there are "
+            "depends on weights and text, counted as for weights drawn at random, in float16"
+        )
+    if workload.runtime == "vllm":
+        notes.append(
+            "vLLM: the cache in pages of 16 tokens, prompts in pieces of 8,192 tokens; it takes "
+            f"{VLLM_SHARE:.0%} of the GPU whatever the model needs (gpu_memory_utilization)"
+        )
+    if workload.runtime == "qtool" and workload.kv_dtype in ("fp8", "int8"):
+        notes.append(
+            f"qtool's own cache is 16 bit; {workload.kv_dtype} is counted as transformers' "
+            "quantized cache keeps it"
+        )
+    if workload.mode != "generate" and workload.gpus > 1:
+        notes.append(
+            "training on several GPUs: layers spread over them; data parallel training "
+            "takes the memory of one GPU on each"
+        )
+    return tuple(notes)
+
+
+def fit_notes(
+    model: PlannedModel, quant: str, workload: Workload, gpu: Gpu, num_gpus: int
+) -> tuple[str, ...]:
+    """Lines about the plan on a GPU."""
+    if workload.runtime != "transformers" or model.architecture is None:
+        return ()
+    needed_bytes = _device_map_bytes(model.architecture, quant, model.element_bytes)
+    share = DEVICE_MAP_SHARE * (QUANTIZER_SHARE if quant in QUANTIZED_PRECISIONS else 1.0)
+    if needed_bytes <= share * gpu.usable_bytes * num_gpus:
+        return ()
+    instead = "; device_map={'': 0} does not" if num_gpus == 1 else ""
+    return (
+        f'device_map="auto" gives weights at most {share:.0%} of a GPU, so it would move some to '
+        f"the CPU{instead}",
+    )
+
+
+def _expert_notes(model: PlannedModel, quant: str, workload: Workload) -> list[str]:
+    architecture = model.architecture
+    if architecture is None or quant not in QUANTIZED_PRECISIONS or model.packed:
+        return []
+    expert_elements = sum(
+        math.prod(tensor.shape) for tensor in architecture.tensors.values() if tensor.is_expert
+    )
+    if not expert_elements:
+        return []
+    if workload.runtime == "transformers":
+        kept_bytes = expert_elements * model.element_bytes
+        return [
+            "transformers + bitsandbytes replaces linear layers only, and routed experts are none: "
+            f"{kept_bytes / GIB:,.2f} GiB of them stay as they are"
+        ]
+    if workload.runtime == "qtool":
+        return [
+            "with every routed expert packed; qtool itself does not quantize or run mixtures of "
+            "experts yet"
+        ]
+    return []
+
+
+def _device_map_bytes(architecture: Architecture, quant: str, element_bytes: int) -> int:
+    packed = architecture.quantizable() if quant in QUANTIZED_PRECISIONS else {}
+    bits = DEVICE_MAP_BITS.get(quant, 4)
+    return sum(
+        math.prod(tensor.shape) * (bits if name in packed else 8 * element_bytes) // 8
+        for name, tensor in architecture.tensors.items()
+        if tensor.tied_to is None
+    )

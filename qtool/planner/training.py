@@ -1,0 +1,382 @@
+"""The memory of a training step beside the weights: adapters, gradients, optimizer, activations.
+
+    training_peak(architecture, TrainingOptions(mode="qlora", batch=1, context=2048)).total_bytes
+
+Follows transformers' Trainer with `bf16=True`: forward under bf16 autocast, backward outside, loss
+by ForCausalLMLoss, gradients freed after each optimizer step, no padding in the batch, attention
+as the model chooses it (fused where it can be). Modes:
+
+- "full": parameters and optimizer states in the dtype the model was loaded in, bf16 by default;
+  `master_dtype="fp32"` holds parameters, gradients and states in float32, and bf16 copies of the
+  weights while a step runs.
+- "lora": a frozen 16-bit base; adapters in float32, PEFT's default, or bf16.
+- "qlora": a frozen packed base. With runtime "transformers" bitsandbytes' layers after PEFT's
+  prepare_model_for_kbit_training, which makes float32 of all that is not packed; with runtime
+  "qtool" the same as "lora" with packed weights.
+
+The peak is the largest of a few moments; a component counts what is alive at that moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Final, Literal
+
+from qtool.architecture import Architecture, ModelTensor
+from qtool.planner.lora import ALL_LINEAR, Targets, num_adapter_parameters, target_layers
+from qtool.planner.optimizers import find_optimizer
+from qtool.planner.training_layers import (
+    BF16,
+    FP32,
+    NORM_BACKWARD_COPIES,
+    Alive,
+    Layer,
+    Precision,
+    training_layers,
+)
+
+TrainingMode = Literal["qlora", "lora", "full"]
+FloatName = Literal["fp32", "bf16"]
+FLOAT_BYTES: Final[dict[FloatName, int]] = {"fp32": FP32, "bf16": BF16}
+GIB: Final = 1 << 30
+
+# ForCausalLMLoss per logit (transformers/loss/loss_utils.py): bf16, float32, log-softmax when the
+# loss is computed; log-softmax, its gradient, that of the float32 logits in the backward pass.
+LOSS_FORWARD_BYTES: Final = 10
+LOSS_BACKWARD_BYTES: Final = 12
+# The tanh of a final soft cap, kept in bf16.
+SOFT_CAPPED: Final = frozenset({"gemma2"})
+
+POSITION_BYTES: Final = 24  # token id, label and position, int64 each
+NESTED_ABSMAX_BYTES: Final = 8  # double quantization: float32 absmax, and before its offset
+BLOCK_ELEMENTS: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOptions:
+    """How a model is trained. `context` is tokens per sequence, `batch` sequences per pass.
+
+    `accumulates_gradients`: more than one pass per optimizer step, so gradients never go away.
+    `master_dtype` matters to "full" alone, `quant` to "qlora" alone.
+    """
+
+    mode: TrainingMode
+    batch: int
+    context: int
+    runtime: str = "transformers"
+    quant: str = "nf4-dq"
+    lora_r: int = 16
+    lora_targets: Targets = ALL_LINEAR
+    lora_dropout: float = 0.05
+    adapter_dtype: FloatName = "fp32"
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = True
+    accumulates_gradients: bool = False
+    master_dtype: FloatName = "bf16"
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether prepare_model_for_kbit_training has been here."""
+        return self.mode == "qlora" and self.runtime == "transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPeak:
+    """Bytes alive at the peak of a training step, beside the weights at their own precision.
+
+    `upcast_bytes` is what weights take beyond that precision because they are held in float32,
+    `weight_copies_bytes` the bf16 copies that autocast makes of float32 ones. Of `optimizer_bytes`
+    `paged_bytes` may lie outside the GPU. `notes` are lines for the reader.
+    """
+
+    moment: str
+    adapters_bytes: int
+    upcast_bytes: int
+    optimizer_bytes: int
+    paged_bytes: int
+    gradients_bytes: int
+    weight_copies_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+    dequant_buffer_bytes: int
+    num_trainable: int
+    basis: Literal["formula", "heuristic"]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def resident_bytes(self) -> int:
+        """What stays between steps: adapters, upcasts, optimizer states."""
+        return self.adapters_bytes + self.upcast_bytes + self.optimizer_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return (
+            self.resident_bytes
+            + self.gradients_bytes
+            + self.weight_copies_bytes
+            + self.activations_bytes
+            + self.logits_bytes
+            + self.dequant_buffer_bytes
+        )
+
+
+def training_peak(
+    architecture: Architecture, options: TrainingOptions, *, buffer_bytes: int | None = None
+) -> TrainingPeak:
+    """The peak of a training step in its steady state, optimizer states allocated.
+
+    Args:
+        buffer_bytes: what multiplying by the largest packed weight takes; None: what bitsandbytes
+            does, which makes a 16-bit copy of the whole weight.
+
+    Raises:
+        QtoolError: "usage" for an unknown optimizer, or a LoRA target that matches nothing.
+    """
+    run = _Run.of(architecture, options, buffer_bytes)
+    name, alive = max(run.moments(), key=lambda moment: moment[1].total)
+    optimizer_bytes, paged_bytes = run.optimizer_bytes()
+    return TrainingPeak(
+        moment=name,
+        adapters_bytes=run.adapters_bytes,
+        upcast_bytes=run.upcast_bytes,
+        optimizer_bytes=optimizer_bytes,
+        paged_bytes=paged_bytes,
+        gradients_bytes=alive.gradients,
+        weight_copies_bytes=alive.weight_copies,
+        activations_bytes=alive.activations,
+        logits_bytes=alive.logits,
+        dequant_buffer_bytes=alive.buffer,
+        num_trainable=run.num_trainable,
+        basis="formula" if run.is_known else "heuristic",
+        notes=tuple(run.notes()),
+    )
+
+
+def _buffer_rule(quant: str, buffer_bytes: int | None) -> Callable[[int], int]:
+    """Elements of a packed weight -> what it takes in floating point during one product."""
+    if buffer_bytes is not None:
+        return lambda num_elements: buffer_bytes
+    nested = NESTED_ABSMAX_BYTES if quant.endswith("-dq") else 0
+    return lambda num_elements: BF16 * num_elements + nested * -(-num_elements // BLOCK_ELEMENTS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A model and how it is trained; the sizes that the moments are made of."""
+
+    architecture: Architecture
+    options: TrainingOptions
+    targets: tuple[ModelTensor, ...]
+    packed: frozenset[str]
+    layers: tuple[Layer, ...]
+    stream: int
+    trained_bytes: int  # per element of what is trained, and of its gradient
+
+    @classmethod
+    def of(
+        cls, architecture: Architecture, options: TrainingOptions, buffer_bytes: int | None
+    ) -> _Run:
+        is_full = options.mode == "full"
+        targets = () if is_full else target_layers(architecture, options.lora_targets)
+        packed = architecture.quantizable() if options.mode == "qlora" else {}
+        is_float32 = options.is_prepared or (is_full and options.master_dtype == "fp32")
+        precision = Precision(
+            stream=FP32 if is_float32 else BF16,
+            is_full=is_full,
+            is_bitsandbytes=options.is_prepared,
+            trained=FLOAT_BYTES[options.master_dtype if is_full else options.adapter_dtype],
+            dropout=options.lora_dropout > 0,
+            lora_r=options.lora_r,
+            packed=frozenset(packed),
+            adapted=frozenset(target.name for target in targets),
+            buffer_bytes=_buffer_rule(options.quant, buffer_bytes),
+        )
+        layers = training_layers(
+            architecture, precision, batch=options.batch, context=options.context
+        )
+        return cls(
+            architecture=architecture,
+            options=options,
+            targets=targets,
+            packed=precision.packed,
+            layers=layers,
+            stream=precision.stream,
+            trained_bytes=precision.trained,
+        )
+
+    # -- resident ---------------------------------------------------------------------------------
+
+    @property
+    def is_full(self) -> bool:
+        return self.options.mode == "full"
+
+    @property
+    def is_known(self) -> bool:
+        known = self.layers and all(layer.is_known for layer in self.layers)
+        return bool(known) and not self.architecture.unmodelled
+
+    @property
+    def num_trainable(self) -> int:
+        if self.is_full:
+            return self.architecture.num_parameters
+        r = self.options.lora_r
+        return sum(num_adapter_parameters(target, r) for target in self.targets)
+
+    @property
+    def adapters_bytes(self) -> int:
+        return 0 if self.is_full else self.num_trainable * self.trained_bytes
+
+    @property
+    def upcast_bytes(self) -> int:
+        """float32 in place of 16 bit, for each unpacked parameter."""
+        if self.stream == BF16:
+            return 0
+        unpacked = (
+            math.prod(tensor.shape)
+            for tensor in self.architecture.tensors.values()
+            if tensor.tied_to is None and tensor.name not in self.packed
+        )
+        return (FP32 - BF16) * sum(unpacked)
+
+    def optimizer_bytes(self) -> tuple[int, int]:
+        """All states, and those of them that may be paged out."""
+        optimizer = find_optimizer(self.options.optimizer)
+        total = paged = 0
+        for shape, is_embedding in self._trained_tensors():
+            state = optimizer.state_bytes(shape, self.trained_bytes, is_embedding=is_embedding)
+            total += state
+            paged += state if optimizer.is_paged_out(shape) else 0
+        return total, paged
+
+    def _trained_tensors(self) -> Iterable[tuple[Sequence[int], bool]]:
+        """Shapes of what is trained, and whether each is an embedding's weight."""
+        if self.is_full:
+            for tensor in self.architecture.tensors.values():
+                if tensor.tied_to is None:
+                    yield tensor.shape, tensor.kind == "embedding"
+            return
+        r = self.options.lora_r
+        for target in self.targets:
+            outputs, inputs = target.shape if target.kind == "linear" else target.shape[::-1]
+            yield (r, inputs), False
+            yield (outputs, r), False
+
+    # -- moments ----------------------------------------------------------------------------------
+
+    def moments(self) -> Iterable[tuple[str, Alive]]:
+        """Where the peak may lie, in the order of a step."""
+        yield "loss", self._loss(LOSS_FORWARD_BYTES) + Alive(weight_copies=self._cached_copies)
+        yield "backward of the loss", self._loss(LOSS_BACKWARD_BYTES)
+        yield "backward of the final norm", self._final_norm()
+        yield from self._layers()
+        yield "end of the backward pass", self._end()
+
+    @property
+    def tokens(self) -> int:
+        return self.options.batch * self.options.context
+
+    @property
+    def _outside_layers(self) -> Alive:
+        """Alive all through a step: integer inputs, rotary cosines and sines, and the embeddings,
+        which are made to require gradients where only adapters are trained."""
+        rotary = 2 * self.stream * self.architecture.head_dim * self.options.context
+        is_leaf = not self.is_full and self.stream == BF16  # in float32 the first norm keeps them
+        leaf = self.stream * self.architecture.hidden_size if is_leaf else 0
+        if self.options.gradient_checkpointing:
+            leaf = 0  # the first checkpoint
+        return Alive(self.tokens * (POSITION_BYTES + leaf) + rotary)
+
+    def _kept(self) -> list[Alive]:
+        """What is kept by all layers before each, and at last by all of them."""
+        if self.options.gradient_checkpointing:
+            kept = (Alive(layer.checkpoint) for layer in self.layers)
+        else:
+            kept = (layer.keeps for layer in self.layers)
+        return list(accumulate(kept, initial=self._outside_layers))
+
+    @property
+    def _all_gradients(self) -> int:
+        return self.num_trainable * self.trained_bytes
+
+    def _made(self, gradients: int) -> Alive:
+        """The gradients that exist when the pass at hand has made `gradients` of them."""
+        accumulated = self.options.accumulates_gradients
+        return Alive(gradients=self._all_gradients if accumulated else gradients)
+
+    @property
+    def _head_elements(self) -> int:
+        return self.architecture.hidden_size * self.architecture.vocab_size
+
+    @property
+    def _cached_copies(self) -> int:
+        """Copies of trained weights that only autocast's cache holds, until the loss is there."""
+        if not self.options.gradient_checkpointing:
+            return 0
+        return sum(layer.cached_copies for layer in self.layers)
+
+    def _loss(self, bytes_per_logit: int) -> Alive:
+        hidden = self.architecture.hidden_size
+        trained = (self.stream + BF16) * hidden if self.is_full else 0
+        if self.architecture.model_type in SOFT_CAPPED:
+            bytes_per_logit += BF16
+        last = Alive(
+            activations=self.tokens * (FP32 * hidden + trained),  # the final norm's
+            weight_copies=BF16 * self._head_elements if self.stream == FP32 else 0,
+            logits=self.tokens * bytes_per_logit * self.architecture.vocab_size,
+        )
+        return self._kept()[-1] + last + self._made(0)
+
+    def _final_norm(self) -> Alive:
+        norm = (NORM_BACKWARD_COPIES + 1) * FP32 * self.architecture.hidden_size * self.tokens
+        head = self._head_elements * self.trained_bytes if self.is_full else 0
+        return self._kept()[-1] + Alive(norm) + self._made(head)
+
+    def _layers(self) -> Iterable[tuple[str, Alive]]:
+        """Each layer's passes; with checkpoints it runs forward again beside its own."""
+        kept = self._kept()
+        made = self._all_gradients - sum(layer.gradients for layer in self.layers)
+        for index in reversed(range(len(self.layers))):
+            layer = self.layers[index]
+            before = kept[index + 1 if self.options.gradient_checkpointing else index]
+            peak = layer.peak
+            if self.options.accumulates_gradients:
+                peak = replace(peak, gradients=0)
+            yield f"backward of layer {index}", before + peak + self._made(made)
+            made += layer.gradients
+
+    def _end(self) -> Alive:
+        """All gradients; a tied head's and the embedding's own are summed last."""
+        is_tied = self.is_full and self.architecture.tied_embeddings
+        second = self._head_elements * self.trained_bytes if is_tied else 0
+        return Alive(gradients=self._all_gradients + second)
+
+    # -- lines for the reader ---------------------------------------------------------------------
+
+    def notes(self) -> Iterable[str]:
+        """What a reader would not expect."""
+        tensors = self.architecture.tensors.values()
+        has_experts = any(tensor.experts_per_token for tensor in tensors)
+        if self.options.is_prepared:
+            extra = self.upcast_bytes / GIB
+            yield (
+                "prepare_model_for_kbit_training holds embeddings, head, norms and whatever else "
+                f"is not packed in fp32: +{extra:.2f} GiB"
+            )
+            if has_experts:
+                yield "bitsandbytes leaves the fused experts unpacked, so they are in fp32 too"
+        if has_experts and not self.is_full:
+            yield "PEFT does not adapt fused experts: LoRA trains the other linear layers alone"
+        if find_optimizer(self.options.optimizer).is_paged:
+            yield "paged optimizer states are counted as if all of them were on the GPU"
+        if not self.is_known:
+            yield (
+                "activations of experts, state-space and other mixers, vision: from the layers' "
+                "widths alone"
+            )
+
+
+__all__ = ["TrainingMode", "TrainingOptions", "TrainingPeak", "training_peak"]

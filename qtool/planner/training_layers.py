@@ -1,0 +1,487 @@
+"""What one decoder layer keeps for its backward pass, and what it takes on the way.
+
+A layer is a sequence of steps. Each says what it `keeps` until its backward pass, and what is alive
+beside everything kept while it runs `forward` and `backward`. So a layer's peak is the largest of
+running sums, wherever in it that lies. Sizes are bytes for all tokens of a pass.
+
+What is kept follows from the code that runs, under bf16 autocast:
+
+- norm (LlamaRMSNorm): its input in float32 and one number; what is scaled, if the scale is trained;
+- trained linear: its input in bf16; layers that read the same input share it unless it is float32,
+  which autocast casts for each;
+- frozen linear: nothing (F.linear keeps a frozen weight's input no more than MatMul4Bit does);
+- LoRA (peft/tuners/lora/layer.py, bnb.py): dropout's mask (1 byte) and, in bf16, what lora_A and
+  lora_B read. Each adapter has dropout of its own, so nothing is shared;
+- attention (fused): queries, keys, values and output in bf16, one float32 per query and head;
+  otherwise the matrix, see `AttentionMatrix`;
+- gated MLP: the activation's input and output and the other branch; plain MLP: its input.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
+
+from qtool.architecture import Architecture, AttentionCache, ModelTensor
+from qtool.planner.lora import features, num_adapter_parameters
+
+BF16: Final = 2
+FP32: Final = 4
+MASK: Final = 1
+
+# The layer that a tensor belongs to: everything up to the first number in its name.
+_LAYER: Final = re.compile(r"(?P<layer>.*?\.\d+)\.(?P<rest>.+)")
+# Parts of multimodal models that text does not pass.
+_TOWERS: Final = re.compile(r"vision|visual|audio")
+_QUERIES: Final = frozenset(
+    {"q_proj", "q_a_proj", "q_b_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"}
+)
+_OUTPUTS: Final = frozenset(
+    {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "dense_4h_to_h", "w2", "fc_out"}
+)
+_MLP_OUTPUTS: Final = frozenset({"down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2"})
+_RECURRENT: Final = frozenset({"linear_attn"})  # has queries too, but no attention
+# Their attention and activation do more in Python than these steps say.
+UNCHECKED: Final = frozenset({"bloom"})
+
+# MLP-sized tensors kept by activations that are spelled out in Python (`gelu_new`, BloomGelu).
+ACTIVATION_COPIES: Final = {"gpt2": 4, "phi": 4}
+# Kept of each output of a recurrent mixer's linear layers: the convolution's input, its
+# activation's input and what the scan reads. Nobody counted a kernel's own buffers.
+RECURRENT_COPIES: Final = 3
+# float32 tensors of its width that an RMS norm's backward pass has at once.
+NORM_BACKWARD_COPIES: Final = 5
+
+
+class AttentionMatrix(NamedTuple):
+    """Bytes per head and pair of tokens of attention that is not fused: kept, and in work."""
+
+    kept: int
+    work: int
+
+
+# The float32 softmax and its bf16 copy; Gemma 2 also keeps the tanh of its soft cap.
+ATTENTION_MATRIX: Final = {"bloom": AttentionMatrix(6, 6), "gemma2": AttentionMatrix(8, 6)}
+# An additive bf16 mask per layer where a window makes fused attention take a mask.
+MASK_PAIR_BYTES: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The dtypes of a training run, in bytes per element, and what is trained.
+
+    `stream` is the residual stream's. `is_bitsandbytes`: packed layers are bitsandbytes' and PEFT's
+    classes for them, which answer in their input's dtype. `buffer_bytes(elements)` is what a packed
+    weight takes in floating point while it is multiplied by.
+    """
+
+    stream: int
+    is_full: bool
+    is_bitsandbytes: bool
+    trained: int
+    dropout: bool
+    lora_r: int
+    packed: frozenset[str]
+    adapted: frozenset[str]
+    buffer_bytes: Callable[[int], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """What is alive at some moment, in bytes."""
+
+    activations: int = 0
+    buffer: int = 0
+    weight_copies: int = 0
+    gradients: int = 0
+    logits: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.buffer + self.weight_copies + self.gradients + self.logits
+
+    def __add__(self, other: Alive) -> Alive:
+        return Alive(
+            self.activations + other.activations,
+            self.buffer + other.buffer,
+            self.weight_copies + other.weight_copies,
+            self.gradients + other.gradients,
+            self.logits + other.logits,
+        )
+
+
+def largest(moments: Iterable[Alive]) -> Alive:
+    """The moment at which most is alive."""
+    return max(moments, key=lambda alive: alive.total, default=Alive())
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Part of a layer. `gradients` are those of its weights, which its backward pass makes."""
+
+    keeps: Alive
+    forward: Alive = Alive()
+    backward: Alive = Alive()
+    gradients: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer in training.
+
+    `keeps` is all that is kept when its forward pass has ended, `peak` the most at once in its
+    forward and its backward pass, its own gradients included. `checkpoint` is its input, the only
+    thing kept under gradient checkpointing. `cached_copies` are the bf16 copies of trained float32
+    weights, which autocast holds until the loss is computed.
+    """
+
+    keeps: Alive
+    peak: Alive
+    gradients: int
+    checkpoint: int
+    cached_copies: int
+    is_known: bool
+
+
+def _peak(steps: Sequence[Step]) -> Alive:
+    """The largest of the running sums."""
+    moments = []
+    kept, gradients = Alive(), sum(step.gradients for step in steps)
+    for step in steps:
+        kept += step.keeps
+        moments += [kept + step.forward, kept + step.backward + Alive(gradients=gradients)]
+        gradients -= step.gradients
+    return largest(moments)
+
+
+def training_layers(
+    architecture: Architecture, precision: Precision, *, batch: int, context: int
+) -> tuple[Layer, ...]:
+    """The text decoder's layers, first to last."""
+    grouped: dict[str, list[tuple[str, ModelTensor]]] = {}
+    for tensor in architecture.tensors.values():
+        match = _LAYER.match(tensor.name)
+        if match and not _TOWERS.search(match["layer"]):
+            grouped.setdefault(match["layer"], []).append((match["rest"], tensor))
+    caches = architecture.cache_layers
+    masked = [isinstance(c, AttentionCache) and (c.window or context) < context for c in caches]
+    share_masked = sum(masked) / len(masked) if masked else 0.0
+    built: dict[tuple[object, ...], Layer] = {}
+    layers = []
+    for index, tensors in enumerate(grouped.values()):
+        aligned = len(masked) == len(grouped)
+        is_masked = masked[index] if aligned else share_masked > 0
+        # Layers of one kind are built once: a model has hundreds, of one to four kinds.
+        key = (is_masked, *((rest, t.shape, t.name in precision.adapted) for rest, t in tensors))
+        if key not in built:
+            builder = _Builder(architecture, precision, batch * context, context, is_masked)
+            built[key] = builder.layer(tensors)
+        layers.append(built[key])
+    return tuple(layers)
+
+
+class _Linear(NamedTuple):
+    """One linear layer: bytes per token that it keeps beside its input, whether it keeps that too,
+    and what passes through."""
+
+    keeps: int
+    shares: bool
+    forward: Alive
+    backward: Alive
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """Writes down the steps of one kind of layer."""
+
+    architecture: Architecture
+    precision: Precision
+    tokens: int
+    context: int
+    is_masked: bool
+
+    def layer(self, tensors: Sequence[tuple[str, ModelTensor]]) -> Layer:
+        precision, hidden = self.precision, self.architecture.hidden_size
+        norms = [
+            (rest, tensor)
+            for rest, tensor in tensors
+            if tensor.kind == "norm" and rest.count(".") == 1 and tensor.shape == (hidden,)
+        ]
+        biased = {rest.removesuffix(".bias") for rest, tensor in tensors if tensor.kind == "bias"}
+        is_layer_norm = any(rest.removesuffix(".weight") in biased for rest, _ in norms)
+        inputs = FP32 if is_layer_norm else precision.stream  # autocast runs layer_norm in float32
+        norm_step = self._norm(hidden, precision.stream, is_layer_norm=is_layer_norm)
+        sections: dict[str, list[ModelTensor]] = {}
+        for rest, tensor in tensors:
+            if tensor.is_linear:
+                sections.setdefault(rest.rpartition(".")[0].rpartition(".")[0], []).append(tensor)
+        mixers: list[Step] = []
+        mlps: list[Step] = []
+        is_known = bool(sections) and self.architecture.model_type not in UNCHECKED
+        for name, linears in sections.items():
+            names = _names(linears)
+            is_attention = names & _QUERIES and names & _OUTPUTS
+            if is_attention and name.rpartition(".")[2] not in _RECURRENT:
+                mixers += self._attention(linears, tensors, inputs)
+            elif names & _MLP_OUTPUTS:
+                mlps += self._mlp(linears, inputs)
+            else:
+                mixers += self._recurrent(linears, inputs)
+                is_known = False
+        if any(tensor.experts_per_token for _, tensor in tensors):
+            mlps += self._experts(inputs)
+            is_known = False
+        half = len(norms) // 2 or len(norms)
+        before, between = norms[: half - half // 2], norms[half - half // 2 :]
+        last = half // 2
+        steps = (
+            *(norm_step for _ in before),
+            *mixers,
+            *(norm_step for _ in between[: len(between) - last]),
+            *mlps,
+            *(norm_step for _ in between[len(between) - last :]),
+        )
+        unread = [t for _, t in tensors if not t.is_linear]
+        rest_of_weights = Step(
+            Alive(weight_copies=sum(self._copied(tensor) for tensor in unread)),
+            gradients=sum(self._gradients(tensor) for tensor in unread),
+        )
+        steps = (rest_of_weights, *(self._beside_the_stream(step) for step in steps))
+        return Layer(
+            keeps=sum((step.keeps for step in steps), Alive()),
+            peak=_peak(steps),
+            gradients=sum(step.gradients for step in steps),
+            checkpoint=self.tokens * precision.stream * hidden,
+            cached_copies=sum(
+                self._copied(tensor) for _, tensor in tensors if self._gradients(tensor)
+            ),
+            is_known=is_known,
+        )
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def _gradients(self, tensor: ModelTensor) -> int:
+        """Of a trained weight, or of a linear layer's adapter."""
+        precision = self.precision
+        if precision.is_full:
+            return precision.trained * math.prod(tensor.shape)
+        if tensor.name in precision.adapted:
+            return precision.trained * num_adapter_parameters(tensor, precision.lora_r)
+        return 0
+
+    def _copied(self, tensor: ModelTensor) -> int:
+        """bf16 copies of float32 weights that a product under autocast reads."""
+        precision = self.precision
+        copied = 0
+        if tensor.name in precision.adapted and precision.trained == FP32:
+            copied += BF16 * num_adapter_parameters(tensor, precision.lora_r)
+        if precision.stream == FP32 and tensor.name not in precision.packed and tensor.is_linear:
+            copied += BF16 * math.prod(tensor.shape)
+        return copied
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    def _alive(self, bytes_per_token: int) -> Alive:
+        return Alive(self.tokens * bytes_per_token)
+
+    def _step(self, keeps: int, forward: int = 0, backward: int = 0) -> Step:
+        """A step without weights, in bytes per token."""
+        return Step(self._alive(keeps), self._alive(forward), self._alive(backward))
+
+    def _beside_the_stream(self, step: Step) -> Step:
+        """With the residual stream, or its gradient; one in bf16 is kept by nothing else."""
+        stream = self.precision.stream * self.architecture.hidden_size
+        held = 3 * stream if self.precision.stream == BF16 else stream
+        return replace(
+            step,
+            forward=step.forward + self._alive(held),
+            backward=step.backward + self._alive(stream),
+        )
+
+    def _norm(self, width: int, element_bytes: int, *, is_layer_norm: bool = False) -> Step:
+        float32 = FP32 * width
+        if is_layer_norm:
+            return self._step(float32 + 2 * FP32, float32, 2 * float32)
+        trained = element_bytes * width if self.precision.is_full else 0
+        return self._step(float32 + FP32 + trained, float32, NORM_BACKWARD_COPIES * float32)
+
+    def _linears(
+        self, linears: Sequence[ModelTensor], element_bytes: int, *, is_kept: bool = False
+    ) -> list[Step]:
+        """Linear layers that read one input, one after another; `is_kept` by another step anyway.
+
+        What they put out, or its gradients, is beside them until the last of them is done.
+        """
+        steps = []
+        outputs = 0
+        keeping: set[int] = set()  # widths of the inputs that are kept already
+        for index, tensor in enumerate(linears):
+            width, output = features(tensor)
+            outputs += self.output_bytes(tensor, element_bytes) * output
+            one = self._linear(tensor, element_bytes)
+            is_first = one.shares and not is_kept and width not in keeping
+            if one.shares:
+                keeping.add(width)
+            read = 0 if is_kept or width in keeping else element_bytes * width
+            summed = element_bytes * width if index < len(linears) - 1 else 0
+            kept = one.keeps + (element_bytes * width if is_first else 0)
+            steps.append(
+                Step(
+                    keeps=Alive(self.tokens * kept, weight_copies=self._copied(tensor)),
+                    forward=one.forward + self._alive(read + outputs),
+                    backward=one.backward + self._alive(summed + outputs),
+                    gradients=self._gradients(tensor),
+                )
+            )
+        return steps
+
+    def _linear(self, tensor: ModelTensor, element_bytes: int) -> _Linear:
+        """One of them; see the module's text for what is kept."""
+        precision = self.precision
+        inputs, outputs = features(tensor)
+        is_float32 = element_bytes == FP32
+        cast = BF16 * inputs if is_float32 else 0  # what the product itself reads
+        if precision.is_full:
+            gradient = self._alive(element_bytes * inputs)
+            return _Linear(cast, not is_float32, Alive(), gradient)
+        buffer = 0
+        if tensor.name in precision.packed:
+            buffer = precision.buffer_bytes(math.prod(tensor.shape))
+        if tensor.name not in precision.adapted:
+            passing = Alive(self.tokens * cast, buffer)
+            return _Linear(0, False, passing, passing + self._alive(element_bytes * inputs))
+        keeps = BF16 * precision.lora_r + (MASK * inputs if precision.dropout else 0)
+        is_cast = precision.trained == FP32 and not self._is_bitsandbytes(tensor)
+        if is_cast or is_float32:  # dropout in float32, lora_A reads a bf16 copy
+            own = 0 if is_float32 else FP32 * inputs
+            dropped = FP32 * inputs if precision.dropout else 0
+            keeps, shares = keeps + BF16 * inputs, False
+            # lora_A's copy is gone when the gradient of its input becomes float32.
+            adapter_back = FP32 * inputs + dropped - BF16 * inputs
+        else:
+            own = dropped = 0
+            shares = not precision.dropout
+            keeps += 0 if shares else BF16 * inputs
+            adapter_back = BF16 * inputs
+        # lora_B's scaled output and its sum with the base layer's.
+        added = BF16 + self.output_bytes(tensor, element_bytes)
+        # The base layer's backward pass comes last: what the adapter kept is gone, the gradient of
+        # its input is there.
+        product = (element_bytes + BF16) * inputs - keeps
+        converted = product + (FP32 * inputs if is_float32 else 0)
+        return _Linear(
+            keeps,
+            shares,
+            largest(
+                (
+                    Alive(self.tokens * cast, buffer),
+                    self._alive(own + dropped),
+                    self._alive(own + added * outputs),
+                )
+            ),
+            largest(
+                (
+                    Alive(self.tokens * product, buffer),
+                    self._alive(converted),
+                    self._alive(adapter_back + BF16 * outputs),
+                )
+            ),
+        )
+
+    def output_bytes(self, tensor: ModelTensor, element_bytes: int) -> int:
+        """Bytes per element of a linear layer's output: autocast's, or its input's."""
+        return element_bytes if self._is_bitsandbytes(tensor) else BF16
+
+    def _is_bitsandbytes(self, tensor: ModelTensor) -> bool:
+        return self.precision.is_bitsandbytes and tensor.name in self.precision.packed
+
+    def _attention(
+        self,
+        linears: Sequence[ModelTensor],
+        tensors: Sequence[tuple[str, ModelTensor]],
+        element_bytes: int,
+    ) -> list[Step]:
+        architecture = self.architecture
+        out = next(tensor for tensor in linears if _name(tensor) in _OUTPUTS)
+        others = [tensor for tensor in linears if tensor is not out]
+        heads, kv_heads = architecture.num_attention_heads, architecture.num_kv_heads
+        queries, keys = heads * architecture.head_dim, kv_heads * architecture.head_dim
+        output = features(out)[0]
+        values = output // heads * kv_heads
+        result = self.output_bytes(others[0], element_bytes)
+        steps = self._linears(others, element_bytes)
+        for rest, tensor in tensors:
+            if tensor.kind == "norm" and "norm" in rest and rest.count(".") > 1:
+                width = tensor.shape[-1]
+                if rest.endswith(("q_norm.weight", "k_norm.weight", "layernorm.weight")):
+                    is_query = ".q" in rest
+                    whole = queries if is_query else keys
+                    width = whole if width in (architecture.head_dim, whole) else width
+                    steps.append(self._norm(width, result))
+        steps.append(self._step(0, result * 3 * queries, result * 3 * queries))  # rotary embedding
+        steps.append(self._scores(queries, keys, values, output, heads))
+        steps += self._linears([out], BF16, is_kept=True)
+        return steps
+
+    def _scores(self, queries: int, keys: int, values: int, output: int, heads: int) -> Step:
+        if self.is_masked or self.architecture.model_type in ATTENTION_MATRIX:
+            keys, values = queries, output  # repeated for every query head
+        kept = BF16 * (queries + keys + values + output) + FP32 * heads
+        work = BF16 * (queries + keys + values + output)
+        matrix = ATTENTION_MATRIX.get(self.architecture.model_type)
+        if matrix is not None:
+            pairs = self.context * heads
+            return self._step(
+                kept + matrix.kept * pairs, matrix.work * pairs, work + matrix.work * pairs
+            )
+        mask = MASK_PAIR_BYTES * self.context if self.is_masked else 0
+        return self._step(kept + mask, work, work)
+
+    def _mlp(self, linears: Sequence[ModelTensor], element_bytes: int) -> list[Step]:
+        down = next(tensor for tensor in linears if _name(tensor) in _MLP_OUTPUTS)
+        others = [tensor for tensor in linears if tensor is not down]
+        width = features(down)[0]
+        result = self.output_bytes(others[0], element_bytes)
+        is_gated = sum(features(tensor)[1] for tensor in others) >= 2 * width
+        copies = ACTIVATION_COPIES.get(self.architecture.model_type, 3 if is_gated else 1)
+        activation = self._step(
+            copies * result * width, 2 * result * width, (3 if is_gated else 2) * result * width
+        )
+        return [
+            *self._linears(others, element_bytes),
+            activation,
+            *self._linears([down], result),
+        ]
+
+    def _experts(self, element_bytes: int) -> list[Step]:
+        """Routed experts as one grouped product; frozen ones keep no input."""
+        experts = self.architecture.experts
+        if experts is None:
+            return []
+        hidden, width = self.architecture.hidden_size, experts.intermediate_size
+        result = element_bytes
+        kept = 3 * result * width + result * hidden
+        if self.precision.is_full:
+            kept += BF16 * (hidden + width)
+        routed = experts.experts_per_token
+        router = (BF16 + FP32) * experts.num_experts
+        in_work = routed * result * (hidden + 2 * width)
+        return [self._step(router + routed * kept, in_work, in_work)]
+
+    def _recurrent(self, linears: Sequence[ModelTensor], element_bytes: int) -> list[Step]:
+        """State space, linear attention, anything else: only its linear layers are known."""
+        outputs = [features(t)[1] for t in linears if _name(t) not in _OUTPUTS]
+        kept = RECURRENT_COPIES * element_bytes * sum(outputs)
+        return [*self._linears(linears, element_bytes), self._step(kept, kept, kept)]
+
+
+def _name(tensor: ModelTensor) -> str:
+    return tensor.module_name.rpartition(".")[2]
+
+
+def _names(tensors: Iterable[ModelTensor]) -> set[str]:
+    return {_name(tensor) for tensor in tensors}

@@ -1,0 +1,90 @@
+"""Lines that say what a runtime does, where it does it and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+
+from qtool.planner.fit import fit
+from qtool.planner.gpus import vram_class
+from qtool.planner.model import open_model
+from qtool.planner.records import Tuning
+from qtool.planner.reference_models import reference_models
+from tests.planner.plans import budget_of, plan_of
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def mixture(test_data):
+    return open_model(str(test_data / "configs" / "Qwen--Qwen3-30B-A3B"))
+
+
+def notes_on(model, quant, gib, **workload):
+    budget = budget_of(model, quant, **workload)
+    return fit(budget, budget.plan(budget.workload), vram_class(gib)).notes
+
+
+def test_experts_stay_in_16_bit_with_transformers(mixture):
+    """59.7 GB instead of the 16.7 that 4 bits per parameter make one expect."""
+    plan = plan_of(mixture, "nf4", runtime="transformers")
+    assert plan.components["weights"].bytes / 1e9 == pytest.approx(59.7, abs=0.3)
+    assert plan_of(mixture, "nf4").components["weights"].bytes / 1e9 == pytest.approx(17.7, abs=0.5)
+    (note,) = plan.notes
+    assert "54.00 GiB" in note and "stay as they are" in note
+    assert plan_of(mixture, "bf16", runtime="transformers").notes == ()
+    assert "experts yet" in plan_of(mixture, "nf4").notes[0]
+
+
+def test_the_device_map_leaves_a_part_of_the_gpu_free():
+    model = reference_models()[2].describe()  # 14.96 GiB in bf16
+    assert notes_on(model, "bf16", 24, runtime="transformers") == ()
+    (note,) = notes_on(model, "bf16", 16.5, runtime="transformers")
+    assert "90%" in note and "device_map={'': 0}" in note
+    (note,) = notes_on(model, "nf4-dq", 6, runtime="transformers")
+    assert "81%" in note
+    assert notes_on(model, "bf16", 16.5) == ()
+
+
+def test_vllm_has_nine_tenths_of_the_gpu():
+    model = reference_models()[2].describe()
+    answers = {}
+    for runtime in ("qtool", "vllm"):
+        budget = budget_of(model, "bf16", runtime=runtime)
+        answers[runtime] = fit(budget, budget.plan(budget.workload), vram_class(24))
+    assert answers["vllm"].usable_bytes == int(0.9 * answers["qtool"].usable_bytes)
+    assert "gpu_memory_utilization" in plan_of(model, "bf16", runtime="vllm").notes[0]
+
+
+def test_preparing_for_training_makes_float32_of_what_is_not_packed():
+    model = reference_models()[2].describe()
+    stock = plan_of(model, "nf4-dq", mode="qlora", runtime="transformers")
+    ours = plan_of(model, "nf4-dq", mode="qlora")
+    assert any("prepare_model_for_kbit_training" in note for note in stock.notes)
+    head_and_embedding = 2 * 128_256 * 4096
+    difference = stock.components["weights"].bytes - ours.components["weights"].bytes
+    assert difference == pytest.approx(2 * head_and_embedding, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        (Tuning(lora_r=8), Tuning(lora_r=64)),
+        (Tuning(), Tuning(gradient_checkpointing=False)),
+        (Tuning(adapter_dtype="bf16"), Tuning()),
+        (Tuning(optimizer="adamw-8bit"), Tuning()),
+        (Tuning(lora_targets=("q_proj", "v_proj")), Tuning()),
+    ],
+)
+def test_every_choice_of_training_shows_in_the_plan(less, more):
+    model = reference_models()[0].describe()
+    smaller, larger = (plan_of(model, "nf4", mode="qlora", tuning=t) for t in (less, more))
+    assert smaller.allocated_peak_bytes < larger.allocated_peak_bytes
+
+
+def test_training_in_full_takes_gradients_and_states_of_every_parameter():
+    model = reference_models()[0].describe()
+    parts = plan_of(model, "bf16", mode="full").components
+    num_parameters = model.facts.parameters
+    assert parts["optimizer"].bytes == 2 * 2 * num_parameters
+    assert parts["weights"].bytes == 2 * num_parameters
+    assert "kv_cache" not in parts
