@@ -83,3 +83,28 @@ def test_the_two_commands_are_make_targets():
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
 def test_links_point_at_files_that_exist(link):
     assert (ROOT / link).exists()
+
+
+def computed_cell(rows: list[dict]) -> str:
+    """The largest model that fits and its context; the next one too where it is tight."""
+    fitting = [row for row in rows if row["verdict"] != "no"]
+    whole = [row for row in fitting if row["verdict"] == "yes"][-1]
+    cell = f"{whole['model']}, to {whole['max_context'] // 1024}k"
+    if fitting[-1] is not whole:
+        last = fitting[-1]
+        cell += f" ({last['model']} to {last['max_context'] // 1024}k, tight)"
+    return cell
+
+
+def test_the_guide_beside_the_rule_of_thumb_is_computed():
+    from qtool.planner.sizing import SizingRequest, size_models
+    from qtool.report.sizing import sizing_document
+
+    rows = sizing_document(size_models(SizingRequest()))["rows"]
+    table = re.findall(r"^\| (\d+) GiB \| (.+) \|$", README, re.MULTILINE)
+    assert [int(gib) for gib, _ in table] == [8, 12, 16, 24, 40, 80]
+    for gib, cells in table:
+        _, four_bit, _, eight_bit = cells.replace("*", "").replace(" tokens", "").split(" | ")
+        for quant, shown in (("nf4-dq", four_bit), ("int8", eight_bit)):
+            found = [r for r in rows if r["vram_gib"] == int(gib) and r["quant"] == quant]
+            assert shown == computed_cell(found), (gib, quant)

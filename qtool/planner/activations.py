@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, NamedTuple, Self
 
 from qtool.architecture import (
@@ -210,6 +210,19 @@ class LayerShape:
             basis="formula" if all(map(_is_counted, architecture.cache_layers)) else "heuristic",
         )
 
+    def cut(self, num_gpus: int) -> Self:
+        """One GPU's part under tensor parallelism: hidden states whole, what heads and MLPs make
+        of them in parts."""
+        whole = min(3 * self.hidden, self.attention)
+        return replace(
+            self,
+            mlp=-(-self.mlp // num_gpus),
+            attention=whole - (whole - self.attention) // num_gpus,
+            attention_matrix_bytes=-(-self.attention_matrix_bytes // num_gpus),
+            kept_matrix_bytes=-(-self.kept_matrix_bytes // num_gpus),
+            routed=self.routed and replace(self.routed, width=-(-self.routed.width // num_gpus)),
+        )
+
     def mask_bytes(self, context: int, element_bytes: int) -> int:
         """Masks, shared by the sequences of a batch.
 
@@ -243,6 +256,12 @@ class DequantBuffer:
 
     dequantizing_bytes: int
     product_bytes: int
+
+    def cut(self, num_gpus: int) -> DequantBuffer:
+        """That of one GPU under tensor parallelism."""
+        return DequantBuffer(
+            -(-self.dequantizing_bytes // num_gpus), -(-self.product_bytes // num_gpus)
+        )
 
 
 NO_BUFFER: Final = DequantBuffer(0, 0)

@@ -173,13 +173,18 @@ class MemoryBudget:
         context, batch = workload.context, workload.batch
         if workload.runtime == "vllm":  # prompts go through in pieces
             context, batch = min(context * batch, VLLM_BATCHED_TOKENS), 1
+        num_parts = workload.gpus if workload.split == "tensor" else 1
+        if num_parts > 1:
+            layer, buffer = layer.cut(num_parts), weights.buffer.cut(num_parts)
+        else:
+            buffer = weights.buffer
         converts = weights.buffer != NO_BUFFER and weights.compute_bytes != weights.element_bytes
         peak = prefill_peak(
             layer,
             context=context,
             batch=batch,
             element_bytes=weights.element_bytes,
-            buffer=weights.buffer,
+            buffer=buffer,
             converted_bytes=weights.compute_bytes if converts else 0,
             int8_outliers=self._int8_outliers(context * batch),
         )

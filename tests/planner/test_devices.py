@@ -70,3 +70,14 @@ def test_gpus_that_talk_to_each_other_hold_its_buffers():
     assert two.overhead.context_bytes - alone.overhead.context_bytes == 342_000_000
     assert four.overhead.context_bytes - alone.overhead.context_bytes == 392_000_000
     assert budget_of(model, "bf16", gpus=4).overhead == alone.overhead
+
+
+def test_tensor_parallelism_keeps_hidden_states_whole_and_cuts_the_rest():
+    model = reference_models()[2].describe()
+    parts = [plan_of(model, "nf4", gpus=gpus, split="tensor").components for gpus in (1, 2, 8)]
+    activations = [part["activations"].bytes for part in parts]
+    assert activations == sorted(activations, reverse=True)
+    hidden_states = 4 * 4096 * 4096 * 2
+    assert activations[2] > hidden_states and activations[0] < 8 * activations[2]
+    sequential = plan_of(model, "nf4", gpus=2).components["activations"].bytes
+    assert sequential == activations[0]

@@ -62,7 +62,7 @@ def embedded(path) -> dict:
 
 
 def named(curves: ContextCurves, name: str) -> ContextCurves:
-    return replace(curves, model=replace(curves.model, id=name))
+    return replace(curves, model=curves.model._replace(id=name))
 
 
 # -- what a picture says --------------------------------------------------------------------------
