@@ -92,7 +92,7 @@ def _class_name(config: Config, model_type: str, family: Family) -> str:
 def _refuse_type(model_type: str) -> Family:
     from difflib import get_close_matches  # slow to import, and only this refusal needs it
 
-    near = get_close_matches(model_type, KNOWN_MODEL_TYPES, n=3)
+    near = get_close_matches(model_type[:80], KNOWN_MODEL_TYPES, n=3)
     raise QtoolError(
         f"config.json: model type {model_type[:80]!r} is not supported; known: "
         + ", ".join(KNOWN_MODEL_TYPES),

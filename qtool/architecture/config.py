@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn
 from qtool.errors import QtoolError
 
 # The deepest published transformers have about 1,000 layers; the number bounds the plan's length.
-MAX_LAYERS: Final = 10_000
+MAX_LAYERS: Final = 1_024
 # A bound for parts that are counted by a product of two values.
 MAX_TENSORS: Final = 1_000_000
 # Widths and vocabularies beyond this do not fit the 32-bit dimensions that kernels use.

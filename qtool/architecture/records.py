@@ -76,9 +76,9 @@ class Experts:
     shared_intermediate_size: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Architecture:
-    """A model's structure, computed from its config.json alone.
+    """A model's structure, computed from its config.json alone; equal to itself alone.
 
     `tensors` are in the model's own order. `skipped_modules` are the names that transformers'
     default rule keeps in 16 bit (output head, tied weights, ...). `cache_layers` has an entry for

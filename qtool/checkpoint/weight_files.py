@@ -184,7 +184,7 @@ def _check_shards_exist(
             f"{source.describe(index)}: tensor {quoted(tensor)}: expected the file {missing[0]}, "
             f"found no such file ({len(missing)} of {len(shards)} shards are missing)",
             kind="bad_file",
-            hint=source.missing_hint,
+            hint=f"{source.missing_hint}; to plan without weights, give its config.json",
         )
 
 

@@ -68,7 +68,7 @@ def estimate(
         typer.Option(
             "--exact",
             help="Also run the real transformers model under fake tensors, without a GPU, and "
-            "show what it allocates (needs qtool[run]).",
+            "show what it allocates (needs the extra `run`).",
         ),
     ] = False,
     plot: planning.Plot = None,
@@ -97,6 +97,7 @@ def estimate(
         from qtool.planner.model import describe_model
         from qtool.report.estimate import report_estimate
 
+        output.prepare()
         request = EstimateRequest(
             model=model,
             quants=tuple(quant or ()),

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from qtool.planner.records import Workload
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+# Formats of others: a model that is stored so can be planned as it is.
+STORED_FORMATS = ("mxfp4", "nvfp4", "gptq", "awq", "compressed-tensors")
 TRAINING_PANEL = "Training"
 DEVICES_PANEL = "Devices"
 
@@ -21,7 +23,7 @@ DEVICES_PANEL = "Devices"
 def check_quants(quants: list[str] | None) -> list[str]:
     """The values of a repeatable --quant."""
     for quant in quants or ():
-        if quant not in PRECISIONS:
+        if quant not in (*PRECISIONS, *STORED_FORMATS):
             raise typer.BadParameter(f"{quant!r} is none of {', '.join(PRECISIONS)}")
     return quants or []
 

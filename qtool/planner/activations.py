@@ -223,6 +223,16 @@ class LayerShape:
             routed=self.routed and replace(self.routed, width=-(-self.routed.width // num_gpus)),
         )
 
+    def always_fused(self) -> Self:
+        """The same where attention never makes a matrix, a mask or keys beyond its window: vLLM."""
+        return replace(
+            self,
+            cache_layers=Counter(),
+            always_masked=False,
+            attention_matrix_bytes=0,
+            kept_matrix_bytes=0,
+        )
+
     def mask_bytes(self, context: int, element_bytes: int) -> int:
         """Masks, shared by the sequences of a batch.
 

@@ -1,6 +1,6 @@
 """Does a plan fit a GPU, how far does it go there, and what would make it fit.
 
-Memory grows with context, batch and LoRA rank, so limits are found by bisection.
+Memory grows with context, batch and LoRA rank, so limits are found by narrowing them down.
 """
 
 from __future__ import annotations
@@ -46,7 +46,13 @@ def fit(budget: MemoryBudget, plan: MemoryPlan, gpu: Gpu, headroom_percent: floa
         max_batch=largest_batch(budget, workload, available_bytes),
         max_lora_r=largest_lora_r(budget, workload, available_bytes) if has_adapters else None,
         gpus=workload.gpus,
-        notes=fit_notes(budget.model, plan.quant, workload, gpu, workload.gpus),
+        notes=fit_notes(
+            budget.model,
+            plan.quant,
+            workload,
+            gpu,
+            weights_bytes=budget.weights.device_bytes,
+        ),
     )
 
 
@@ -54,7 +60,8 @@ def longest_context(budget: MemoryBudget, workload: Workload, available_bytes: i
     """Tokens per sequence that fit, at most what the model was made for; None if nothing limits."""
     made_for = budget.max_context
     longest = _largest(
-        lambda context: budget.peak_bytes(replace(workload, context=context)) <= available_bytes,
+        lambda context: budget.peak_bytes(replace(workload, context=context)),
+        available_bytes,
         made_for or MAX_CONTEXT,
     )
     return None if made_for is None and longest == MAX_CONTEXT else longest
@@ -63,8 +70,7 @@ def longest_context(budget: MemoryBudget, workload: Workload, available_bytes: i
 def largest_batch(budget: MemoryBudget, workload: Workload, available_bytes: int) -> int | None:
     """Sequences of the context that fit at once; None if nothing limits them."""
     largest = _largest(
-        lambda batch: budget.peak_bytes(replace(workload, batch=batch)) <= available_bytes,
-        MAX_BATCH,
+        lambda batch: budget.peak_bytes(replace(workload, batch=batch)), available_bytes, MAX_BATCH
     )
     return None if largest == MAX_BATCH else largest
 
@@ -72,7 +78,7 @@ def largest_batch(budget: MemoryBudget, workload: Workload, available_bytes: int
 def largest_lora_r(budget: MemoryBudget, workload: Workload, available_bytes: int) -> int | None:
     """The LoRA rank that fits; None if nothing limits it."""
     largest = _largest(
-        lambda r: budget.peak_bytes(with_lora_r(workload, r)) <= available_bytes, MAX_LORA_R
+        lambda r: budget.peak_bytes(with_lora_r(workload, r)), available_bytes, MAX_LORA_R
     )
     return None if largest == MAX_LORA_R else largest
 
@@ -87,10 +93,28 @@ def is_unfit(fits: Sequence[Fit]) -> bool:
     return bool(fits) and all(answer.verdict == "no" for answer in fits)
 
 
-def _largest(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest number from 0 to `limit` for which `holds`, which turns false once for all."""
-    low, high = 0, limit + 1  # holds at low (0 needs nothing), does not at high
+def _largest(size: Callable[[int], int], available_bytes: int, limit: int) -> int:
+    """The largest number from 0 to `limit` whose size, which grows with it, is available.
+
+    Memory is nearly proportional to what is asked for, so every other guess is where a straight
+    line would end: a handful of guesses, where bisection alone takes twenty.
+    """
+    low, high = 1, limit
+    low_bytes, high_bytes = size(low), size(high)
+    if low_bytes > available_bytes:
+        return 0
+    if high_bytes <= available_bytes:
+        return limit
+    interpolates = True
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
+        if interpolates:
+            share = (available_bytes - low_bytes) * (high - low) // (high_bytes - low_bytes)
+            middle = min(low + max(share, 1), high - 1)
+        num_bytes = size(middle)
+        if num_bytes <= available_bytes:
+            low, low_bytes = middle, num_bytes
+        else:
+            high, high_bytes = middle, num_bytes
+        interpolates = not interpolates
     return low

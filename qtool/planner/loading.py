@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from qtool.architecture import Architecture, ModelTensor
@@ -61,18 +62,24 @@ _DTYPES: Final = {2: "BF16", 4: "F32"}
 def _pack(allocator: CachingAllocator, source: TensorLayout, fmt: QuantFormat) -> None:
     """The source comes and goes; with it a float16 copy, or absmax before they are quantized."""
     passing: list[Block] = [allocator.allocate(source.num_bytes)]
-    weight, *statistics = packed_layouts(source, fmt)
+    weight_bytes, *statistics_bytes = _packed_sizes(source.dtype, source.shape, fmt)
     if fmt.is_int8:
         passing.append(allocator.allocate(source.num_elements * INT8_SOURCE_BYTES))
-    allocator.allocate(weight.num_bytes)
+    allocator.allocate(weight_bytes)
     if fmt.double_quant:
         num_blocks = -(-source.num_elements // fmt.blocksize)
         passing.append(allocator.allocate(num_blocks * FLOAT32_BYTES))
-    for part in statistics:
-        if is_on_device(part):
-            allocator.allocate(part.num_bytes)
+    for num_bytes in statistics_bytes:
+        allocator.allocate(num_bytes)
     for block in reversed(passing):
         allocator.free(block)
+
+
+@lru_cache
+def _packed_sizes(dtype: str, shape: tuple[int, ...], fmt: QuantFormat) -> tuple[int, ...]:
+    """Bytes on the device of a packed weight and its statistics; layers repeat few shapes."""
+    weight, *statistics = packed_layouts(TensorLayout("weight", dtype, shape), fmt)
+    return (weight.num_bytes, *(part.num_bytes for part in statistics if is_on_device(part)))
 
 
 def _warm_up_bytes(

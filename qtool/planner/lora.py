@@ -54,7 +54,7 @@ def _refuse(name: str, linears: Sequence[ModelTensor]) -> None:
     from difflib import get_close_matches  # slow to import, and only this refusal needs it
 
     known = list(dict.fromkeys(tensor.module_name.rpartition(".")[2] for tensor in linears))
-    near = get_close_matches(name, known, n=3) or known[:12]
+    near = get_close_matches(name[:80], known, n=3) or known[:12]
     raise QtoolError(
         f"LoRA target {name[:80]!r} matches no linear layer of the model",
         kind="usage",

@@ -9,7 +9,7 @@ Generating peaks with a prompt that fills the context in one forward pass; decod
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Self
 
 from qtool.architecture import Architecture
@@ -27,7 +27,7 @@ from qtool.planner.llm_int8 import USUAL_INITIALIZER_RANGE, outlier_share
 from qtool.planner.model import PlannedModel
 from qtool.planner.overhead import Overhead
 from qtool.planner.records import Basis, Component, ComponentName, MemoryPlan, Workload
-from qtool.planner.runtimes import plan_notes
+from qtool.planner.runtimes import check_mode, plan_notes
 from qtool.planner.weights import Weights
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class MemoryBudget:
     @classmethod
     def of(cls, model: PlannedModel, quant: str, workload: Workload) -> Self:
         """Raises QtoolError if the model cannot be planned at `quant`."""
+        check_mode(quant, workload)
         architecture, runtime = model.architecture, workload.runtime
         weights = model.weights(quant, runtime)
         layer = None
@@ -77,6 +78,15 @@ class MemoryBudget:
             overhead=Overhead.of(workload),
             loading=_loading(model, quant, weights, workload),
             notes=_notes(model, quant, workload),
+        )
+
+    def on(self, workload: Workload) -> Self:
+        """The same for another workload in the same mode and runtime, such as on more GPUs."""
+        return replace(
+            self,
+            workload=workload,
+            shares=_shares(self.weights, self.model.architecture, workload),
+            overhead=Overhead.of(workload),
         )
 
     @property
@@ -129,39 +139,42 @@ class MemoryBudget:
         )
 
     def _demand(self, workload: Workload) -> Demand:
-        return max(
-            (self._share_demand(share, workload) for share in self.shares),
-            key=lambda demand: demand.total_bytes,
-        )
+        if workload.mode == "generate":
+            demands = [self._share_demand(share, workload) for share in self.shares]
+        else:
+            demands = self._training_demands(workload)
+        return max(demands, key=lambda demand: demand.total_bytes)
 
     def _share_demand(self, share: Share, workload: Workload) -> Demand:
-        if workload.mode != "generate":
-            return self._training_demand(share, workload)
         weights_bytes = self._resident_bytes(share)
         parts: dict[ComponentName, Component] = {
             "weights": Component(weights_bytes, self.weights_basis)
         }
         cache_bytes = self.kv_cache_bytes(workload, share)
+        read_back_bytes = self._read_back_bytes(workload, share)
         if self.layer is not None:
             parts["kv_cache"] = Component(cache_bytes, "exact")
             parts |= self._prefill(self.layer, share, workload)
-        steady_bytes = weights_bytes + cache_bytes + self._read_back_bytes(workload, share)
-        return Demand(parts, weights_bytes, steady_bytes)
+        steady_bytes = weights_bytes + cache_bytes + read_back_bytes
+        demand = Demand(parts, weights_bytes, steady_bytes)
+        if steady_bytes > demand.total_bytes:  # reading the cache back takes more than the prompt
+            parts |= _decoding(read_back_bytes)
+        return demand
 
-    def _training_demand(self, share: Share, workload: Workload) -> Demand:
-        weights = Component(self._resident_bytes(share), self.weights_basis)
-        if self.model.architecture is None:
-            return Demand({"weights": weights}, weights.bytes, weights.bytes)
-        from qtool.planner.training_plan import training_demand  # only training pays for it
+    def _training_demands(self, workload: Workload) -> list[Demand]:
+        """One per GPU."""
+        architecture = self.model.architecture
+        weights = [Component(self._resident_bytes(s), self.weights_basis) for s in self.shares]
+        if architecture is None:
+            return [Demand({"weights": held}, held.bytes, held.bytes) for held in weights]
+        from qtool.planner.training_plan import training_demand, workload_peak  # only for training
 
-        return training_demand(
-            self.model.architecture,
-            self.quant,
-            workload,
-            weights=weights,
-            part=share.part,
-            buffer_bytes=self._own_buffer_bytes(workload),
-        )
+        own_bytes = self._own_buffer_bytes(workload)
+        peak = workload_peak(architecture, self.quant, workload, buffer_bytes=own_bytes)
+        return [
+            training_demand(peak, weights=held, part=share.part)
+            for held, share in zip(weights, self.shares, strict=True)
+        ]
 
     def _own_buffer_bytes(self, workload: Workload) -> int | None:
         """What qtool's packed layers take beside a product; bitsandbytes' make a whole weight."""
@@ -173,6 +186,7 @@ class MemoryBudget:
         context, batch = workload.context, workload.batch
         if workload.runtime == "vllm":  # prompts go through in pieces
             context, batch = min(context * batch, VLLM_BATCHED_TOKENS), 1
+            layer = layer.always_fused()
         num_parts = workload.gpus if workload.split == "tensor" else 1
         if num_parts > 1:
             layer, buffer = layer.cut(num_parts), weights.buffer.cut(num_parts)
@@ -236,6 +250,15 @@ def _notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str, ..
     return (*notes, *training_notes(model.architecture, quant, workload))
 
 
+def _decoding(read_back_bytes: int) -> Parts:
+    """What a decode step takes beside the cache."""
+    return {
+        "activations": Component(read_back_bytes, "formula"),
+        "logits": Component(0, "exact"),
+        "dequant_buffer": Component(0, "formula"),
+    }
+
+
 def _shares(
     weights: Weights, architecture: Architecture | None, workload: Workload
 ) -> tuple[Share, ...]:
@@ -245,7 +268,8 @@ def _shares(
     if workload.split == "tensor":
         counted = Counter(layers)
         return (tensor_share(weights.device_bytes, weights.split_bytes, counted, workload.gpus),)
-    return pipeline_shares(weights.place_bytes, layers, architecture.num_layers, workload.gpus)
+    shares = pipeline_shares(weights.place_bytes, layers, architecture.num_layers, workload.gpus)
+    return tuple(share for share in shares if share.part)  # with fewer layers than GPUs some idle
 
 
 def _activations_basis(layer: LayerShape | None, workload: Workload) -> Basis:

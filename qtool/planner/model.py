@@ -22,7 +22,7 @@ from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.errors import QtoolError
 from qtool.events import OnEvent, ignore_events
 from qtool.formats.bitsandbytes import QuantizedWeight, find_quantized
-from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantizedPrecision
+from qtool.formats.precisions import QUANTIZED_PRECISIONS, Precision, QuantizedPrecision
 from qtool.formats.tensors import DTYPE_BITS, SourceDtype, TensorLayout
 from qtool.planner.inventory import Inventory, take_inventory
 from qtool.planner.kv_cache import Runtime
@@ -92,6 +92,7 @@ class PlannedModel:
             active_parameters=architecture.num_active_parameters if architecture else None,
             checkpoint_parameters=stored,
             max_context=architecture.max_context if architecture else None,
+            stored_precision=self.stored_precision,
         )
 
     @property
@@ -108,6 +109,13 @@ class PlannedModel:
                 "cannot be planned from it",
                 kind="unsupported",
                 hint="give the full-precision model, or leave --quant out",
+            )
+        if precision not in get_args(Precision) and not is_stored:
+            raise QtoolError(
+                f"--quant {precision}: {self.id} is not stored in {precision}, and qtool does not "
+                "make it",
+                kind="usage",
+                hint=f"one of {', '.join(get_args(Precision))}",
             )
         if self.architecture is None and precision not in CAST_DTYPES and not is_stored:
             assert self.why_unknown is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from qtool.planner.devices import Split
 from qtool.planner.gpus import Gpu
@@ -146,6 +146,7 @@ class ModelFacts(NamedTuple):
 
     `parameters` counts tied weights once; `checkpoint_parameters` counts what the files store, None
     where there are none. `active_parameters` take part in one token's computation.
+    `stored_precision` is how it is quantized already, None if it is not.
     """
 
     id: str
@@ -156,6 +157,15 @@ class ModelFacts(NamedTuple):
     active_parameters: int | None
     checkpoint_parameters: int | None
     max_context: int | None
+    stored_precision: str | None = None
+
+
+# From the one that loses least. float32 comes after 16 bit: it takes twice as much for nothing.
+LEAST_LOSS: Final = ("bf16", "fp16", "fp32", "fp8", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq")
+
+
+def _loss(quant: str) -> int:
+    return LEAST_LOSS.index(quant) if quant in LEAST_LOSS else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +184,14 @@ class Estimate:
 
     @property
     def best_quants(self) -> tuple[str | None, ...]:
-        """Per GPU the precision that loses least of those planned that fit; None: none fits."""
-        by_size = sorted(self.plans, key=lambda plan: -plan.checkpoint_bytes)
+        """Per GPU the precision that loses least of those planned that fit; None: none fits.
+
+        As it is stored loses nothing; of two that lose nothing the smaller is as good.
+        """
+        stored = self.model.stored_precision
+        by_loss = sorted(self.plans, key=lambda plan: (plan.quant != stored, _loss(plan.quant)))
         return tuple(
-            next((plan.quant for plan in by_size if plan.fits[index].verdict != "no"), None)
+            next((plan.quant for plan in by_loss if plan.fits[index].verdict != "no"), None)
             for index in range(len(self.gpus))
         )
 
@@ -212,7 +226,7 @@ class Sizing:
 
     rows: tuple[SizingRow, ...]
     context: int | None
-    batch: int
+    workload: Workload
     reference_models: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

@@ -10,7 +10,9 @@ import math
 from typing import Final
 
 from qtool.architecture import Architecture
+from qtool.errors import QtoolError
 from qtool.formats.precisions import QUANTIZED_PRECISIONS
+from qtool.planner.activations import ATTENTION_MATRIX_BYTES
 from qtool.planner.gpus import GIB, Gpu
 from qtool.planner.model import PlannedModel
 from qtool.planner.records import Workload
@@ -20,6 +22,7 @@ DEVICE_MAP_SHARE: Final = 0.90
 QUANTIZER_SHARE: Final = 0.90
 # Bits of a packed weight in transformers' reckoning, which leaves absmax out.
 DEVICE_MAP_BITS: Final = {"int8": 8}
+AMPERE: Final = 8  # the compute capability from which on there is bfloat16
 VLLM_SHARE: Final = 0.90  # gpu_memory_utilization
 
 
@@ -41,12 +44,20 @@ def plan_notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str
             "vLLM: the cache in pages of 16 tokens, prompts in pieces of 8,192 tokens; it takes "
             f"{VLLM_SHARE:.0%} of the GPU whatever the model needs (gpu_memory_utilization)"
         )
-    if workload.runtime == "qtool" and workload.kv_dtype in ("fp8", "int8"):
+    notes += _mode_notes(quant, workload)
+    is_eager = model.architecture and model.architecture.model_type in ATTENTION_MATRIX_BYTES
+    if workload.mode == "generate" and workload.runtime != "vllm" and is_eager:
+        notes.append(
+            "transformers has no fused attention for this type: scores of tokens x tokens x heads "
+            "lie in memory, so a long prompt takes most of it (vLLM does not)"
+        )
+    generates = workload.mode == "generate"
+    if generates and workload.runtime == "qtool" and workload.kv_dtype in ("fp8", "int8"):
         notes.append(
             f"qtool's own cache is 16 bit; {workload.kv_dtype} is counted as transformers' "
             "quantized cache keeps it"
         )
-    if workload.mode != "generate" and workload.gpus > 1:
+    if not generates and workload.gpus > 1:
         notes.append(
             "training on several GPUs: layers spread over them; data parallel training "
             "takes the memory of one GPU on each"
@@ -54,13 +65,64 @@ def plan_notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str
     return tuple(notes)
 
 
+def _mode_notes(quant: str, workload: Workload) -> list[str]:
+    notes = []
+    if workload.mode != "generate" and workload.runtime == "qtool":
+        notes.append(
+            "qtool itself does not train yet: its packed layers under PEFT, without the float32 "
+            "copies that prepare_model_for_kbit_training makes; --runtime transformers has these"
+        )
+    if workload.mode == "full" and quant in ("bf16", "fp16"):
+        notes.append(
+            "gradients and optimizer states in 16 bit, as the Trainer leaves them for a model "
+            "loaded in 16 bit; --quant fp32 keeps all of them in float32"
+        )
+    return notes
+
+
+def check_mode(quant: str, workload: Workload) -> None:
+    """Raise QtoolError if nobody trains or runs a model so."""
+    mode, is_packed = workload.mode, quant in QUANTIZED_PRECISIONS
+    if mode != "generate" and workload.runtime == "vllm":
+        raise _refusal("--runtime vllm does not train", "--runtime transformers")
+    if mode == "qlora" and not is_packed:
+        raise _refusal(f"--mode qlora trains on a packed base, not {quant}", "--mode lora")
+    if mode in ("lora", "full") and is_packed:
+        raise _refusal(f"--mode {mode} trains on a 16 or 32-bit base, not {quant}", "--mode qlora")
+
+
+def _refusal(what: str, instead: str) -> QtoolError:
+    return QtoolError(what, kind="usage", hint=f"use {instead}")
+
+
 def fit_notes(
-    model: PlannedModel, quant: str, workload: Workload, gpu: Gpu, num_gpus: int
+    model: PlannedModel,
+    quant: str,
+    workload: Workload,
+    gpu: Gpu,
+    *,
+    weights_bytes: int,
 ) -> tuple[str, ...]:
-    """Lines about the plan on a GPU."""
+    """Lines about the plan on a GPU, or so many of them."""
+    notes = []
+    if quant == "bf16" and _lacks_bfloat16(gpu):
+        notes.append("it has no bfloat16 arithmetic: load in float16, which takes the same")
+    return (*notes, *_device_map_notes(model, quant, workload, gpu, weights_bytes))
+
+
+def _lacks_bfloat16(gpu: Gpu) -> bool:
+    major = (gpu.compute_capability or "").partition(".")[0]
+    return gpu.vendor == "NVIDIA" and major.isdigit() and int(major) < AMPERE
+
+
+def _device_map_notes(
+    model: PlannedModel, quant: str, workload: Workload, gpu: Gpu, weights_bytes: int
+) -> tuple[str, ...]:
     if workload.runtime != "transformers" or model.architecture is None:
         return ()
-    needed_bytes = _device_map_bytes(model.architecture, quant, model.element_bytes)
+    needed_bytes, num_gpus = weights_bytes, workload.gpus
+    if quant in QUANTIZED_PRECISIONS:
+        needed_bytes = _device_map_bytes(model.architecture, quant, model.element_bytes)
     share = DEVICE_MAP_SHARE * (QUANTIZER_SHARE if quant in QUANTIZED_PRECISIONS else 1.0)
     if needed_bytes <= share * gpu.usable_bytes * num_gpus:
         return ()
@@ -95,7 +157,7 @@ def _expert_notes(model: PlannedModel, quant: str, workload: Workload) -> list[s
 
 
 def _device_map_bytes(architecture: Architecture, quant: str, element_bytes: int) -> int:
-    packed = architecture.quantizable() if quant in QUANTIZED_PRECISIONS else {}
+    packed = architecture.quantizable()
     bits = DEVICE_MAP_BITS.get(quant, 4)
     return sum(
         math.prod(tensor.shape) * (bits if name in packed else 8 * element_bytes) // 8

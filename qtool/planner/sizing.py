@@ -69,7 +69,7 @@ def size_models(request: SizingRequest, on_event: OnEvent = ignore_events) -> Si
     return Sizing(
         rows=tuple(rows),
         context=request.context,
-        batch=request.workload.batch,
+        workload=request.workload,
         reference_models={reference.size: reference.name for reference in references},
         warnings=tuple(dict.fromkeys(warnings)),
     )

@@ -67,7 +67,7 @@ def _settings(budget: MemoryBudget, plan: MemoryPlan) -> Iterator[Suggestion]:
         changed.append(("bf16 adapters", replace(tuning, adapter_dtype="bf16")))
     for change, less in changed:
         smaller = replace(workload, tuning=less)
-        yield _saving(change, _again(budget, smaller), smaller, plan)
+        yield _saving(change, budget.on(smaller), smaller, plan)
 
 
 def _limits(budget: MemoryBudget, plan: MemoryPlan, room_bytes: int) -> list[Suggestion]:
@@ -94,7 +94,7 @@ def _devices(budget: MemoryBudget, plan: MemoryPlan, room_bytes: int) -> list[Su
     for gpus in GPU_COUNTS:
         if gpus > workload.gpus:
             more = replace(workload, gpus=gpus)
-            saving = _saving(f"{gpus} GPUs", _again(budget, more), more, plan)
+            saving = _saving(f"{gpus} GPUs", budget.on(more), more, plan)
             if plan.peak_bytes - saving.saves_bytes <= room_bytes:
                 found.append(saving)
                 break
@@ -114,10 +114,6 @@ def _offload(budget: MemoryBudget, plan: MemoryPlan, room_bytes: int) -> list[Su
             change = f"{count} of {len(layer_bytes)} layers in CPU memory (slow)"
             return [Suggestion(change, saved_bytes - passing_bytes)]
     return []
-
-
-def _again(budget: MemoryBudget, workload: Workload) -> MemoryBudget:
-    return MemoryBudget.of(budget.model, budget.quant, workload)
 
 
 def _saving(change: str, budget: MemoryBudget, smaller: Workload, plan: MemoryPlan) -> Suggestion:

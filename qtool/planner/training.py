@@ -20,13 +20,15 @@ The peak is the largest of a few moments; a component counts what is alive at th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from typing import Final, Literal
 
-from qtool.architecture import Architecture, ModelTensor
-from qtool.planner.lora import ALL_LINEAR, Targets, num_adapter_parameters, target_layers
+from qtool.architecture import Architecture
+from qtool.planner.lora import ALL_LINEAR, Targets, features, target_layers
 from qtool.planner.optimizers import find_optimizer
 from qtool.planner.training_layers import (
     BF16,
@@ -34,7 +36,10 @@ from qtool.planner.training_layers import (
     NORM_BACKWARD_COPIES,
     Alive,
     Layer,
+    LayerKinds,
+    LayerRun,
     Precision,
+    layer_kinds,
     training_layers,
 )
 
@@ -165,14 +170,57 @@ def _buffer_rule(quant: str, buffer_bytes: int | None) -> Callable[[int], int]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Trained:
+    """What a mode trains of a model, whatever the workload.
+
+    `shapes` of what is trained in full, and whether each is an embedding's weight; `adapted` are
+    (inputs, outputs) of the layers with adapters. Both with how often they occur.
+    """
+
+    packed: frozenset[str]
+    adapted: frozenset[str]
+    layers: LayerKinds
+    num_unpacked: int
+    shapes: Mapping[tuple[tuple[int, ...], bool], int]
+    widths: Mapping[tuple[int, int], int]
+
+    def tensors(self, lora_r: int) -> Iterable[tuple[tuple[int, ...], bool, int]]:
+        """Shape of what is trained, whether it is an embedding's weight, and how many there are."""
+        for (shape, is_embedding), count in self.shapes.items():
+            yield shape, is_embedding, count
+        for (inputs, outputs), count in self.widths.items():
+            yield (lora_r, inputs), False, count
+            yield (outputs, lora_r), False, count
+
+
+@lru_cache(maxsize=4)  # limits are found by asking a hundred times about one model
+def _find_trained(
+    architecture: Architecture, mode: TrainingMode, lora_targets: Targets
+) -> _Trained:
+    is_full = mode == "full"
+    targets = () if is_full else target_layers(architecture, lora_targets)
+    adapted = frozenset(target.name for target in targets)
+    packed = frozenset(architecture.quantizable()) if mode == "qlora" else frozenset()
+    stored = [tensor for tensor in architecture.tensors.values() if tensor.tied_to is None]
+    return _Trained(
+        packed=packed,
+        adapted=adapted,
+        layers=layer_kinds(architecture, adapted),
+        num_unpacked=sum(math.prod(t.shape) for t in stored if t.name not in packed),
+        shapes=Counter((t.shape, t.kind == "embedding") for t in stored if is_full),
+        widths=Counter(features(target) for target in targets),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class _Run:
     """A model and how it is trained; the sizes that the moments are made of."""
 
     architecture: Architecture
     options: TrainingOptions
-    targets: tuple[ModelTensor, ...]
-    packed: frozenset[str]
-    layers: tuple[Layer, ...]
+    trained: _Trained
+    num_trainable: int
+    layers: tuple[LayerRun, ...]
     stream: int
     trained_bytes: int  # per element of what is trained, and of its gradient
 
@@ -181,8 +229,9 @@ class _Run:
         cls, architecture: Architecture, options: TrainingOptions, buffer_bytes: int | None
     ) -> _Run:
         is_full = options.mode == "full"
-        targets = () if is_full else target_layers(architecture, options.lora_targets)
-        packed = architecture.quantizable() if options.mode == "qlora" else {}
+        named = options.lora_targets
+        targets = named if isinstance(named, str) else tuple(named)
+        trained = _find_trained(architecture, options.mode, targets)
         is_float32 = options.is_prepared or (is_full and options.master_dtype == "fp32")
         precision = Precision(
             stream=FP32 if is_float32 else BF16,
@@ -191,19 +240,23 @@ class _Run:
             trained=FLOAT_BYTES[options.master_dtype if is_full else options.adapter_dtype],
             dropout=options.lora_dropout > 0,
             lora_r=options.lora_r,
-            packed=frozenset(packed),
-            adapted=frozenset(target.name for target in targets),
+            packed=trained.packed,
+            adapted=trained.adapted,
             buffer_bytes=_buffer_rule(options.quant, buffer_bytes),
         )
-        layers = training_layers(
-            architecture, precision, batch=options.batch, context=options.context
-        )
+        sizes = trained.tensors(options.lora_r)
         return cls(
             architecture=architecture,
             options=options,
-            targets=targets,
-            packed=precision.packed,
-            layers=layers,
+            trained=trained,
+            num_trainable=sum(count * math.prod(shape) for shape, _, count in sizes),
+            layers=training_layers(
+                architecture,
+                trained.layers,
+                precision,
+                batch=options.batch,
+                context=options.context,
+            ),
             stream=precision.stream,
             trained_bytes=precision.trained,
         )
@@ -216,15 +269,8 @@ class _Run:
 
     @property
     def is_known(self) -> bool:
-        known = self.layers and all(layer.is_known for layer in self.layers)
+        known = self.layers and all(run.layer.is_known for run in self.layers)
         return bool(known) and not self.architecture.unmodelled
-
-    @property
-    def num_trainable(self) -> int:
-        if self.is_full:
-            return self.architecture.num_parameters
-        r = self.options.lora_r
-        return sum(num_adapter_parameters(target, r) for target in self.targets)
 
     @property
     def adapters_bytes(self) -> int:
@@ -233,37 +279,17 @@ class _Run:
     @property
     def upcast_bytes(self) -> int:
         """float32 in place of 16 bit, for each unpacked parameter."""
-        if self.stream == BF16:
-            return 0
-        unpacked = (
-            math.prod(tensor.shape)
-            for tensor in self.architecture.tensors.values()
-            if tensor.tied_to is None and tensor.name not in self.packed
-        )
-        return (FP32 - BF16) * sum(unpacked)
+        return (self.stream - BF16) * self.trained.num_unpacked
 
     def optimizer_bytes(self) -> tuple[int, int]:
         """All states, and those of them that may be paged out."""
         optimizer = find_optimizer(self.options.optimizer)
         total = paged = 0
-        for shape, is_embedding in self._trained_tensors():
+        for shape, is_embedding, count in self.trained.tensors(self.options.lora_r):
             state = optimizer.state_bytes(shape, self.trained_bytes, is_embedding=is_embedding)
-            total += state
-            paged += state if optimizer.is_paged_out(shape) else 0
+            total += count * state
+            paged += count * state if optimizer.is_paged_out(shape) else 0
         return total, paged
-
-    def _trained_tensors(self) -> Iterable[tuple[Sequence[int], bool]]:
-        """Shapes of what is trained, and whether each is an embedding's weight."""
-        if self.is_full:
-            for tensor in self.architecture.tensors.values():
-                if tensor.tied_to is None:
-                    yield tensor.shape, tensor.kind == "embedding"
-            return
-        r = self.options.lora_r
-        for target in self.targets:
-            outputs, inputs = target.shape if target.kind == "linear" else target.shape[::-1]
-            yield (r, inputs), False
-            yield (outputs, r), False
 
     # -- moments ----------------------------------------------------------------------------------
 
@@ -290,12 +316,14 @@ class _Run:
             leaf = 0  # the first checkpoint
         return Alive(self.tokens * (POSITION_BYTES + leaf) + rotary)
 
+    def _keeps(self, layer: Layer) -> Alive:
+        """What a layer of the forward pass leaves for the backward pass."""
+        is_recomputed = self.options.gradient_checkpointing
+        return Alive(layer.checkpoint) if is_recomputed else layer.keeps
+
     def _kept(self) -> list[Alive]:
-        """What is kept by all layers before each, and at last by all of them."""
-        if self.options.gradient_checkpointing:
-            kept = (Alive(layer.checkpoint) for layer in self.layers)
-        else:
-            kept = (layer.keeps for layer in self.layers)
+        """What is kept before each run of layers, and at last by all of them."""
+        kept = (self._keeps(run.layer) * run.num_layers for run in self.layers)
         return list(accumulate(kept, initial=self._outside_layers))
 
     @property
@@ -316,7 +344,7 @@ class _Run:
         """Copies of trained weights that only autocast's cache holds, until the loss is there."""
         if not self.options.gradient_checkpointing:
             return 0
-        return sum(layer.cached_copies for layer in self.layers)
+        return sum(run.num_layers * run.layer.cached_copies for run in self.layers)
 
     def _loss(self, bytes_per_logit: int) -> Alive:
         hidden = self.architecture.hidden_size
@@ -336,17 +364,26 @@ class _Run:
         return self._kept()[-1] + Alive(norm) + self._made(head)
 
     def _layers(self) -> Iterable[tuple[str, Alive]]:
-        """Each layer's passes; with checkpoints it runs forward again beside its own."""
+        """Each layer's passes; with checkpoints it runs forward again beside its own.
+
+        Along a run of layers that are alike memory rises or falls evenly, so its ends tell.
+        """
         kept = self._kept()
-        made = self._all_gradients - sum(layer.gradients for layer in self.layers)
-        for index in reversed(range(len(self.layers))):
-            layer = self.layers[index]
-            before = kept[index + 1 if self.options.gradient_checkpointing else index]
+        made = self._all_gradients - sum(
+            run.num_layers * run.layer.gradients for run in self.layers
+        )
+        end = sum(run.num_layers for run in self.layers)
+        for before, (layer, count) in zip(reversed(kept[:-1]), reversed(self.layers), strict=True):
             peak = layer.peak
             if self.options.accumulates_gradients:
                 peak = replace(peak, gradients=0)
-            yield f"backward of layer {index}", before + peak + self._made(made)
-            made += layer.gradients
+            for index in sorted({0, count - 1}, reverse=True):
+                kept_layers = index + 1 if self.options.gradient_checkpointing else index
+                made_here = made + (count - 1 - index) * layer.gradients
+                alive = before + self._keeps(layer) * kept_layers + peak + self._made(made_here)
+                yield f"backward of layer {end - count + index}", alive
+            made += count * layer.gradients
+            end -= count
 
     def _end(self) -> Alive:
         """All gradients; a tied head's and the embedding's own are summed last."""

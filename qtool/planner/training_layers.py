@@ -23,6 +23,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Final, NamedTuple
 
 from qtool.architecture import Architecture, AttentionCache, ModelTensor
@@ -113,6 +114,15 @@ class Alive:
             self.logits + other.logits,
         )
 
+    def __mul__(self, count: int) -> Alive:
+        return Alive(
+            self.activations * count,
+            self.buffer * count,
+            self.weight_copies * count,
+            self.gradients * count,
+            self.logits * count,
+        )
+
 
 def largest(moments: Iterable[Alive]) -> Alive:
     """The moment at which most is alive."""
@@ -158,30 +168,63 @@ def _peak(steps: Sequence[Step]) -> Alive:
     return largest(moments)
 
 
-def training_layers(
-    architecture: Architecture, precision: Precision, *, batch: int, context: int
-) -> tuple[Layer, ...]:
-    """The text decoder's layers, first to last."""
+Tensors = tuple[tuple[str, ModelTensor], ...]  # of one layer, by their names within it
+
+
+class LayerKinds(NamedTuple):
+    """The text decoder's layers: one of each kind, and the kind of each layer, first to last."""
+
+    kinds: tuple[Tensors, ...]
+    order: tuple[int, ...]
+
+
+class LayerRun(NamedTuple):
+    """`num_layers` layers in a row that are alike."""
+
+    layer: Layer
+    num_layers: int
+
+
+def layer_kinds(architecture: Architecture, adapted: frozenset[str]) -> LayerKinds:
+    """The kinds of layers; `adapted` are the names of the weights with adapters."""
     grouped: dict[str, list[tuple[str, ModelTensor]]] = {}
     for tensor in architecture.tensors.values():
         match = _LAYER.match(tensor.name)
         if match and not _TOWERS.search(match["layer"]):
             grouped.setdefault(match["layer"], []).append((match["rest"], tensor))
+    kinds: dict[tuple[object, ...], int] = {}
+    first: list[Tensors] = []
+    order = []
+    for tensors in grouped.values():
+        key = tuple((rest, tensor.shape, tensor.name in adapted) for rest, tensor in tensors)
+        if key not in kinds:
+            kinds[key] = len(kinds)
+            first.append(tuple(tensors))
+        order.append(kinds[key])
+    return LayerKinds(tuple(first), tuple(order))
+
+
+def training_layers(
+    architecture: Architecture,
+    layers: LayerKinds,
+    precision: Precision,
+    *,
+    batch: int,
+    context: int,
+) -> tuple[LayerRun, ...]:
+    """The text decoder's layers, first to last, those in a row that are alike as one run."""
     caches = architecture.cache_layers
     masked = [isinstance(c, AttentionCache) and (c.window or context) < context for c in caches]
-    share_masked = sum(masked) / len(masked) if masked else 0.0
-    built: dict[tuple[object, ...], Layer] = {}
-    layers = []
-    for index, tensors in enumerate(grouped.values()):
-        aligned = len(masked) == len(grouped)
-        is_masked = masked[index] if aligned else share_masked > 0
-        # Layers of one kind are built once: a model has hundreds, of one to four kinds.
-        key = (is_masked, *((rest, t.shape, t.name in precision.adapted) for rest, t in tensors))
-        if key not in built:
+    if len(masked) != len(layers.order):
+        masked = [any(masked)] * len(layers.order)
+    built: dict[tuple[int, bool], Layer] = {}
+    runs = []
+    for (kind, is_masked), alike in groupby(zip(layers.order, masked, strict=True)):
+        if (kind, is_masked) not in built:
             builder = _Builder(architecture, precision, batch * context, context, is_masked)
-            built[key] = builder.layer(tensors)
-        layers.append(built[key])
-    return tuple(layers)
+            built[kind, is_masked] = builder.layer(layers.kinds[kind])
+        runs.append(LayerRun(built[kind, is_masked], len(list(alike))))
+    return tuple(runs)
 
 
 class _Linear(NamedTuple):

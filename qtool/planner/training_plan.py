@@ -8,27 +8,27 @@ from qtool.architecture import Architecture
 from qtool.planner.demand import Demand, Parts
 from qtool.planner.lora import ALL_LINEAR
 from qtool.planner.records import Basis, Component, Workload
-from qtool.planner.training import TrainingOptions, training_peak
+from qtool.planner.training import TrainingOptions, TrainingPeak, training_peak
 
 
-def training_demand(
-    architecture: Architecture,
-    quant: str,
-    workload: Workload,
-    *,
-    weights: Component,
-    part: float,
-    buffer_bytes: int | None,
-) -> Demand:
+def workload_peak(
+    architecture: Architecture, quant: str, workload: Workload, *, buffer_bytes: int | None
+) -> TrainingPeak:
+    """The peak of one training step of the whole model.
+
+    Args:
+        buffer_bytes: what multiplying by a packed weight takes; None: bitsandbytes' whole weight.
+    """
+    return training_peak(architecture, training_options(workload, quant), buffer_bytes=buffer_bytes)
+
+
+def training_demand(peak: TrainingPeak, *, weights: Component, part: float) -> Demand:
     """The demand of one training step; a GPU of several does its layers' part of it.
 
     Args:
         weights: those that lie on the GPU, at their own precision.
         part: of the layers, that the GPU holds.
-        buffer_bytes: what multiplying by a packed weight takes; None: bitsandbytes' whole weight.
     """
-    options = training_options(workload, quant)
-    peak = training_peak(architecture, options, buffer_bytes=buffer_bytes)
 
     def share(num_bytes: int, basis: Basis = peak.basis) -> Component:
         return Component(math.ceil(num_bytes * part), basis)

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from qtool.architecture import Architecture
@@ -165,9 +166,15 @@ def _kept_stock(group: TensorGroup, count: int, element_bytes: int) -> _Stock:
 
 
 def _packed_stock(group: TensorGroup, count: int, fmt: QuantFormat) -> _Stock:
-    parts = packed_layouts(group.layout, fmt)
     packed = _PackedWeight(group.shape, DTYPE_BITS[group.dtype] // 8, fmt.precision, fmt.blocksize)
-    return _Stock(group, count, _sum_bytes(parts), _device_bytes(parts), packed)
+    return _Stock(group, count, *_packed_bytes(group.layout, fmt), packed)
+
+
+@lru_cache(maxsize=256)  # every layer has matrices of the same few shapes
+def _packed_bytes(layout: TensorLayout, fmt: QuantFormat) -> tuple[int, int]:
+    """In the file, and on the device."""
+    parts = packed_layouts(layout, fmt)
+    return _sum_bytes(parts), _device_bytes(parts)
 
 
 def _stored_stock(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 WIDE_COLUMNS: Final = 124  # enough for every component in a column of its own
 MAX_BAR_CELLS: Final = 72
 FITS_CELLS: Final = 57  # what a GPU's row takes beside its name
+EQUAL_SHARE: Final = 5e-5  # a difference that two digits do not show
 NOT_KNOWN: Final = "-"
 
 VERDICT_SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
@@ -42,7 +43,7 @@ VERDICT_SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
 GROUPS: Final[tuple[tuple[str, str, str, tuple[ComponentName, ...]], ...]] = (
     ("weights", "█", "blue", ("weights",)),
     ("KV cache", "▓", "cyan", ("kv_cache",)),
-    ("adapters", "▚", "green", ("adapters", "gradients", "optimizer")),
+    ("training", "▚", "green", ("adapters", "gradients", "optimizer")),
     ("activations", "▒", "magenta", ("activations", "logits", "dequant_buffer")),
     ("overhead", "░", "bright_black", ("workspace", "runtime_overhead", "allocator")),
 )
@@ -359,8 +360,12 @@ def _exact_lines(plans: Iterable[MemoryPlan]) -> Iterable[Text]:
             ours, theirs = plan.allocated_peak_bytes, plan.exact.allocated_peak_bytes
             yield Text(
                 f"{plan.quant}: allocated {format_gib(ours)}, with --exact {format_gib(theirs)} "
-                f"({ours / theirs - 1:+.2%}; {plan.exact.seconds:.1f} s)"
+                f"({_difference_text(ours / theirs - 1)}; {plan.exact.seconds:.1f} s)"
             )
+
+
+def _difference_text(difference: float) -> str:
+    return "equal" if abs(difference) < EQUAL_SHARE else f"{difference:+.2%}"
 
 
 def _notes(plans: Iterable[MemoryPlan]) -> Iterable[Text]:
@@ -392,7 +397,11 @@ def _provenance(estimate: Estimate) -> Text:
     origin = "config.json, exact if it is right" if is_config else "the file headers, exact"
     parts = [f"on disk, weights: {origin}"]
     if any("kv_cache" in plan.components for plan in estimate.plans):
-        parts += ["KV cache: exact", "activations: formula for the whole prompt at once"]
+        parts.append("KV cache: exact")
+    for name in ("adapters", "optimizer", "activations"):
+        bases = {plan.components[name].basis for plan in estimate.plans if name in plan.components}
+        if bases:
+            parts.append(f"{name}: {' or '.join(sorted(bases))}")
     parts.append("overhead: measured on other machines, hence the range")
     if any(gpu.memory_is_recalled for gpu in estimate.gpus):
         parts.append("~ a GPU's memory not confirmed")

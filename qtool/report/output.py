@@ -50,6 +50,14 @@ class Output:
         self.color: ColorChoice = color
         self.warnings: list[str] = []
 
+    def prepare(self) -> None:
+        """Import what tables need, while something else keeps the program waiting."""
+        if not self.json_mode:
+            from rich.table import Table
+
+            self._console(stderr=True)
+            self._console(stderr=False).render_lines(Table("", box=None))
+
     # -- the answer: stdout ---------------------------------------------------------------------
 
     def answer(self, *renderables: RenderableType) -> None:

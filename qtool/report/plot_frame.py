@@ -96,7 +96,7 @@ def sizing_words(sizing: Sizing) -> Words:
     tokens = f"up to {DEFAULT_CONTEXT:,}" if sizing.context is None else f"{sizing.context:,}"
     return Words(
         title="What fits",
-        subtitle=f"{whose} at the peak · {_sequences(sizing.batch)} of {tokens} tokens",
+        subtitle=f"{whose} at the peak · {_sequences(sizing.workload.batch)} of {tokens} tokens",
         footnotes=(f"{_dashed(sizing_limits(sizing))} Larger ones are left out.", GIB_NOTE),
     )
 

@@ -153,7 +153,10 @@ def _context_text(row: SizingRow) -> Text:
     from rich.text import Text
 
     word, style = VERDICT_SIGNS[row.verdict]
-    return Text(f"{word[0]} {_tokens_text(row.max_context)}".rstrip(), style)
+    context = row.max_context
+    if row.verdict == "no" and context is not None and context < KILO_TOKENS:
+        context = 0  # not worth a number
+    return Text(f"{word[0]} {_tokens_text(context)}".rstrip(), style)
 
 
 def _tokens_text(tokens: int | None) -> str:
@@ -167,10 +170,13 @@ def _tokens_text(tokens: int | None) -> str:
 def _footnote(sizing: Sizing) -> Text:
     from rich.text import Text
 
-    sequences = f"{sizing.batch} sequence{'s' * (sizing.batch != 1)}"
+    sequences = f"{sizing.workload.batch} sequence{'s' * (sizing.workload.batch != 1)}"
     tokens = f"up to {DEFAULT_CONTEXT:,}" if sizing.context is None else f"{sizing.context:,}"
+    workload, gpus = sizing.workload, sizing.rows[0].gpus
+    doing = "" if workload.mode == "generate" else f"{workload.mode}, "
+    each = f" on {gpus} of them together ({workload.split})" if gpus > 1 else ""
     parts = [
-        f"✓ fits · ! under 5 % left · ✗ too large: for {sequences} of {tokens} tokens",
+        f"✓ fits · ! under 5 % left · ✗ too large: for {doing}{sequences} of {tokens} tokens{each}",
         "then the longest context that fits, up to the model's own (k: 1,024 tokens)",
     ]
     if any(row.decode_tok_s_ceiling for row in sizing.rows) and not sizing.reference_models:

@@ -74,3 +74,18 @@ def test_nothing_fits_is_exit_code_3_only_for_named_gpus():
 def test_usage_errors(arguments):
     ran = run("sizing", *arguments, "--json")
     assert ran.exit_code == 2 and ran.stdout == "" and ran.error["kind"] == "usage"
+
+
+def test_mode_and_gpus_reach_the_rows(model):
+    ran = run("sizing", model, "--mode", "qlora", "--gpu", "4090", "--gpus", 2, "--json")
+    assert {row["quant"] for row in ran.document["rows"]} == {"nf4", "nf4-dq"}
+    assert {(row["gpus"], row["decode_tok_s_ceiling"]) for row in ran.document["rows"]} == {
+        (2, None)
+    }
+
+
+def test_plot_writes_the_picture_and_refuses_other_kinds(model, tmp_path):
+    assert run("sizing", model, "--plot", tmp_path / "sizes.html").exit_code == 0
+    assert "<svg" in (tmp_path / "sizes.html").read_text()
+    ran = run("sizing", model, "--plot", tmp_path / "sizes.pdf", "--json")
+    assert ran.exit_code == 2 and ".svg" in ran.error["hint"]
