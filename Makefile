@@ -20,7 +20,7 @@ demo: .venv/installed-run  ## show what qtool does, on a model that ships with i
 	$(BIN)/qtool demo
 
 test: lint  ## lint, then run the tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: .venv/installed-test  ## check style and types
 	$(BIN)/ruff check .

@@ -240,7 +240,7 @@ class Terminal:
 def test_a_terminal_without_prompt_opens_a_chat(chatty: Path) -> None:
     terminal = Terminal(chatty, "--max-new-tokens", 480, "--ignore-eos", "--device", "cpu")
     try:
-        assert "chat" in terminal.wait_for("/help for commands")
+        assert "chat" in terminal.wait_for(r"/help for\s+commands")
         terminal.wait_for(">>> ")
         terminal.type("/help\n")
         assert "/clear" in terminal.wait_for(">>> ")

@@ -9,8 +9,9 @@ import pytest
 from qtool.errors import QtoolError
 from qtool.formats.precisions import QUANTIZED_PRECISIONS
 from qtool.planner.activations import NO_BUFFER
-from qtool.planner.model import open_model
+from qtool.planner.model import describe_model, open_model
 from qtool.planner.reference_models import reference_models
+from tests.planner.bare_config import checkpoint_of
 from tests.tiny_models import llama_config, llama_shapes, write_llama
 
 MIB = 1 << 20
@@ -39,6 +40,18 @@ def test_published_nf4_dq_files_within_a_hundredth_of_a_percent(test_data, name,
     found = model.weights("nf4-dq").checkpoint_bytes
     assert found == pytest.approx(file_bytes, rel=1e-4)
     assert found < file_bytes  # which has headers too
+
+
+def test_published_nf4_dq_file_of_phi_3_5_written_as_a_llama():
+    config = {
+        **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"},
+        **{"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192},
+        **{"num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False},
+    }
+    model = describe_model(checkpoint_of(config))
+    assert model.facts.parameters == 3_821_079_552
+    found = model.weights("nf4-dq").checkpoint_bytes
+    assert found == pytest.approx(2_264_298_476, rel=1e-4) and found < 2_264_298_476
 
 
 @pytest.mark.parametrize(("quant", "gigabytes"), [("bf16", 13.52), ("nf4", 4.57), ("nf4-dq", 4.26)])
