@@ -16,7 +16,7 @@ from qtool.architecture import KNOWN_MODEL_TYPES, Architecture, build_architectu
 from qtool.errors import QtoolError
 from tests.architecture.families import TINY
 
-NUM_MUTATIONS = 2_000
+NUM_MUTATIONS = 10_000
 MAX_MESSAGE = 2_000
 
 # What a key may hold instead of its value.
