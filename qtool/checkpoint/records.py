@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from qtool.formats.tensors import TensorLayout
 
@@ -47,6 +47,20 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: Mapping[str, TensorInfo]
     other_files: tuple[str, ...]  # small files to carry along, relative names, sorted
+
+    @classmethod
+    def of_config(cls, id: str, config: Mapping[str, Any]) -> Self:
+        """A model of which nothing but the config.json is known."""
+        return cls(
+            id=id,
+            location="local",
+            revision=None,
+            folder=None,
+            config=config,
+            shards=(),
+            tensors={},
+            other_files=(),
+        )
 
     @property
     def weights_bytes(self) -> int:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from qtool.errors import QtoolError
 from qtool.exact.records import ExactRequest, FloatDtype, LoraAdapters, Optimizer
-from qtool.planner.llm_int8 import USUAL_INITIALIZER_RANGE, outlier_share
+from qtool.planner.llm_int8 import outlier_share
 from qtool.planner.model import PlannedModel
-from qtool.planner.records import Estimate, ExactRun, MemoryPlan
+from qtool.planner.records import Estimate, ExactRun, MemoryPlan, Workload
 from qtool.runtime.requirements import require_run_extra
-
-if TYPE_CHECKING:
-    from qtool.architecture import Architecture
 
 OPTIMIZERS: Final[dict[str, Optimizer]] = {"adamw": "adamw", "adamw-8bit": "adamw_8bit"}
 FLOAT_DTYPES: Final[dict[int, FloatDtype]] = {2: "bf16", 4: "fp32"}
@@ -27,14 +24,16 @@ def run_plans(model: PlannedModel, estimate: Estimate) -> Estimate:
     Raises:
         QtoolError: what is asked for cannot be run so, or a package is missing.
     """
+    requests = [exact_request(model, plan) for plan in estimate.plans]  # all before any runs
     require_run_extra()
-    return replace(estimate, plans=tuple(_run(model, plan) for plan in estimate.plans))
+    runs = zip(estimate.plans, requests, strict=True)
+    return replace(estimate, plans=tuple(_run(model, plan, request) for plan, request in runs))
 
 
-def _run(model: PlannedModel, plan: MemoryPlan) -> MemoryPlan:
+def _run(model: PlannedModel, plan: MemoryPlan, request: ExactRequest) -> MemoryPlan:
     from qtool.exact.peak import exact_peak
 
-    peak = exact_peak(model.config, exact_request(model, plan), model.id)
+    peak = exact_peak(model.config, request, model.id)
     workspace_bytes = plan.components["workspace"].bytes  # taken within kernels, out of sight
     exact = ExactRun(peak.allocated_peak_bytes + workspace_bytes, peak.seconds)
     return replace(plan, exact=exact)
@@ -68,14 +67,15 @@ def exact_request(model: PlannedModel, plan: MemoryPlan) -> ExactRequest:
         ),
         optimizer=OPTIMIZERS.get(tuning.optimizer, "adamw"),
         gradient_checkpointing=tuning.gradient_checkpointing,
-        int8_outliers=_outliers(model.architecture, workload.context * workload.batch)
-        if is_llm_int8 and model.architecture
-        else {},
+        int8_outliers=_outliers(model, workload) if is_llm_int8 else {},
     )
 
 
-def _outliers(architecture: Architecture, num_tokens: int) -> dict[str, float]:
-    share = outlier_share(architecture.hidden_size, num_tokens, USUAL_INITIALIZER_RANGE)
+def _outliers(model: PlannedModel, workload: Workload) -> dict[str, float]:
+    if model.architecture is None:
+        return {}
+    num_tokens = workload.context * workload.batch
+    share = outlier_share(model.architecture.hidden_size, num_tokens, model.config)
     return dict.fromkeys(LAST_MLP_LAYERS, share)
 
 

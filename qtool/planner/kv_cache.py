@@ -52,9 +52,9 @@ def kv_cache_bytes(
     Args:
         element_bytes: of the dtype that the model computes in, which `auto` keeps.
     """
-    sequence = _vllm_layer_bytes if runtime == "vllm" else _dynamic_layer_bytes
     return batch * sum(
-        count * sequence(layer, context, element_bytes, kv_dtype) for layer, count in layers.items()
+        count * _layer_bytes(layer, context, element_bytes, kv_dtype, runtime)
+        for layer, count in layers.items()
     )
 
 
@@ -101,13 +101,20 @@ def dequantized_layer_bytes(
 # -- one layer, one sequence ----------------------------------------------------------------------
 
 
-def _dynamic_layer_bytes(
-    layer: CacheLayer, context: int, element_bytes: int, kv_dtype: KvDtype
+def _layer_bytes(
+    layer: CacheLayer, context: int, element_bytes: int, kv_dtype: KvDtype, runtime: Runtime
 ) -> int:
     if isinstance(layer, RecurrentState):
         return _state_bytes(layer, element_bytes)
     if isinstance(layer, CompressedCache):
         return _compressed_bytes(layer, context, element_bytes)
+    keyed_layer_bytes = _vllm_layer_bytes if runtime == "vllm" else _dynamic_layer_bytes
+    return keyed_layer_bytes(layer, context, element_bytes, kv_dtype)
+
+
+def _dynamic_layer_bytes(
+    layer: CacheLayer, context: int, element_bytes: int, kv_dtype: KvDtype
+) -> int:
     tokens, elements = cached_tokens(layer, context), _token_elements(layer)
     if kv_dtype == "fp8":
         return tokens * elements
@@ -121,10 +128,6 @@ def _dynamic_layer_bytes(
 def _vllm_layer_bytes(
     layer: CacheLayer, context: int, element_bytes: int, kv_dtype: KvDtype
 ) -> int:
-    if isinstance(layer, RecurrentState):
-        return _state_bytes(layer, element_bytes)
-    if isinstance(layer, CompressedCache):
-        return _compressed_bytes(layer, context, element_bytes)
     page_bytes = VLLM_BLOCK_TOKENS * _vllm_token_bytes(layer, element_bytes, kv_dtype)
     return _vllm_pages(layer, context) * page_bytes
 

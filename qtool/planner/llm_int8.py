@@ -8,8 +8,9 @@ of the weight. Sources: MatMul8bitLt and the int8 operators of bitsandbytes 0.50
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cache
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 THRESHOLD: Final = 6.0
 USUAL_INITIALIZER_RANGE: Final = 0.02
@@ -59,12 +60,16 @@ def int8_moments(
     )
 
 
-def outlier_share(hidden: int, tokens: int, initializer_range: float) -> float:
+def outlier_share(hidden: int, tokens: int, config: Mapping[str, Any]) -> float:
     """The share of a gated MLP's columns with an outlier, were the weights as drawn at first.
 
-    Which columns hold one depends on weights and text. This is the share for normal weights: gate
-    and up projection then are normal with sqrt(hidden) times the weights' deviation.
+    Which columns hold one depends on weights and text. This is the share for normal weights with
+    the deviation that config.json names (`initializer_range`): gate and up projection then are
+    normal with sqrt(hidden) times as much.
     """
+    initializer_range = config.get("initializer_range")
+    if not isinstance(initializer_range, float) or not 0 < initializer_range < 1:
+        initializer_range = USUAL_INITIALIZER_RANGE
     return 1 - (1 - _outlier_probability(hidden, initializer_range)) ** tokens
 
 
@@ -72,8 +77,6 @@ def outlier_share(hidden: int, tokens: int, initializer_range: float) -> float:
 def _outlier_probability(hidden: int, initializer_range: float) -> float:
     """P(|silu(gate) * up| > threshold), by the trapezoidal rule over the gate."""
     deviation = initializer_range * math.sqrt(hidden)
-    if deviation <= 0:
-        return 0.0
     step = 2 * INTEGRATION_LIMIT / INTEGRATION_STEPS
     total = 0.0
     for index in range(INTEGRATION_STEPS + 1):

@@ -23,7 +23,7 @@ from qtool.planner.kv_cache import (
     dequantized_layer_bytes,
     kv_cache_bytes,
 )
-from qtool.planner.llm_int8 import USUAL_INITIALIZER_RANGE, outlier_share
+from qtool.planner.llm_int8 import outlier_share
 from qtool.planner.model import PlannedModel
 from qtool.planner.overhead import Overhead
 from qtool.planner.records import Basis, Component, ComponentName, MemoryPlan, Workload
@@ -213,10 +213,7 @@ class MemoryBudget:
         architecture = self.model.architecture
         if self.quant != "int8" or self.workload.runtime == "qtool" or architecture is None:
             return None
-        deviation = self.model.config.get("initializer_range")
-        if not isinstance(deviation, float) or not 0 < deviation < 1:
-            deviation = USUAL_INITIALIZER_RANGE
-        return outlier_share(architecture.hidden_size, num_tokens, deviation)
+        return outlier_share(architecture.hidden_size, num_tokens, self.model.config)
 
     def _read_back_bytes(self, workload: Workload, share: Share) -> int:
         """What a decode step with a quantized cache turns back at once."""

@@ -47,17 +47,7 @@ class ReferenceModel:
 
     def describe(self) -> PlannedModel:
         """The model, ready to plan."""
-        no_files = Checkpoint(
-            id=self.size,
-            location="local",
-            revision=None,
-            folder=None,
-            config=self.config,
-            shards=(),
-            tensors={},
-            other_files=(),
-        )
-        return describe_model(no_files)
+        return describe_model(Checkpoint.of_config(self.size, self.config))
 
 
 def _reference(

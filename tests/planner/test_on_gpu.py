@@ -9,11 +9,11 @@ import json
 
 import pytest
 
+from qtool.checkpoint import Checkpoint
 from qtool.planner.memory import MemoryBudget
 from qtool.planner.model import describe_model
 from qtool.planner.records import Workload
 from tests.architecture.oracle import build_model
-from tests.planner.bare_config import checkpoint_of
 
 pytestmark = pytest.mark.gpu
 
@@ -44,7 +44,9 @@ def test_prompts_take_what_was_planned(test_data, name, batch, context):
         if isinstance(value, list):
             config[key] = value[:NUM_LAYERS]
     asked = Workload(context, batch, runtime="transformers")
-    planned = MemoryBudget.of(describe_model(checkpoint_of(config)), "bf16", asked).plan(asked)
+    planned = MemoryBudget.of(
+        describe_model(Checkpoint.of_config("bare", config)), "bf16", asked
+    ).plan(asked)
 
     torch.manual_seed(0)
     model = build_model(config, config["architectures"][0], device="cuda").to(torch.bfloat16).eval()

@@ -70,18 +70,7 @@ KEYS = (
 
 def describe(config: dict[str, Any]) -> PlannedModel:
     """The model of a config.json alone."""
-    return describe_model(
-        Checkpoint(
-            id="model",
-            location="local",
-            revision=None,
-            folder=None,
-            config=config,
-            shards=(),
-            tensors={},
-            other_files=(),
-        )
-    )
+    return describe_model(Checkpoint.of_config("model", config))
 
 
 def tiny_configs() -> list[dict[str, Any]]:

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
+from qtool.checkpoint import Checkpoint
 from qtool.errors import QtoolError
 from qtool.formats.precisions import QUANTIZED_PRECISIONS
 from qtool.planner.activations import NO_BUFFER
 from qtool.planner.model import describe_model, open_model
 from qtool.planner.reference_models import reference_models
-from tests.planner.bare_config import checkpoint_of
 from tests.tiny_models import llama_config, llama_shapes, write_llama
 
 MIB = 1 << 20
@@ -48,7 +48,7 @@ def test_published_nf4_dq_file_of_phi_3_5_written_as_a_llama():
         **{"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192},
         **{"num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False},
     }
-    model = describe_model(checkpoint_of(config))
+    model = describe_model(Checkpoint.of_config("bare", config))
     assert model.facts.parameters == 3_821_079_552
     found = model.weights("nf4-dq").checkpoint_bytes
     assert found == pytest.approx(2_264_298_476, rel=1e-4) and found < 2_264_298_476
