@@ -21,7 +21,7 @@ struct Scales {
     const uint8* absmax_codes;   // uint8 (m,)
     const float* nested_absmax;  // float32 (ceil(m/256),)
     const float* nested_code;    // float32 (256,), the dynamic map
-    float offset;
+    float offset;                // the mean that was taken off
 
     __device__ float of(int64 block) const {
 #if NESTED
@@ -37,14 +37,15 @@ struct Scales {
 extern "C" __global__ void __launch_bounds__(256) dequantize_4bit(
     const uint8* __restrict__ packed, int64 num_values, int blocksize_log2,
     const float* __restrict__ absmax, const uint8* __restrict__ absmax_codes,
-    const float* __restrict__ nested_absmax, const float* __restrict__ nested_code, float offset,
+    const float* __restrict__ nested_absmax, const float* __restrict__ nested_code,
+    const float* __restrict__ nested_offset,
     TARGET::Bits* __restrict__ target) {
     int lane = threadIdx.x % WARP;
     int64 warp = int64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
     int64 tile = warp * WARP_TILE + lane * OCTET;
     if (warp * WARP_TILE >= num_values) return;
     float own_entry = CODE_TABLE[lane % 16];
-    Scales scales{absmax, absmax_codes, nested_absmax, nested_code, offset};
+    Scales scales{absmax, absmax_codes, nested_absmax, nested_code, NESTED ? *nested_offset : 0.0f};
 
     uint32 codes[CHUNKS];
     float scale[CHUNKS];

@@ -20,13 +20,13 @@ class NestedAbsmax:
         codes: uint8 (m,).
         nested_absmax: float32 (ceil(m/256),).
         nested_code: float32 (256,), the dynamic map.
-        offset: the mean that was taken off.
+        nested_offset: float32 (1,), the mean that was taken off.
     """
 
     codes: int
     nested_absmax: int
     nested_code: int
-    offset: float
+    nested_offset: int
 
 
 def dequantize_4bit(
@@ -60,10 +60,15 @@ def dequantize_4bit(
         "dequantize_4bit", TARGET=cuda_dtype(dtype), QUANT_TYPE=quant_type, NESTED=int(nested)
     )
     if isinstance(absmax, NestedAbsmax):
-        scales = (0, absmax.codes, absmax.nested_absmax, absmax.nested_code)
-        offset = absmax.offset
+        scales = (
+            0,
+            absmax.codes,
+            absmax.nested_absmax,
+            absmax.nested_code,
+            absmax.nested_offset,
+        )
     else:
-        scales, offset = (absmax, 0, 0, 0), 0.0
+        scales = (absmax, 0, 0, 0, 0)
     log2 = np.int32(blocksize.bit_length() - 1)
-    arguments = (packed, num_values, log2, *scales, np.float32(offset), values)
+    arguments = (packed, num_values, log2, *scales, values)
     launch(kernel, (ceil_div(num_values, _BLOCK_TILE),), THREADS, arguments, stream)

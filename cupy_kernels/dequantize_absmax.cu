@@ -5,7 +5,9 @@
 // codes: uint8 (m,), nested_absmax: (ceil(m/256),), nested_code: (256,) -> absmax: (m,).
 extern "C" __global__ void __launch_bounds__(256) dequantize_absmax(
     const uint8* __restrict__ codes, int64 count, const float* __restrict__ nested_absmax,
-    const float* __restrict__ nested_code, float offset, float* __restrict__ absmax) {
+    const float* __restrict__ nested_code, const float* __restrict__ nested_offset,
+    float* __restrict__ absmax) {
+    float offset = *nested_offset;
     int64 stride = int64(gridDim.x) * blockDim.x;
     for (int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
         float nested = nested_absmax[uint64(i) / NESTED_BLOCKSIZE];

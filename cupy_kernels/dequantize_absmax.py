@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from cupy_kernels.dequantize_4bit import NestedAbsmax
 from cupy_kernels.launch import THREADS, ceil_div, launch
 from cupy_kernels.loader import load_kernel
@@ -21,7 +19,13 @@ def dequantize_absmax(nested: NestedAbsmax, count: int, absmax: int, stream: int
     if count == 0:
         return
     kernel = load_kernel("dequantize_absmax")
-    offset = np.float32(nested.offset)
-    arguments = (nested.codes, count, nested.nested_absmax, nested.nested_code, offset, absmax)
+    arguments = (
+        nested.codes,
+        count,
+        nested.nested_absmax,
+        nested.nested_code,
+        nested.nested_offset,
+        absmax,
+    )
     grid = (min(ceil_div(count, THREADS), _MAX_BLOCKS),)
     launch(kernel, grid, THREADS, arguments, stream)

@@ -7,6 +7,8 @@ which the kernel is only queued. They allocate nothing and wait for nothing.
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -56,3 +58,84 @@ def cuda_dtype(dtype: str) -> str:
 def ceil_div(a: int, b: int) -> int:
     """The least integer >= a / b."""
     return -(-a // b)
+
+
+# -- launches through the driver: what CuPy's own cannot ask for ----------------------------------
+
+_PROGRAMMATIC_SERIALIZATION: Final = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_MAX_DYNAMIC_SHARED_BYTES: Final = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class _LaunchAttribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+class Launch:
+    """A kernel with its grid and one structure of arguments, ready to be queued again and again.
+
+    Args:
+        arguments: the kernel's only parameter, passed by value; change its fields between launches.
+        overlap: the kernel may begin while the launch before still runs, and waits itself for what
+            that one writes (programmatic dependent launch, compute capability 9.0 or newer).
+    """
+
+    def __init__(
+        self,
+        kernel: cupy.RawKernel,
+        grid: tuple[int, ...],
+        threads: int,
+        shared_bytes: int,
+        arguments: ctypes.Structure,
+        *,
+        overlap: bool,
+    ) -> None:
+        self.arguments = arguments
+        self._kernel = kernel  # keeps the module loaded
+        self._function = ctypes.c_void_p(kernel.kernel.ptr)
+        _allow_shared_bytes(self._function, shared_bytes)
+        self._attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION, 0, (1,))
+        self._config = _LaunchConfig(
+            (*grid, 1, 1)[:3],
+            (threads, 1, 1),
+            shared_bytes,
+            None,
+            ctypes.pointer(self._attribute),
+            int(overlap),
+        )
+        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        self._launch = _driver().cuLaunchKernelEx
+
+    def __call__(self, stream: int) -> None:
+        """Queue it on `stream`.
+
+        Raises:
+            RuntimeError: the driver refuses, or reports an earlier failure.
+        """
+        self._config.stream = stream
+        status = self._launch(ctypes.byref(self._config), self._function, self._parameters, None)
+        if status:
+            raise RuntimeError(f"cuLaunchKernelEx: CUDA error {status}")
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _allow_shared_bytes(function: ctypes.c_void_p, shared_bytes: int) -> None:
+    status = _driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
+    if status:
+        raise RuntimeError(
+            f"cuFuncSetAttribute: CUDA error {status} for {shared_bytes} bytes of shared memory"
+        )

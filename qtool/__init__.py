@@ -1,7 +1,41 @@
 """qtool: does this language model fit my GPU? Plan its memory, quantize it, inspect it, run it.
 
-Importing this package imports neither torch, transformers nor cupy; see docs/architecture.md
-for the direction of imports.
+    import qtool
+
+    model = qtool.load("org/model", quant="nf4-dq")
+    for piece in qtool.stream(model, "Why is the sky blue?"):
+        print(piece, end="", flush=True)
+
+`load`, `stream`, `register` and `unregister` need the extra `qtool[run]`; docs/python.md shows them
+at work. Importing this package imports neither torch, transformers nor cupy; see
+docs/architecture.md for the direction of imports.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qtool.errors import QtoolError
+
+if TYPE_CHECKING:
+    from qtool.runtime.api import load, register, stream, unregister
+
 __version__ = "0.1.0"
+__all__ = ["QtoolError", "load", "register", "stream", "unregister"]
+
+
+def __getattr__(name: str) -> Any:
+    """The functions that run models, imported when they are first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from qtool.runtime.requirements import require_run_extra
+
+    require_run_extra()
+    from qtool.runtime import api
+
+    globals()[name] = getattr(api, name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

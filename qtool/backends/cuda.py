@@ -237,13 +237,15 @@ class CudaBackend:
         check_nested(absmax, codes, nested_absmax)
         table = dynamic_map()
         with self._workspace() as work:
-            codes_in, nested_in, table_in, target = work.claim(
-                codes.nbytes, nested_absmax.nbytes, table.nbytes, absmax.nbytes
+            mean = np.array([offset], np.float32)
+            codes_in, nested_in, table_in, offset_in, target = work.claim(
+                codes.nbytes, nested_absmax.nbytes, table.nbytes, mean.nbytes, absmax.nbytes
             )
             work.upload(codes, codes_in)
             work.upload(nested_absmax, nested_in)
             work.upload(table, table_in)
-            nested = NestedAbsmax(codes_in, nested_in, table_in, float(offset))
+            work.upload(mean, offset_in)
+            nested = NestedAbsmax(codes_in, nested_in, table_in, offset_in)
             dequantize_absmax(nested, absmax.size, target, work.stream)
             work.download(target, absmax)
             work.wait()

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from qtool.bench.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.bench.contenders import Contender
 from qtool.bench.operations import BLOCKSIZE, Operation
 from qtool.bench.weights import Array, Weight
@@ -33,7 +34,9 @@ class Bitsandbytes:
     def __init__(self, *, on_gpu: bool, num_threads: int) -> None:
         try:
             import torch
-            from bitsandbytes import functional
+
+            with quiet_bitsandbytes():
+                from bitsandbytes import functional
         except ImportError as error:
             raise NoRivalError(f"bitsandbytes is not measured: {error}") from error
         if on_gpu and not torch.cuda.is_available():

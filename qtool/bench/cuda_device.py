@@ -152,9 +152,11 @@ class CudaDevice:
         stored = weight.four_bit[operation.precision]
         absmax: int | NestedAbsmax = _at(stored.absmax)
         if operation.format.double_quant:
-            offset = float(self.to_host(stored.offset)[0])
             absmax = NestedAbsmax(
-                _at(stored.codes), _at(stored.nested_absmax), _at(self._dynamic_map), offset
+                _at(stored.codes),
+                _at(stored.nested_absmax),
+                _at(self._dynamic_map),
+                _at(stored.offset),
             )
         return partial(
             dequantize_4bit,

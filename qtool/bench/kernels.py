@@ -3,14 +3,15 @@
     result = bench_kernels(KernelRequest(shapes=((28672, 8192),)))
 
 All engines take turns on the same random weights, which are more than the caches hold. What qtool's
-kernels make of them is compared with the reference before anything is timed.
+kernels make of them is compared with the reference before anything is timed, products with float64
+(`qtool.bench.products`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -25,7 +26,9 @@ from qtool.bench.operations import (
     BLOCKSIZE,
     DTYPE_WORDS,
     OPERATIONS,
+    PRODUCTS,
     Operation,
+    Product,
     Shape,
     choose_operations,
     shape_text,
@@ -37,6 +40,7 @@ from qtool.bench.weights import Weight
 from qtool.errors import QtoolError
 from qtool.events import Note, OnEvent, ignore_events
 from qtool.formats.tensors import SourceDtype
+from qtool.runtime.requirements import require_run_extra
 
 MIN_REPEATS: Final = 20
 COPY: Final = "copy"
@@ -50,7 +54,8 @@ CPU_DTYPES: Final[tuple[SourceDtype, ...]] = ("BF16",)
 class KernelRequest:
     """What to measure; an empty tuple or None means what suits the device.
 
-    `words` choose operations, see `choose_operations`. `num_threads` matters on the CPU.
+    `words` choose operations, see `choose_operations`. Products multiply each of `tokens` rows at
+    a time. `num_threads` matters on the CPU.
     """
 
     shapes: tuple[Shape, ...] = ()
@@ -60,6 +65,7 @@ class KernelRequest:
     repeats: int = MIN_REPEATS
     num_threads: int | None = None
     with_rival: bool = True
+    tokens: tuple[int, ...] = (1,)
 
 
 def bench_kernels(request: KernelRequest, on_event: OnEvent = ignore_events) -> BenchResult:
@@ -69,29 +75,34 @@ def bench_kernels(request: KernelRequest, on_event: OnEvent = ignore_events) -> 
         QtoolError: an unknown operation, too few repeats, no such backend here, too little memory,
             or a kernel that gives other bytes than the reference.
     """
-    operations = choose_operations(request.words)
-    if request.repeats < MIN_REPEATS:
-        raise QtoolError(
-            f"--repeat {request.repeats}: a median of fewer than {MIN_REPEATS} says too little",
-            kind="usage",
-            hint=f"--repeat {MIN_REPEATS} or more",
-        )
+    operations, products = choose_operations(request.words)
+    _check_numbers(request)
     chosen = choose_backend(request.backend)
     on_gpu = chosen.backend.name == "cuda"
     on_event(Note(f"backend  {chosen.backend.name} ({chosen.reason})"))
     num_threads = request.num_threads or num_usable_cores()
     warnings: list[str] = []
+    if products and (reason := _why_no_products(on_gpu=on_gpu)):
+        if not operations:
+            raise QtoolError(reason, kind="unsupported", hint='pip install "qtool[run]"')
+        warnings.append(reason)
+        products = ()
     rival = _find_rival(request, warnings, on_gpu=on_gpu, num_threads=num_threads)
     rows: list[Row] = []
     with interruptible(), _open_device(on_gpu, num_threads) as device:
         name = device_name(num_threads, on_gpu=on_gpu)
         for shape in request.shapes or (CUDA_SHAPE if on_gpu else CPU_SHAPE,):
             for dtype in request.dtypes or (CUDA_DTYPES if on_gpu else CPU_DTYPES):
-                group = _Group(device, rival, shape, dtype, operations)
-                measured = group.measure(request.repeats, on_event)
-                warnings += host_bound_warnings(measured, group.label)
-                rows += group_rows(measured, shape_text(shape), DTYPE_WORDS[dtype])
-                _release(device, rival)
+                if operations:
+                    group = _Group(device, rival, shape, dtype, operations)
+                    measured = group.measure(request.repeats, on_event)
+                    warnings += host_bound_warnings(measured, group.label)
+                    rows += group_rows(measured, shape_text(shape), DTYPE_WORDS[dtype])
+                    _release(device, rival)
+                if products and not (on_gpu and dtype == "F32"):  # models there have 16 bit
+                    for tokens in request.tokens:
+                        place = _ProductPlace(on_gpu, num_threads, shape, dtype, tokens)
+                        rows += place.rows(products, rival, request.repeats, on_event)
         versions = software_versions(on_gpu=on_gpu, rivals=("torch", "bitsandbytes"))
         runs_per_sample = device.clock.runs_per_sample
     return BenchResult(
@@ -109,6 +120,21 @@ def bench_kernels(request: KernelRequest, on_event: OnEvent = ignore_events) -> 
         },
         warnings=tuple(warnings),
     )
+
+
+def _check_numbers(request: KernelRequest) -> None:
+    if request.repeats < MIN_REPEATS:
+        raise QtoolError(
+            f"--repeat {request.repeats}: a median of fewer than {MIN_REPEATS} says too little",
+            kind="usage",
+            hint=f"--repeat {MIN_REPEATS} or more",
+        )
+    if min(request.tokens) < 1:
+        raise QtoolError(
+            f"--rows {min(request.tokens)}: a product has at least one row of activations",
+            kind="usage",
+            hint="such as --rows 1 --rows 8",
+        )
 
 
 # -- one shape and dtype --------------------------------------------------------------------------
@@ -153,6 +179,54 @@ class _Group:
             yield Contender(operation.name, "qtool", moved, partial(_run_in_turn, runs))
 
 
+@dataclass(frozen=True, slots=True)
+class _ProductPlace:
+    """Products of `tokens` rows with weights of one shape and dtype; torch does them all."""
+
+    on_gpu: bool
+    num_threads: int
+    shape: Shape
+    dtype: SourceDtype
+    tokens: int
+
+    def rows(
+        self,
+        products: Sequence[Product],
+        rival: Bitsandbytes | None,
+        repeats: int,
+        on_event: OnEvent,
+    ) -> list[Row]:
+        import torch
+
+        from qtool.bench.products import ProductGroup
+
+        torch.set_num_threads(self.num_threads)
+        device = torch.device("cuda" if self.on_gpu else "cpu")
+        group = ProductGroup(
+            device, self.shape, self.dtype, self.tokens, products, with_rival=rival is not None
+        )
+        measured, errors = group.measure(repeats, on_event)
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+        return [
+            replace(row, tokens=self.tokens, relative_error=errors.get((row.op, row.engine)))
+            for row in group_rows(measured, shape_text(self.shape), DTYPE_WORDS[self.dtype])
+        ]
+
+
+def _why_no_products(*, on_gpu: bool) -> str | None:
+    """What keeps products, which torch calls, from being measured; None if nothing does."""
+    try:
+        require_run_extra()
+    except QtoolError as error:
+        return f"products are not measured: {error.message}"
+    import torch
+
+    if on_gpu and not torch.cuda.is_available():
+        return "products are not measured: torch sees no GPU"
+    return None
+
+
 def _run_in_turn(runs: Sequence[Any], i: int) -> object:
     return runs[i % len(runs)]()
 
@@ -180,7 +254,7 @@ def group_rows(measured: Sequence[Measured], shape: str, dtype: str) -> list[Row
 
 def _place_in_table(measured: Measured) -> tuple[int, str]:
     """The limit first, then operation by operation, qtool before others."""
-    names = [COPY, *(operation.name for operation in OPERATIONS)]
+    names = [COPY, *(known.name for known in (*OPERATIONS, *PRODUCTS))]
     return names.index(measured.op), "" if measured.engine == "qtool" else measured.engine
 
 
@@ -197,27 +271,35 @@ def host_bound_warnings(measured: Sequence[Measured], label: str) -> list[str]:
 
 def double_quant_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """How many times as long every operation takes with double quantization as without."""
-    seconds = {(row.op, row.shape, row.dtype, row.engine): row.seconds_median for row in rows}
+    seconds = {
+        (row.op, row.shape, row.dtype, row.tokens, row.engine): row.seconds_median for row in rows
+    }
     return [
         {
             "op": op,
             "shape": shape,
             "dtype": dtype,
+            "tokens": tokens,
             "engine": engine,
             "seconds_ratio": with_dq / bare,
         }
-        for (op, shape, dtype, engine), with_dq in seconds.items()
+        for (op, shape, dtype, tokens, engine), with_dq in seconds.items()
         if op.endswith("-dq")
-        and (bare := seconds.get((op.removesuffix("-dq"), shape, dtype, engine)))
+        and engine != "torch"  # it has no packed weights
+        and (bare := seconds.get((op.removesuffix("-dq"), shape, dtype, tokens, engine)))
     ]
 
 
 def _limits(rows: Sequence[Row]) -> dict[str, Limit]:
     return {
-        f"{row.op} {row.shape} {row.dtype}": make_limit(row)
+        " ".join((row.op, row.shape, row.dtype, *_tokens_text(row))): make_limit(row)
         for row in rows
         if row.engine == "limit"
     }
+
+
+def _tokens_text(row: Row) -> tuple[str, ...]:
+    return () if row.tokens is None else (f"x{row.tokens}",)
 
 
 # -- the machine ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import qtool
@@ -62,10 +63,12 @@ def package_versions(*packages: str) -> dict[str, str]:
 
 
 def _cuda_versions() -> dict[str, str]:
-    """The driver, and the compiler of the kernels."""
-    from cupy.cuda import nvrtc
+    """The driver, and the compiler of the kernels; models run without the latter, too."""
+    found = {}
+    if find_spec("cupy") is not None:
+        from cupy.cuda import nvrtc
 
-    found = {"nvrtc": ".".join(map(str, nvrtc.getVersion()))}
+        found["nvrtc"] = ".".join(map(str, nvrtc.getVersion()))
     if driver := ask_nvidia_smi().driver:
         found["nvidia_driver"] = driver
     return found

@@ -31,7 +31,23 @@ MODEL_SHAPES: Final[dict[str, Mapping[str, Any]]] = {
         "num_attention_heads": 32,
         "num_hidden_layers": 32,
     },
+    "llama-3.2-1b": _LLAMA
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
     # Tensors of the full size, so that what is held per tensor shows; but few of them.
+    "llama-3.1-70b-4layers": _LLAMA
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 4,
+    },
     "llama-3.1-405b-2layers": _LLAMA
     | {
         "hidden_size": 16384,
@@ -41,9 +57,14 @@ MODEL_SHAPES: Final[dict[str, Mapping[str, Any]]] = {
     },
 }
 
+# How many layers the models have whose shapes have few.
+FULL_LAYERS: Final = {"llama-3.1-70b-4layers": 80, "llama-3.1-405b-2layers": 126}
 
-def read_model_shape(name: str) -> tuple[str, Mapping[str, Any]]:
+
+def read_model_shape(name: str, *, option: str = "--model-shape") -> tuple[str, Mapping[str, Any]]:
     """A short name and the config of the model shape `name`, which may be a config.json's path.
+
+    `option` is what the user gave it as.
 
     Raises:
         QtoolError: usage, if it is neither; bad_file, if the file is no JSON object.
@@ -53,7 +74,7 @@ def read_model_shape(name: str) -> tuple[str, Mapping[str, Any]]:
     path = Path(name)
     if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
         raise QtoolError(
-            f"--model-shape {name}: neither a known shape nor a config.json",
+            f"{option} {name}: neither a known shape nor a config.json",
             kind="usage",
             hint=f"{', '.join(MODEL_SHAPES)}, or the path of a model's config.json",
         )

@@ -1,4 +1,4 @@
-"""What `qtool bench kernels` measures: the operations, and the bytes that each has to move."""
+"""What `qtool bench kernels` measures: operations, products, and the bytes that each must move."""
 
 from __future__ import annotations
 
@@ -57,30 +57,61 @@ OPERATIONS: Final = (
 )
 
 
-def choose_operations(words: Sequence[str]) -> tuple[Operation, ...]:
-    """The operations whose names hold all words of one of `words`; all of them for none.
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Activations times a weight that is packed in `precision`."""
 
-    "nf4" stands for both directions, "quantize nf4" for one of them.
+    precision: QuantizedPrecision
+
+    @property
+    def name(self) -> str:
+        """Such as "linear nf4-dq"."""
+        return f"linear {self.precision}"
+
+    @property
+    def format(self) -> QuantFormat:
+        """The precision with the block size that is measured."""
+        return QuantFormat(self.precision, BLOCKSIZE)
+
+    def moved(self, shape: Shape, dtype: SourceDtype, tokens: int) -> Moved:
+        """What is stored for the weight [out, in], `tokens` rows of activations, their results."""
+        out_features, in_features = shape
+        return Moved(
+            stored_bytes(shape, self.precision) + value_bytes((tokens, in_features), dtype),
+            value_bytes((tokens, out_features), dtype),
+        )
+
+
+PRODUCTS: Final = (Product("nf4"), Product("nf4-dq"), Product("fp4"), Product("int8"))
+
+
+def choose_operations(
+    words: Sequence[str],
+) -> tuple[tuple[Operation, ...], tuple[Product, ...]]:
+    """The operations and products whose names hold all words of one of `words`; all for none.
+
+    "nf4" stands for both directions and the product, "quantize nf4" for one direction.
 
     Raises:
-        QtoolError: usage, if one of `words` fits no operation.
+        QtoolError: usage, if one of `words` fits none.
     """
+    names = [known.name for known in (*OPERATIONS, *PRODUCTS)]
     for word in words:
-        if not any(_fits(word, operation) for operation in OPERATIONS):
+        if not any(_fits(word, name) for name in names):
             raise QtoolError(
                 f"--op {word}: there is no such operation",
                 kind="usage",
-                hint="known: " + ", ".join(operation.name for operation in OPERATIONS),
+                hint=f"known: {', '.join(names)}",
             )
-    return tuple(
-        operation
-        for operation in OPERATIONS
-        if not words or any(_fits(word, operation) for word in words)
+    chosen = {name for name in names if not words or any(_fits(word, name) for word in words)}
+    return (
+        tuple(operation for operation in OPERATIONS if operation.name in chosen),
+        tuple(product for product in PRODUCTS if product.name in chosen),
     )
 
 
-def _fits(words: str, operation: Operation) -> bool:
-    return set(words.split()) <= set(operation.name.split())
+def _fits(words: str, name: str) -> bool:
+    return set(words.split()) <= set(name.split())
 
 
 def parse_shape(text: str) -> Shape:

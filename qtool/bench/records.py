@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Engine = Literal["limit", "qtool", "bitsandbytes", "transformers+bitsandbytes"]
+Engine = Literal[
+    "limit", "qtool", "bitsandbytes", "torch", "transformers", "transformers+bitsandbytes"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,9 @@ class Row:
 
     `bytes` are what the operation has to move at least, each input once and each output once;
     `input_bytes` are the inputs' part.
-    `share_of_limit` is 1 where it is as fast as the limit that was measured beside it.
+    `share_of_limit` is 1 where it is as fast as the limit that was measured beside it. A product
+    has the `tokens` that it multiplies at a time, and the `relative_error` of its result in the
+    Frobenius norm against float64, where it was compared.
     """
 
     op: str
@@ -43,6 +47,8 @@ class Row:
     input_bytes: int
     bytes_per_s: float
     share_of_limit: float
+    tokens: int | None = None
+    relative_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +116,9 @@ def median_absolute_deviation(samples: Sequence[float]) -> float:
 
 def time_ratio(row: Row, rows: Iterable[Row]) -> float | None:
     """How many times as long as qtool `row` takes at the same thing; None without a qtool row."""
-    same = (row.op, row.shape, row.dtype)
+    same = (row.op, row.shape, row.dtype, row.tokens)
     for other in rows:
-        if other.engine == "qtool" and (other.op, other.shape, other.dtype) == same:
+        found = (other.op, other.shape, other.dtype, other.tokens)
+        if other.engine == "qtool" and found == same:
             return row.seconds_median / other.seconds_median
     return None

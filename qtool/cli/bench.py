@@ -1,26 +1,30 @@
-"""`qtool bench` and its two verbs."""
+"""`qtool bench` and its verbs."""
 
 from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from qtool.backends import BackendChoice
 from qtool.cli import options
 from qtool.cli.session import verb_session
-from qtool.formats.precisions import QuantizedPrecision
+from qtool.formats.precisions import Precision, QuantizedPrecision
 
-SUBVERBS = ("quantize", "kernels")
+SUBVERBS = ("quantize", "kernels", "generate")
 EXAMPLES = (
     "qtool bench quantize",
     "qtool bench quantize ./Llama-3.1-8B --work-dir /mnt/nvme",
     "qtool bench quantize --model-shape llama-3.1-405b-2layers --output 405b.json",
     "qtool bench kernels",
     'qtool bench kernels --op "quantize nf4" --shape 16384x53248',
+    "qtool bench kernels --op linear --shape 4096x14336 --rows 1 --rows 8",
     "qtool bench kernels --backend cpu --output cpu.json",
+    "qtool bench generate",
+    "qtool bench generate ./Llama-3.1-8B-nf4 --prompt 128 --prompt 2048 --batch 1 --batch 8",
+    "qtool bench generate --shape llama-3.1-70b-4layers --against bitsandbytes",
 )
 
 Backend = Annotated[BackendChoice, typer.Option(help="Where to compute.")]
@@ -33,8 +37,7 @@ OutputFile = Annotated[
 def bench() -> None:
     """Measure how near to the machine's limits qtool gets.
 
-    The limit is measured first and again in turns with qtool and, where it is installed,
-    bitsandbytes.
+    The limit is measured in the same run as qtool and, where it is installed, bitsandbytes.
     """
 
 
@@ -51,7 +54,8 @@ def quantize(
         str,
         typer.Option(
             metavar="NAME",
-            help="llama-3.1-8b, llama-3.1-405b-2layers, or the path of a config.json.",
+            help="llama-3.1-8b, llama-3.2-1b, llama-3.1-70b-4layers, llama-3.1-405b-2layers, or "
+            "the path of a config.json.",
         ),
     ] = "llama-3.1-8b",
     work_dir: Annotated[
@@ -131,7 +135,7 @@ def kernels(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help='Such as "quantize nf4-dq", or a word of it; repeatable.',
+            help='Such as "quantize nf4-dq" or "linear nf4", or a word of it; repeatable.',
             show_default="all",
         ),
     ] = None,
@@ -142,6 +146,15 @@ def kernels(
             autocompletion=lambda: ["bf16", "fp16", "fp32"],
             help="Of the weights; repeatable.",
             show_default="all on a GPU, else bf16",
+        ),
+    ] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="M",
+            min=1,
+            help="Tokens that a product multiplies at a time; repeatable.",
+            show_default="1",
         ),
     ] = None,
     backend: Backend = "auto",
@@ -164,6 +177,9 @@ def kernels(
 ) -> None:
     """Measure each kernel beside a copy of the same bytes.
 
+    Products of activations and packed weights stand beside torch's own, too, and say how exact
+    they are; on a GPU they are timed inside CUDA graphs.
+
     Weights are random, new in every run, and more than the caches hold. Results are compared with
     the reference before anything is timed. Times are medians.
     """
@@ -182,8 +198,110 @@ def kernels(
             repeats=repeat,
             num_threads=threads,
             with_rival=rival,
+            tokens=tuple(rows or (1,)),
         )
         check_output(output)
         with show.progress() as on_event:
             result = bench_kernels(request, on_event)
         report_kernels(show, result, output)
+
+
+def generate(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="What to run; without it, random weights of the shape.",
+            show_default=False,
+        ),
+    ] = None,
+    shape: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="llama-3.1-8b, llama-3.2-1b, llama-3.1-70b-4layers, or the path of a "
+            "config.json. Nothing is written; the weights are made on the device.",
+        ),
+    ] = "llama-3.1-8b",
+    quant: Annotated[
+        Precision | None,
+        typer.Option(
+            metavar="P",
+            help="bf16, fp16, fp32, int8, fp4, fp4-dq, nf4 or nf4-dq.",
+            show_default="what MODEL is packed in, else nf4-dq",
+        ),
+    ] = None,
+    head_quant: Annotated[
+        Precision | None,
+        typer.Option(
+            metavar="P", help="Pack the output head too.", show_default="as the model has it"
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N", min=1, help="Tokens of the prompt; repeatable.", show_default="128"
+        ),
+    ] = None,
+    new: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to make.")] = 256,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", min=1, help="Sequences at a time; repeatable.", show_default="1"),
+    ] = None,
+    repeat: Annotated[int, typer.Option(metavar="N", min=1, help="Runs of each.")] = 5,
+    against: Annotated[
+        Literal["bitsandbytes"] | None,
+        typer.Option(
+            help="Run transformers too, with bitsandbytes where layers are packed.",
+            show_default=False,
+        ),
+    ] = None,
+    path: Annotated[
+        Literal["auto", "fused", "graph", "eager"],
+        typer.Option(help="The way that qtool runs the model."),
+    ] = "auto",
+    prefill_chunk: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens that go through the model at a time.")
+    ] = 512,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: OutputFile = None,
+    config: options.ConfigFile = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    color: options.Color = "auto",
+) -> None:
+    """Measure how fast tokens come, beside what reading the weights would allow.
+
+    Prompts are random, tokens the most likely ones, and none ends a text. transformers and
+    bitsandbytes compute with the same bytes in the same memory, in turns with qtool. A shape with
+    few of its model's layers is measured with half of them, too, which tells what the whole model
+    would do.
+    """
+    with verb_session(
+        "bench generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+    ) as show:
+        from qtool.report.bench import check_output, report_generate
+        from qtool.runtime.requirements import require_run_extra
+
+        require_run_extra()
+        check_output(output)
+        from qtool.bench.generate import GenerateBenchRequest, bench_generate
+        from qtool.runtime.decoders.choose import DecoderOptions
+
+        request = GenerateBenchRequest(
+            model=model,
+            shape=shape,
+            precision=quant,
+            head_precision=head_quant,
+            prompts=tuple(prompt or (128,)),
+            new_tokens=new,
+            batches=tuple(batch or (1,)),
+            repeats=repeat,
+            against=against,
+            decoding=DecoderOptions(path, prefill_chunk),
+            device=device,
+        )
+        with show.progress() as on_event:
+            result = bench_generate(request, on_event)
+        report_generate(show, result, output)

@@ -125,6 +125,16 @@ def generate(
             help='Spread the weights: "0=6GiB,cpu=20GiB"; what is left over goes to disk.',
         ),
     ] = None,
+    prefill_chunk: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            rich_help_panel=LOADING_PANEL,
+            help="Run prompts in chunks of N tokens: fewer take less memory, more are faster.",
+        ),
+    ] = 512,
+    path: Annotated[Literal["auto", "fused", "graph", "eager"], typer.Option(hidden=True)] = "auto",
     config: options.ConfigFile = None,
     json_output: options.Json = False,
     quiet: options.Quiet = False,
@@ -149,12 +159,14 @@ def generate(
         require_run_extra()
         from qtool.report.generate import converse, report_result
         from qtool.runtime.answers import Request, answer
+        from qtool.runtime.decoders.choose import DecoderOptions
         from qtool.runtime.generate import Limits, Sampling
         from qtool.runtime.loading import LoadOptions, load_model
 
         limits = Limits(max_new_tokens, max_context, ignore_eos, tuple(stop or ()))
         sampling = Sampling(temperature, top_p, top_k, seed)
-        request = Request(model, chat, system, sampling, limits)
+        decoder = DecoderOptions(path, prefill_chunk)
+        request = Request(model, chat, system, sampling, limits, decoder)
         with show.progress() as on_event:
             options_ = LoadOptions(quant, compute_dtype, device, max_memory, adapter)
             loaded = load_model(model, options_, on_event=on_event)

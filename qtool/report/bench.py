@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qtool.bench.generate_records import GenerateBenchResult, GenerateRun, decode_ratio
 from qtool.bench.records import BenchResult, Row, time_ratio
 from qtool.errors import QtoolError
 from qtool.report.estimate import new_table
@@ -21,12 +22,25 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-ENGINE_NAMES: Final = {"limit": "the limit", "transformers+bitsandbytes": "transformers+bnb"}
+ENGINE_NAMES: Final = {
+    "limit": "the limit",
+    "transformers+bitsandbytes": "transformers+bnb",
+}
 UNITS: Final = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 KERNEL_FOOTNOTE: Final = (
     "time: median ± median absolute deviation of {n} samples; GB/s: 10^9 bytes read and written "
     "per second; of limit: share of the copy's rate; vs qtool: time over qtool's"
 )
+PRODUCT_FOOTNOTE: Final = (
+    "linear: activations times weights; torch: its own product, with weights that are not packed; "
+    "error: relative, in the Frobenius norm, against float64"
+)
+GENERATE_FOOTNOTE: Final = (
+    "mean ± standard deviation of {n} runs after one that does not count, tokens of all sequences "
+    "added up; of limit: bytes that a step must read, as fast as the device copies ({limit:,.0f} "
+    "GB/s, read and written); vs qtool: time of decoding over qtool's"
+)
+MEMORY_FOOTNOTE: Final = "memory: the most that was allocated on the GPU, weights included"
 
 QUANTIZE_FOOTNOTE: Final = (
     "time: median ± median absolute deviation of {n} runs; GB/s: 10^9 bytes read and written per "
@@ -57,12 +71,15 @@ def report_kernels(output: Output, result: BenchResult, path: Path | None) -> No
     output.answer(*_head(result), *_tables(result.rows))
     for ratio in result.details["double_quant_ratios"]:
         if ratio["engine"] == "qtool":
+            where = [ratio["dtype"], ratio["shape"], *_tokens_text(ratio["tokens"])]
             output.answer(
                 f"{ratio['op']} takes {ratio['seconds_ratio']:.2f}x the time of "
-                f"{ratio['op'].removesuffix('-dq')} ({ratio['dtype']}, {ratio['shape']})"
+                f"{ratio['op'].removesuffix('-dq')} ({', '.join(where)})"
             )
     output.answer(_dim(KERNEL_FOOTNOTE.format(n=result.rows[0].n)))
-    _finish(output, result, path)
+    if any(row.tokens is not None for row in result.rows):
+        output.answer(_dim(PRODUCT_FOOTNOTE))
+    _finish(output, bench_document(result), path)
 
 
 def report_quantize(output: Output, result: BenchResult, path: Path | None) -> None:
@@ -73,7 +90,72 @@ def report_quantize(output: Output, result: BenchResult, path: Path | None) -> N
         output.answer(line)
     n = next(row.n for row in result.rows if row.engine == "qtool")
     output.answer(_dim(QUANTIZE_FOOTNOTE.format(n=n, **result.details["storage"])))
-    _finish(output, result, path)
+    _finish(output, bench_document(result), path)
+
+
+def report_generate(output: Output, result: GenerateBenchResult, path: Path | None) -> None:
+    """A table for each size, how qtool ran, what the whole model would do, the document."""
+    for warning in result.warnings:
+        output.warn(warning)
+    head_quant = f", output head {result.head_quant}" if result.head_quant else ""
+    output.answer(*_head(result), f"{result.model}, {result.quant}{head_quant}")
+    for size in dict.fromkeys(run.size for run in result.runs):
+        runs = [run for run in result.runs if run.size == size]
+        output.answer("", size.text, _generate_table(runs))
+    for text in dict.fromkeys(_generate_lines(result.runs)):
+        output.answer(text)
+    limit = result.limit.bytes_per_s / 1e9
+    output.answer(_dim(GENERATE_FOOTNOTE.format(n=result.runs[0].n, limit=limit)))
+    if any(run.allocated_peak_bytes for run in result.runs):
+        output.answer(_dim(MEMORY_FOOTNOTE))
+    _finish(output, generate_document(result), path)
+
+
+def _generate_table(runs: Sequence[GenerateRun]) -> Table:
+    table = new_table()
+    table.add_column("engine", no_wrap=True)
+    for name in ("prefill tok/s", "decode tok/s", "of limit", "vs qtool"):
+        table.add_column(name, justify="right", no_wrap=True)
+    on_gpu = any(run.allocated_peak_bytes for run in runs)
+    if on_gpu:
+        table.add_column("memory", justify="right", no_wrap=True)
+    for run in runs:
+        ratio = decode_ratio(run, runs)
+        table.add_row(
+            ENGINE_NAMES.get(run.engine, run.engine),
+            _rate_text(run.prefill_tok_s, run.prefill_tok_s_sd),
+            _rate_text(run.decode_tok_s, run.decode_tok_s_sd),
+            f"{run.bandwidth_share:.1%}",
+            f"{ratio:.2f}x" if ratio and run.engine != "qtool" else "",
+            *[format_bytes(run.allocated_peak_bytes)] * on_gpu,
+            style="bold" if run.engine == "qtool" else None,
+        )
+        if run.scaled is not None:
+            table.add_row(
+                f"  {run.scaled.layers} layers",
+                _rate_text(run.scaled.prefill_tok_s, None),
+                _rate_text(run.scaled.decode_tok_s, None),
+                f"{run.scaled.bandwidth_share:.1%}",
+            )
+    return table
+
+
+def _generate_lines(runs: Sequence[GenerateRun]) -> Iterable[str]:
+    for run in runs:
+        if run.path is not None:
+            yield f"{run.engine} ran on the {run.path} path: {run.path_reason}"
+    for run in runs:
+        if run.scaled is not None:
+            fewer, more = run.scaled.measured_layers
+            yield (
+                f"{run.scaled.layers} layers: from the time that {more} layers take longer than "
+                f"{fewer}"
+            )
+
+
+def _rate_text(mean: float, deviation: float | None) -> str:
+    digits = _digits(mean)
+    return f"{mean:,.{digits}f}" + ("" if deviation is None else f" ± {deviation:,.{digits}f}")
 
 
 def _quantize_lines(result: BenchResult) -> Iterable[str]:
@@ -113,8 +195,22 @@ def bench_document(result: BenchResult) -> dict[str, Any]:
     }
 
 
-def _finish(output: Output, result: BenchResult, path: Path | None) -> None:
-    fields = bench_document(result)
+def generate_document(result: GenerateBenchResult) -> dict[str, Any]:
+    """The fields of the JSON document."""
+    return {
+        "argv": sys.argv[1:],
+        "device": result.device,
+        "host": dict(result.host),
+        "versions": dict(result.versions),
+        "model": result.model,
+        "quant": result.quant,
+        "head_quant": result.head_quant,
+        "limits": {"copy": asdict(result.limit)},
+        "runs": [asdict(run) for run in result.runs],
+    }
+
+
+def _finish(output: Output, fields: dict[str, Any], path: Path | None) -> None:
     output.document(fields)
     if path is not None:
         head = {"schema": JSON_SCHEMA_VERSION, "command": output.command}
@@ -131,7 +227,7 @@ def _warn(output: Output, result: BenchResult) -> None:
 # -- the tables -----------------------------------------------------------------------------------
 
 
-def _head(result: BenchResult) -> Iterable[Text]:
+def _head(result: BenchResult | GenerateBenchResult) -> Iterable[Text]:
     from rich.text import Text
 
     yield Text(result.device, "bold")
@@ -139,13 +235,25 @@ def _head(result: BenchResult) -> Iterable[Text]:
 
 
 def _tables(rows: Sequence[Row]) -> Iterable[Any]:
-    """One for each shape and dtype."""
+    """One for each shape, dtype and number of tokens."""
     from rich.text import Text
 
-    for shape, dtype in dict.fromkeys((row.shape, row.dtype) for row in rows):
+    for place in dict.fromkeys(map(_place, rows)):
+        shape, dtype, tokens = place
         yield ""
-        yield Text(f"{dtype}  {shape}", "bold cyan")
-        yield _table([row for row in rows if (row.shape, row.dtype) == (shape, dtype)])
+        yield Text("  ".join((dtype, shape, *_tokens_text(tokens))), "bold cyan")
+        yield _table([row for row in rows if _place(row) == place])
+
+
+def _place(row: Row) -> tuple[str, str, int | None]:
+    return row.shape, row.dtype, row.tokens
+
+
+def _tokens_text(tokens: int | None) -> tuple[str, ...]:
+    """ "8 tokens" for a product, nothing for all else."""
+    if tokens is None:
+        return ()
+    return (f"{tokens} {'token' if tokens == 1 else 'tokens'}",)
 
 
 def _table(rows: Sequence[Row]) -> Table:
@@ -154,7 +262,11 @@ def _table(rows: Sequence[Row]) -> Table:
     table.add_column("engine", no_wrap=True)
     for name in ("time", "GB/s", "of limit", "vs qtool"):
         table.add_column(name, justify="right", no_wrap=True)
+    with_errors = any(row.relative_error is not None for row in rows)
+    if with_errors:
+        table.add_column("error", justify="right", no_wrap=True)
     for row in rows:
+        errors = ["" if row.relative_error is None else f"{row.relative_error:.1e}"] * with_errors
         ratio = time_ratio(row, rows)
         table.add_row(
             _op_text(row.op),
@@ -163,6 +275,7 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{row.bytes_per_s / 1e9:,.{_digits(row.bytes_per_s / 1e9)}f}",
             f"{row.share_of_limit:.1%}" if row.engine != "limit" else "",
             f"{ratio:.2f}x" if ratio and row.engine != "qtool" else "",
+            *errors,
             style="bold" if row.engine == "qtool" else None,
         )
     return table

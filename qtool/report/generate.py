@@ -9,8 +9,9 @@ from typing import Any
 from qtool.errors import QtoolError
 from qtool.report.output import Output
 from qtool.report.units import format_bytes
-from qtool.runtime.answers import Request, answer, uses_chat
-from qtool.runtime.generate import GenerateResult, path_of
+from qtool.runtime.answers import Request, answer, open_history, uses_chat
+from qtool.runtime.decoders.history import History
+from qtool.runtime.generate import GenerateResult
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.prompts import Conversation
 
@@ -46,25 +47,38 @@ def converse(output: Output, loaded: LoadedModel, request: Request) -> None:
     what = "chat" if chats else "no chat template: each line is continued"
     output.note(f"{request.model} · {what} · /help for commands, Ctrl-C stops an answer")
     conversation = Conversation(request.system)
-    while (text := _read_line()) is not None:
-        command = text.strip()
-        if command in ("/exit", "/quit", "/bye"):
-            return
-        if command == "/clear":
-            conversation.forget()
-            output.note("forgotten")
-        elif command.startswith("/") and " " not in command:
-            for name, meaning in COMMANDS.items():
-                output.note(f"  {name:8}{meaning}")
-        elif command:
-            _take_turn(output, loaded, request, text, conversation)
+    with open_history(loaded, request) as history:
+        while (text := _read_line()) is not None:
+            command = text.strip()
+            if command in ("/exit", "/quit", "/bye"):
+                return
+            if command == "/clear":
+                conversation.forget()
+                output.note("forgotten")
+            elif command.startswith("/") and " " not in command:
+                for name, meaning in COMMANDS.items():
+                    output.note(f"  {name:8}{meaning}")
+            elif command:
+                _take_turn(output, loaded, request, text, conversation, history)
 
 
 def _take_turn(
-    output: Output, loaded: LoadedModel, request: Request, text: str, conversation: Conversation
+    output: Output,
+    loaded: LoadedModel,
+    request: Request,
+    text: str,
+    conversation: Conversation,
+    history: History,
 ) -> None:
     try:
-        result = answer(loaded, request, text, write=output.write_text, conversation=conversation)
+        result = answer(
+            loaded,
+            request,
+            text,
+            write=output.write_text,
+            conversation=conversation,
+            history=history,
+        )
     except QtoolError as error:
         output.error(error)
         return
@@ -92,14 +106,13 @@ def _read_line() -> str | None:
 
 
 def _statistics(loaded: LoadedModel, result: GenerateResult) -> list[str]:
-    path, reason = path_of(loaded)
     memory = loaded.memory.device_peak_bytes()
     return [
         f"{_speed(result)} · {STOP_WORDS[result.stop_reason]}",
         f"loaded in {loaded.load_s:.1f} s"
         + (f" · first token after {result.first_token_s:.1f} s" if result.first_token_s else "")
         + (f" · {format_bytes(memory)} of GPU memory" if memory else ""),
-        f"{loaded.devices} · {path}: {reason}",
+        f"{loaded.devices} · {result.path}: {result.path_reason}",
     ]
 
 
@@ -114,7 +127,6 @@ def _speed(result: GenerateResult) -> str:
 
 
 def _document(loaded: LoadedModel, result: GenerateResult) -> dict[str, Any]:
-    path, reason = path_of(loaded)
     return {
         "text": result.text,
         "prompt_tokens": result.prompt_tokens,
@@ -131,7 +143,7 @@ def _document(loaded: LoadedModel, result: GenerateResult) -> dict[str, Any]:
         "allocated_peak_bytes": loaded.memory.allocated_peak_bytes(),
         "peak_device_bytes": loaded.memory.device_peak_bytes(),
         "device": loaded.devices,
-        "path": path,
-        "path_reason": reason,
+        "path": result.path,
+        "path_reason": result.path_reason,
         "stop_reason": result.stop_reason,
     }

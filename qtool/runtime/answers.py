@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qtool.errors import QtoolError
-from qtool.runtime.generate import GenerateResult, Limits, Sampling, generate
+from qtool.runtime.decoders.choose import DecoderOptions
+from qtool.runtime.decoders.history import CHAT_CAPACITY, History
+from qtool.runtime.generate import GenerateResult, Limits, Sampling, context_limit, generate
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.prompts import Conversation, encode_text, has_chat_template
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked for: `chat` None uses the chat template where there is one."""
+    """What the user asked for: `chat` None uses the chat template where there is one.
+
+    `decoder` says how the model is to run.
+    """
 
     model: str
     chat: bool | None
     system: str | None
     sampling: Sampling
     limits: Limits
+    decoder: DecoderOptions = field(default_factory=DecoderOptions)
 
 
 def answer(
@@ -29,25 +35,47 @@ def answer(
     *,
     write: Callable[[str], None],
     conversation: Conversation | None = None,
+    history: History | None = None,
 ) -> GenerateResult:
     """Answer or continue `text`; `write` gets the new text as it is made.
 
     Args:
         conversation: what was said before; the question and its answer are added to it.
+        history: what ran before, so that only what is new runs; see `open_history`.
     """
+    if history is None:
+        with History(loaded, request.decoder) as own:
+            return answer(
+                loaded, request, text, write=write, conversation=conversation, history=own
+            )
+    sampling, limits = request.sampling, request.limits
     if not uses_chat(loaded, request):
         prompt_ids = encode_text(loaded.tokenizer, text)
-        return generate(loaded, prompt_ids, request.sampling, request.limits, write=write)
+        return generate(loaded, prompt_ids, sampling, limits, write=write, history=history)
     conversation = conversation or Conversation(request.system)
     conversation.ask(text)
     try:
         prompt_ids = conversation.encode(loaded.tokenizer)
-        result = generate(loaded, prompt_ids, request.sampling, request.limits, write=write)
+        result = generate(loaded, prompt_ids, sampling, limits, write=write, history=history)
     except QtoolError:
         conversation.messages.pop()  # as if it had not been asked
         raise
     conversation.answered(result.text)
     return result
+
+
+def open_history(loaded: LoadedModel, request: Request) -> History:
+    """For a conversation: a cache that lives across its turns and grows with it.
+
+    Raises:
+        QtoolError: usage, for a context beyond the model's.
+    """
+    return History(
+        loaded,
+        request.decoder,
+        min_capacity=CHAT_CAPACITY,
+        max_capacity=context_limit(loaded, request.limits.max_context),
+    )
 
 
 def uses_chat(loaded: LoadedModel, request: Request) -> bool:

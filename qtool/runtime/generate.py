@@ -1,46 +1,40 @@
 """Text from a loaded model: greedy or sampled, token by token, with the time each part took.
 
-    result = generate(loaded, prompt_ids, Sampling(), max_new_tokens=64, write=print)
+    result = generate(loaded, prompt_ids, Sampling(), Limits(64), write=print)
 
-What the model's own generation_config says about sampling is not used: the arguments decide alone,
-so temperature 0 always means the most likely token.
+How the model runs is a decoder's matter (`qtool.runtime.decoders`); here is what a text is: where
+it ends, and when its pieces come. What the model's own generation_config says about sampling is not
+used: the arguments decide alone, so temperature 0 always means the most likely token.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
-
-import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from typing import Literal
 
 from qtool.errors import QtoolError
+from qtool.runtime.decoders.history import History
+from qtool.runtime.decoders.protocol import Decoder, Sampling
 from qtool.runtime.loading import LoadedModel, quiet_transformers
 from qtool.runtime.memory import out_of_memory_as_error
 from qtool.runtime.text_stream import TextStream
 
+__all__ = [
+    "GenerateResult",
+    "Generation",
+    "Limits",
+    "Sampling",
+    "StopReason",
+    "context_limit",
+    "generate",
+    "process_age_s",
+]
+
 StopReason = Literal["eos", "length", "stop_string", "interrupted"]
-
-PATH: Final = "eager"
-PACKED_REASON: Final = "packed layers are dequantized for each product"
-PLAIN_REASON: Final = "no layer is packed; PyTorch runs the model as it is"
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen: temperature 0 takes the most likely one.
-
-    `top_p` and `top_k` narrow the choice when temperature is above 0; None leaves all tokens.
-    """
-
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +52,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """A text and what it took. `token_ids` are the new tokens; seconds are wall time."""
+    """A text and what it took. `token_ids` are the new tokens; seconds are wall time.
+
+    Prefill ends when the first token is known here, on the host; decode when the last one is.
+    """
 
     text: str
     prompt_tokens: int
@@ -67,11 +64,15 @@ class GenerateResult:
     decode_s: float
     first_token_s: float | None  # since the process started; None if there was none
     stop_reason: StopReason
+    path: str
+    path_reason: str
+    reused_tokens: int = 0  # of the prompt, in the cache from a text before
 
     @property
     def prefill_tok_s(self) -> float | None:
-        """Prompt tokens per second; None if no token came."""
-        return self.prompt_tokens / self.prefill_s if self.token_ids else None
+        """Prompt tokens that ran, per second; None if no token came."""
+        num_run = self.prompt_tokens - self.reused_tokens
+        return num_run / self.prefill_s if self.token_ids else None
 
     @property
     def decode_tok_s(self) -> float | None:
@@ -86,43 +87,147 @@ def generate(
     limits: Limits,
     *,
     write: Callable[[str], None] = lambda piece: None,
+    history: History | None = None,
 ) -> GenerateResult:
     """Continue `prompt_ids`; `write` gets the text as it is made.
 
     Ctrl-C ends the text and is told in `stop_reason`.
 
+    Args:
+        history: texts before, whose common beginning with this one is not run again.
+
     Raises:
         QtoolError: the prompt does not fit the context, or memory runs out.
     """
-    max_new_tokens = _room_for(loaded, len(prompt_ids), limits)
-    stream = TextStream(
-        loaded.tokenizer, prompt_ids=prompt_ids, stop_strings=limits.stop_strings, write=write
-    )
-    eos = () if limits.ignore_eos else loaded.eos_token_ids
-    tokens = _TokenClock(stream)
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
-    interrupted = False
-    try:
-        with quiet_transformers(), out_of_memory_as_error("generating"), torch.inference_mode():
-            _run(loaded, prompt_ids, _config(sampling, max_new_tokens, eos), tokens, stream)
-    except KeyboardInterrupt:
-        interrupted = True
-    stream.end()
-    return GenerateResult(
-        text=stream.text,
-        prompt_tokens=len(prompt_ids),
-        token_ids=tuple(tokens.ids),
-        prefill_s=tokens.prefill_s,
-        decode_s=tokens.decode_s,
-        first_token_s=tokens.first_token_s,
-        stop_reason=_stop_reason(interrupted, stream, tokens.ids, eos),
-    )
+    with closing(Generation(loaded, prompt_ids, sampling, limits, history)) as generation:
+        with quiet_transformers():
+            try:
+                for piece in generation.pieces():
+                    write(piece)
+            except KeyboardInterrupt:
+                generation.interrupted = True
+        if rest := generation.end():
+            write(rest)
+        return generation.result()
 
 
-def path_of(loaded: LoadedModel) -> tuple[str, str]:
-    """The way the model is run, and why, for the output."""
-    return PATH, PACKED_REASON if loaded.num_packed_layers else PLAIN_REASON
+class Generation:
+    """One text in the making: its `pieces`, what `end` finds held back, then the `result`.
+
+    Raises:
+        QtoolError: the prompt does not fit the context.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        limits: Limits,
+        history: History | None = None,
+    ) -> None:
+        self.interrupted = False
+        self._num_tokens = _room_for(loaded, len(prompt_ids), limits)
+        self._prompt_ids = prompt_ids
+        self._sampling = sampling
+        self._eos = () if limits.ignore_eos else loaded.eos_token_ids
+        self._owns_history = history is None
+        self._history = history or History(loaded)
+        self._written: list[str] = []  # pieces that the stream gave and nobody took yet
+        self._stream = TextStream(
+            loaded.tokenizer,
+            prompt_ids=prompt_ids,
+            stop_strings=limits.stop_strings,
+            write=self._written.append,
+        )
+        self._clock = _TokenClock()
+        self._token_ids: list[int] = []
+        self._decoder: Decoder | None = None
+
+    def pieces(self) -> Iterator[str]:
+        """The text as it is made, up to its end; to be iterated once.
+
+        Raises:
+            QtoolError: memory runs out.
+        """
+        with out_of_memory_as_error("generating"):
+            self._decoder = self._history.decoder_for(len(self._prompt_ids) + self._num_tokens)
+            self._clock.start()
+            tokens = self._history.answer(self._prompt_ids, self._sampling, self._num_tokens)
+            with closing(tokens):
+                for token_id in tokens:
+                    self._clock.tick()
+                    self._token_ids.append(token_id)
+                    self._stream.add(token_id)
+                    yield from self._take_written()
+                    if self._stream.stopped or token_id in self._eos:
+                        return
+
+    def end(self) -> str:
+        """Text that was held back, since it could have become a stop string or a character."""
+        self._stream.end()
+        return "".join(self._take_written())
+
+    def result(self) -> GenerateResult:
+        """What was made and what it took."""
+        return GenerateResult(
+            text=self._stream.text,
+            prompt_tokens=len(self._prompt_ids),
+            token_ids=tuple(self._token_ids),
+            prefill_s=self._clock.prefill_s,
+            decode_s=self._clock.decode_s,
+            first_token_s=self._clock.first_token_s,
+            stop_reason=self._stop_reason(),
+            path=self._decoder.path if self._decoder else "",
+            path_reason=self._decoder.path_reason if self._decoder else "",
+            reused_tokens=len(self._prompt_ids) - self._history.num_run if self._token_ids else 0,
+        )
+
+    def close(self) -> None:
+        """Give the cache's memory back, unless it belongs to a history."""
+        if self._owns_history:
+            self._history.close()
+
+    def _take_written(self) -> list[str]:
+        pieces = self._written.copy()
+        self._written.clear()
+        return pieces
+
+    def _stop_reason(self) -> StopReason:
+        if self.interrupted:
+            return "interrupted"
+        if self._stream.stopped:
+            return "stop_string"
+        return "eos" if self._token_ids and self._token_ids[-1] in self._eos else "length"
+
+
+class _TokenClock:
+    """When prefill began, and the first and the last token came."""
+
+    def __init__(self) -> None:
+        self._start_s = self._first_s = self._last_s = 0.0
+        self.first_token_s: float | None = None
+
+    def start(self) -> None:
+        """Prefill begins."""
+        self._start_s = self._first_s = self._last_s = time.perf_counter()
+
+    def tick(self) -> None:
+        """A token came."""
+        self._last_s = time.perf_counter()
+        if self.first_token_s is None:
+            self._first_s = self._last_s
+            self.first_token_s = process_age_s()
+
+    @property
+    def prefill_s(self) -> float:
+        """From the start to the first token."""
+        return self._first_s - self._start_s
+
+    @property
+    def decode_s(self) -> float:
+        """From the first token to the last."""
+        return self._last_s - self._first_s
 
 
 def context_limit(loaded: LoadedModel, max_context: int | None) -> int | None:
@@ -156,104 +261,6 @@ def _room_for(loaded: LoadedModel, num_prompt: int, limits: Limits) -> int:
             else "shorten the prompt or raise --max-context",
         )
     return min(limits.max_new_tokens, context - num_prompt)
-
-
-def _config(sampling: Sampling, max_new_tokens: int, eos: tuple[int, ...]) -> Any:
-    chosen: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature > 0:
-        # transformers' own default of top_k is 50; 0 leaves all tokens
-        chosen = {"do_sample": True, "temperature": sampling.temperature}
-        chosen |= {"top_p": sampling.top_p or 1.0, "top_k": sampling.top_k or 0}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(eos) or None,
-        pad_token_id=eos[0] if eos else 0,  # never used: one text at a time has no padding
-        **chosen,
-    )
-
-
-def _run(
-    loaded: LoadedModel,
-    prompt_ids: Sequence[int],
-    config: Any,
-    tokens: _TokenClock,
-    stream: TextStream,
-) -> None:
-    # transformers fills what `config` leaves open from the model's own; that must add nothing.
-    loaded.model.generation_config = GenerationConfig()
-    input_ids = torch.tensor([list(prompt_ids)], device=loaded.device)
-    tokens.start()
-    loaded.model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        generation_config=config,
-        streamer=tokens,
-        stopping_criteria=StoppingCriteriaList([_StopOnText(stream)]),
-    )
-
-
-class _TokenClock(BaseStreamer):  # type: ignore[misc]
-    """Receives tokens from transformers' loop, notes when, and passes them to the text stream."""
-
-    def __init__(self, stream: TextStream) -> None:
-        self.ids: list[int] = []
-        self._stream = stream
-        self._start_s = self._first_s = self._last_s = 0.0
-        self._saw_prompt = False
-        self.first_token_s: float | None = None
-
-    def start(self) -> None:
-        """Prefill begins."""
-        self._start_s = self._first_s = self._last_s = time.perf_counter()
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt comes first (batch, tokens), then new tokens (batch,)."""
-        if not self._saw_prompt:
-            self._saw_prompt = True
-            return
-        self._last_s = time.perf_counter()
-        for token_id in value.reshape(-1).tolist():
-            if self._stream.stopped:  # the loop may be a step ahead
-                return
-            if not self.ids:
-                self._first_s = self._last_s
-                self.first_token_s = process_age_s()
-            self.ids.append(token_id)
-            self._stream.add(token_id)
-
-    def end(self) -> None:
-        """The loop is over."""
-
-    @property
-    def prefill_s(self) -> float:
-        """From the start to the first token."""
-        return self._first_s - self._start_s
-
-    @property
-    def decode_s(self) -> float:
-        """From the first token to the last."""
-        return self._last_s - self._first_s
-
-
-class _StopOnText(StoppingCriteria):  # type: ignore[misc]
-    """Ends the loop once the text stream met a stop string."""
-
-    def __init__(self, stream: TextStream) -> None:
-        self._stream = stream
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """bool (batch,)."""
-        return torch.full((input_ids.shape[0],), self._stream.stopped, device=input_ids.device)
-
-
-def _stop_reason(
-    interrupted: bool, stream: TextStream, token_ids: Sequence[int], eos: tuple[int, ...]
-) -> StopReason:
-    if interrupted:
-        return "interrupted"
-    if stream.stopped:
-        return "stop_string"
-    return "eos" if token_ids and token_ids[-1] in eos else "length"
 
 
 def process_age_s() -> float:

@@ -10,6 +10,7 @@ and no other rule of its own applies.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -26,6 +27,10 @@ from qtool.errors import QtoolError
 from qtool.runtime.linear import PackedLayer, build_linear
 
 METHOD: Final = "qtool"
+NOT_SAVED: Final = (
+    "packed layers are not saved by save_pretrained: copy the folder that was loaded, or write one "
+    "with `qtool quantize`; adapters are saved as usual"
+)
 
 
 @register_quantization_config(METHOD)
@@ -56,18 +61,8 @@ class PackedLayersQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: PackedLayersConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        modules = find_modules(model, self.quantization_config.layers)
-        for stored_name, layer in self.quantization_config.layers.items():
-            name = modules[stored_name]
-            old: Any = model.get_submodule(name)
-            _check_shape(name, old, layer)
-            new = build_linear(
-                layer, bias=old.bias, compute_dtype=self.quantization_config.compute_dtype
-            )
-            # Else transformers draws random weights for layers that stay on the meta device
-            # because they are offloaded to disk.
-            new._is_hf_initialized = True  # type: ignore[assignment]
-            model.set_submodule(name, new)
+        config = self.quantization_config
+        swap_layers(model, config.layers, config.compute_dtype)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -78,13 +73,44 @@ class PackedLayersQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def is_serializable(self) -> bool:
-        """`qtool quantize` writes packed folders; transformers cannot."""
+        """Asked by `save_pretrained`, which then refuses and points at the log."""
+        logging.getLogger(__name__).warning(NOT_SAVED)
         return False
 
     @property
     def is_trainable(self) -> bool:
         """Adapters may be trained over packed layers."""
         return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """`generate(cache_implementation="static")` may compile the model."""
+        return True
+
+
+def swap_layers(
+    model: nn.Module, layers: Mapping[str, PackedLayer], compute_dtype: torch.dtype | None
+) -> dict[str, str]:
+    """Put packed layers in place of the linear layers of a model on the meta device.
+
+    Returns:
+        The name of each in the model, by its name in the checkpoint.
+
+    Raises:
+        QtoolError: one that the model lacks, or has in another shape.
+    """
+    modules = find_modules(model, layers)
+    for stored_name, layer in layers.items():
+        name = modules[stored_name]
+        old: Any = model.get_submodule(name)
+        _check_shape(name, old, layer)
+        with torch.device("meta"):
+            new = build_linear(layer, bias=old.bias, compute_dtype=compute_dtype)
+        # Else transformers draws random weights for layers that stay on the meta device because
+        # they are offloaded to disk.
+        new._is_hf_initialized = True  # type: ignore[assignment]
+        model.set_submodule(name, new)
+    return modules
 
 
 def find_modules(model: Any, stored_names: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Linear layers that hold packed weights: dequantize, then multiply.
+"""Linear layers that hold packed weights, multiplied by our operators.
 
 Subclasses of nn.Linear, so that PEFT wraps them and transformers' isinstance checks hold; their
 `weight` is the packed one. Statistics are buffers that no `.to(dtype)` changes.
@@ -11,17 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qtool.formats.precisions import NESTED_BLOCKSIZE, QuantType
-from qtool.runtime.dequantize import dequantize_4bit, dequantize_absmax, dequantize_int8
-
-# The largest piece of a weight that exists in floating point at a time: 128 MiB in bfloat16. Layers
-# beyond it (the MLP of a 70B model) are multiplied in several pieces of whole rows.
-MAX_DEQUANTIZED_ELEMENTS = 1 << 26
-# In host memory pieces that the allocator keeps for the next one: fresh pages cost more than the
-# decoding (it returns blocks above 32 MiB to the system at once).
-MAX_HOST_ELEMENTS = 1 << 22
+from qtool.runtime.dequantize import dequantize_4bit, dequantize_int8
+from qtool.runtime.products import linear_4bit, linear_int8
+from qtool.runtime.products_host import NestedAbsmax
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +61,10 @@ class _PackedLinear(nn.Linear):
         """A function that makes rows [start, stop) of the weight: `dtype` (stop - start, in)."""
         raise NotImplementedError
 
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., in) -> (..., out) in the dtype of `x` and `bias`."""
+        raise NotImplementedError
+
     def dequantize(self) -> Tensor:
         """The whole weight [out, in] as bitsandbytes dequantizes it."""
         raise NotImplementedError
@@ -82,21 +80,8 @@ class _PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out), computed in `compute_dtype`, returned in the input's dtype."""
         dtype = self.compute_dtype or input.dtype
-        x = input.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        rows = self.row_decoder(dtype)
-        limit = MAX_DEQUANTIZED_ELEMENTS if x.device.type != "cpu" else MAX_HOST_ELEMENTS
-        step = max(limit // self.in_features, 1)
-        pieces = [
-            functional.linear(
-                x,
-                rows(row, min(row + step, self.out_features)),
-                None if bias is None else bias[row : row + step],
-            )
-            for row in range(0, self.out_features, step)
-        ]
-        product = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-        return product.to(input.dtype)
+        return self.multiply(input.to(dtype), bias).to(input.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # model.to(bfloat16) would round absmax: move the statistics, never convert them.
@@ -168,16 +153,35 @@ class Linear4bit(_PackedLinear):
 
         return decode
 
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `qtool.runtime.products`."""
+        return linear_4bit(
+            x,
+            self.weight,
+            self.nested or self.absmax,
+            quant_type=self.layer.quant_type,
+            blocksize=self.layer.blocksize,
+            out_features=self.out_features,
+            weight_dtype=self.layer.dtype,
+            bias=bias,
+        )
+
+    @property
+    def nested(self) -> NestedAbsmax | None:
+        """absmax where it is quantized itself."""
+        if not self.layer.double_quant:
+            return None
+        return NestedAbsmax(
+            self.absmax, self.nested_absmax, self.nested_quant_map, self.nested_offset
+        )
+
     def dequantize(self) -> Tensor:
         """The whole weight [out, in] in its recorded dtype, bit-equal to bitsandbytes'."""
         return self.row_decoder(self.layer.dtype)(0, self.out_features)
 
     def _float_absmax(self) -> Tensor:
-        if not self.layer.double_quant:
-            return self.absmax
-        return dequantize_absmax(
-            self.absmax, self.nested_absmax, self.nested_quant_map, self.nested_offset
-        )
+        nested = self.nested
+        return nested.dequantize() if nested else self.absmax
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -214,6 +218,10 @@ class LinearInt8(_PackedLinear):
         return lambda start, stop: dequantize_int8(
             self.weight[start:stop], self.SCB[start:stop], dtype
         )
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `qtool.runtime.products`."""
+        return linear_int8(x, self.weight, self.SCB, bias)
 
     def dequantize(self) -> Tensor:
         """The whole weight [out, in] in float32, bit-equal to bitsandbytes'."""

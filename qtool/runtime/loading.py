@@ -9,12 +9,14 @@ readers (`qtool.runtime.weights`), so nothing is read that the headers' checks d
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from qtool.events import Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 from qtool.runtime.adapters import add_adapter
 from qtool.runtime.hf_quantizer import PackedLayersConfig, wrong_shape
+from qtool.runtime.linear import PackedLayer
 from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
 from qtool.runtime.model_config import (
     build_config,
@@ -47,6 +50,7 @@ from qtool.runtime.placement import (
 )
 from qtool.runtime.weights import WeightSource, open_stored_weights
 
+QUIET_S: Final = 0.5  # work that takes longer is told about
 GENERATION_CONFIG: Final = "generation_config.json"
 SLOW_FLOAT32: Final = (
     "config.json asks for products in float32, which is slow on a GPU; "
@@ -112,28 +116,27 @@ def load_model(
     """
     start_s = time.perf_counter()
     checkpoint = open_checkpoint(model, need="files", on_event=on_event)
-    with quiet_transformers(), out_of_memory_as_error("loading the model"):
+    device = resolve_device(options.device)
+    memory = DeviceMemory(device)
+    with (
+        quiet_transformers(),
+        out_of_memory_as_error("loading the model"),
+        ThreadPoolExecutor(1, "qtool-prepare") as background,
+    ):
+        context = background.submit(_make_context, device)
         config = build_config(checkpoint)
         tokenizer = load_tokenizer(checkpoint)
         with _open_weights(checkpoint, options, on_event) as source, ExitStack() as offloaded:
-            dtype = model_dtype(checkpoint, options.compute_dtype)
-            memory = DeviceMemory(resolve_device(options.device))
-            placement = choose_placement(
-                options.device, options.max_memory, _loaded_bytes(source, dtype)
-            )
-            on_event(Started("loading", source.total_bytes))
+            context.result()
+            dtypes = _Dtypes.of(checkpoint, options)
+            weights_bytes = _loaded_bytes(source, dtypes.model)
+            placement = choose_placement(options.device, options.max_memory, weights_bytes)
+            compiling = background.submit(_compile_kernels, source.layers, placement, dtypes)
+            offload_folder = offloaded.enter_context(tempfile.TemporaryDirectory())
             network = _build_model(
-                checkpoint,
-                config,
-                source,
-                placement,
-                dtype=dtype,
-                compute_dtype=layer_compute_dtype(checkpoint, options.compute_dtype),
-                offload_folder=offloaded.enter_context(tempfile.TemporaryDirectory()),
-                on_event=on_event,
+                checkpoint, config, source, placement, dtypes, offload_folder, on_event
             )
-            on_event(Finished("loading"))
-            devices = describe_devices(network, placement)
+            _wait_for_kernels(compiling, on_event)
             if options.adapter is not None:
                 add_adapter(network, options.adapter)
             return LoadedModel(
@@ -144,7 +147,7 @@ def load_model(
                 num_packed_layers=len(source.layers),
                 load_s=time.perf_counter() - start_s,
                 device=placement.device,
-                devices=devices,
+                devices=describe_devices(network, placement),
                 memory=memory,
                 _offloaded=offloaded.pop_all(),
             )
@@ -183,10 +186,40 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _make_context(device: torch.device) -> None:
+    """Make the CUDA context, which takes a while and needs no Python meanwhile."""
+    if device.type == "cuda":
+        torch.empty(1, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Dtypes:
+    """Of activations and unpacked weights, and what packed layers compute in if it differs."""
+
+    model: torch.dtype
+    compute: torch.dtype | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, options: LoadOptions) -> Self:
+        asked = options.compute_dtype
+        return cls(model_dtype(checkpoint, asked), layer_compute_dtype(checkpoint, asked))
+
+
+def _compile_kernels(
+    layers: Mapping[str, PackedLayer], placement: Placement, dtypes: _Dtypes
+) -> None:
+    """Compile what the packed layers will run, or load it from the disk cache."""
+    device = placement.device
+    if layers and device.type == "cuda" and importlib.util.find_spec("cupy") is not None:
+        from qtool.runtime.warm_up import warm_up_kernels
+
+        warm_up_kernels(layers, device, dtypes.compute or dtypes.model)
+
+
 def _open_weights(checkpoint: Checkpoint, options: LoadOptions, on_event: OnEvent) -> WeightSource:
     if options.quant is not None:
         return quantize_on_load(checkpoint, QuantFormat(options.quant), on_event)
-    source = open_stored_weights(checkpoint, on_event)
+    source = open_stored_weights(checkpoint)
     check_quantization(checkpoint, source.layers)
     return source
 
@@ -196,33 +229,33 @@ def _build_model(
     config: Any,
     source: WeightSource,
     placement: Placement,
-    *,
-    dtype: torch.dtype,
-    compute_dtype: torch.dtype | None,
+    dtypes: _Dtypes,
     offload_folder: str,
     on_event: OnEvent,
 ) -> Any:
     if placement.reason:
         on_event(Note(f"{placement.device}: {placement.reason}"))
-    if compute_dtype == torch.float32 != dtype and placement.device.type == "cuda":
+    if dtypes.compute == torch.float32 != dtypes.model and placement.device.type == "cuda":
         on_event(Note(SLOW_FLOAT32, level="warning"))
-    packed = PackedLayersConfig(source.layers, compute_dtype) if source.layers else None
+    packed = PackedLayersConfig(source.layers, dtypes.compute) if source.layers else None
     model_class = find_model_class(config)
+    on_event(Started("loading", source.total_bytes))
     try:
-        network, report = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=source.tensors,
-            quantization_config=packed,
-            dtype=dtype,
-            device_map=placement.device_map,
-            max_memory=placement.max_memory,
-            offload_folder=offload_folder,
-            offload_buffers=True,  # the packed layers' statistics are buffers
-            ignore_mismatched_sizes=True,  # reported below, by name
-            output_loading_info=True,
-            local_files_only=True,
-        )
+        with source.stored.read_ahead(placement.reading_device, on_event):
+            network, report = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=source.tensors,
+                quantization_config=packed,
+                dtype=dtypes.model,
+                device_map=placement.device_map,
+                max_memory=placement.max_memory,
+                offload_folder=offload_folder,
+                offload_buffers=True,  # the packed layers' statistics are buffers
+                ignore_mismatched_sizes=True,  # reported below, by name
+                output_loading_info=True,
+                local_files_only=True,
+            )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise QtoolError(
             f"{checkpoint.id}: transformers {transformers.__version__} cannot build the "
@@ -230,8 +263,18 @@ def _build_model(
             kind="bad_file",
             hint="fetch config.json again; QTOOL_DEBUG=1 shows where it fails",
         ) from error
+    on_event(Finished("loading"))
     _check_report(checkpoint, report, on_event)
+    network.generation_config = _generation_config(checkpoint, network)
     return network
+
+
+def _wait_for_kernels(compiling: Future[None], on_event: OnEvent) -> None:
+    try:
+        compiling.result(timeout=QUIET_S)
+    except TimeoutError:
+        on_event(Note("compiling kernels; they are kept for the next run"))
+        compiling.result()
 
 
 def _check_report(checkpoint: Checkpoint, report: dict[str, Any], on_event: OnEvent) -> None:
@@ -265,6 +308,17 @@ def _loaded_bytes(source: WeightSource, dtype: torch.dtype) -> int:
         kept = (module in source.layers and part != "bias") or not tensor.dtype.is_floating_point
         total += math.prod(tensor.shape) * (tensor.dtype if kept else dtype).itemsize
     return total
+
+
+def _generation_config(checkpoint: Checkpoint, network: Any) -> Any:
+    """What `network.generate` goes by: generation_config.json, else what config.json implies."""
+    assert checkpoint.folder is not None
+    try:
+        return transformers.GenerationConfig.from_pretrained(
+            str(checkpoint.folder), local_files_only=True
+        )
+    except (OSError, ValueError, TypeError, AttributeError):
+        return network.generation_config
 
 
 def _eos_token_ids(checkpoint: Checkpoint, config: Any, tokenizer: Any) -> tuple[int, ...]:

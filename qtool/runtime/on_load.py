@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from typing import cast
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from qtool.architecture import build_architecture
 from qtool.backends import choose_backend
@@ -31,11 +33,14 @@ from qtool.quantize.plan import (
     refuse_quantized_source,
 )
 from qtool.quantize.workers import TileWorkers, open_workers
+from qtool.runtime.linear import PackedLayer
+from qtool.runtime.read_ahead import ByteArray, Verify
 from qtool.runtime.weights import (
-    ByteArray,
+    LazyTensor,
+    LoadBytes,
+    PackedParts,
     StoredTensors,
     WeightSource,
-    add_packed,
     plain_tensor,
 )
 
@@ -50,20 +55,22 @@ def quantize_on_load(checkpoint: Checkpoint, fmt: QuantFormat, on_event: OnEvent
     refuse_quantized_source(checkpoint)
     architecture = build_architecture(checkpoint.config)
     plans = plan_tensors(checkpoint.tensors.values(), architecture, Recipe(format=fmt))
-    source = WeightSource({}, {}, checkpoint.weights_bytes, ExitStack())
-    stored = StoredTensors(checkpoint, source.closing, on_event)
-    packer = _Packer(checkpoint, plans, fmt, source.closing, on_event)
+    closing = ExitStack()
+    stored = StoredTensors(checkpoint, closing)
+    packer = _Packer(checkpoint, plans, fmt, closing, on_event)
+    layers: dict[str, PackedLayer] = {}
+    tensors: dict[str, LazyTensor] = {}
     for plan in plans:
         tensor = cast(TensorInfo, plan.source)
         if plan.action == "copy":
-            source.tensors[tensor.name] = plain_tensor(tensor, stored.read_bytes)
+            tensors[tensor.name] = plain_tensor(tensor, stored)
             continue
         quantized = find_quantized({part.name: part for part in plan.outputs})[tensor.name]
         packed = _PackedTensor(packer, plan)
-        state = None if fmt.is_int8 else _expected_state(plan, fmt)
         place = f"{tensor.shard}: {tensor.name}"
-        add_packed(source, quantized, state, packed.read_bytes, place)
-    return source
+        parts = PackedParts(quantized, place, packed.prepare, packed.read_bytes)
+        parts.add_to(layers, tensors, None if fmt.is_int8 else _expected_state(plan, fmt))
+    return WeightSource(layers, tensors, checkpoint.weights_bytes, stored, closing)
 
 
 def _expected_state(plan: TensorPlan, fmt: QuantFormat) -> QuantState:
@@ -90,8 +97,19 @@ class _PackedTensor:
         self._lock = threading.Lock()
         self._parts: dict[str, ByteArray] = {}
 
+    def prepare(self, name: str, verify: Verify | None) -> LoadBytes:
+        """What returns the bytes of one of the plan's outputs, uint8 (num_bytes,)."""
+
+        def load() -> Tensor:
+            data = self.read_bytes(name)
+            if verify is not None:
+                verify(data)
+            return torch.from_numpy(data)
+
+        return load
+
     def read_bytes(self, name: str) -> ByteArray:
-        """The bytes of one of the plan's outputs."""
+        """The bytes themselves."""
         with self._lock:
             if name not in self._parts:
                 self._parts = self._packer.pack(self._plan)

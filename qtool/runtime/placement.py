@@ -38,6 +38,11 @@ class Placement:
     max_memory: dict[int | str, int] | None = None
     reason: str = ""
 
+    @property
+    def reading_device(self) -> torch.device:
+        """Where tensors are read to: host memory if transformers is to spread them."""
+        return self.device if self.max_memory is None else torch.device("cpu")
+
 
 def choose_placement(device: str, max_memory: str | None, weights_bytes: int) -> Placement:
     """Decide from `--device` and `--max-memory`.

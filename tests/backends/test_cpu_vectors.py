@@ -10,16 +10,23 @@ from numba import njit
 
 from qtool.backends import cpu_vectors
 from qtool.backends.cpu_vectors import (
+    accumulate,
+    array_at,
     convert,
     full,
     halving_sum,
+    join,
     largest,
     load,
+    look_up_floats,
+    look_up_words,
     lookup,
     maximum,
+    round_to_bfloat16,
     store,
     view,
 )
+from qtool.formats import floats
 
 u64 = np.uint64
 BITWISE = [operator.and_, operator.or_, operator.xor]
@@ -146,3 +153,101 @@ def test_lookup_takes_the_entry_for_every_lane(lanes, with_instruction, monkeypa
     index, out = rng.integers(0, 16, lanes, np.uint8), np.zeros(lanes, np.uint8)
     look_up(table, index, out)
     np.testing.assert_array_equal(out, table[index])
+
+
+@pytest.fixture(params=[None, ["avx2"], []], ids=["this machine", "avx2", "no instructions"])
+def features(request, monkeypatch):
+    """Code is made as for a processor that has these features at most."""
+    has_features = cpu_vectors.has_features
+
+    def both(codegen, *names):
+        return has_features(codegen, *names) and set(names) <= set(request.param)
+
+    if request.param is not None:
+        monkeypatch.setattr(cpu_vectors, "has_features", both)
+
+
+def test_float_look_ups_mind_the_low_four_bits_only(features):
+    @njit
+    def look_up(table, index, out):
+        store(out, u64(0), look_up_floats(load(table, u64(0), 16), load(index, u64(0), 32)))
+
+    table = np.random.default_rng(0).standard_normal(16).astype(np.float32)
+    index, out = integers(np.uint32), np.zeros(32, np.float32)
+    look_up(table, index, out)
+    np.testing.assert_array_equal(out, table[index % 16])
+
+
+def test_word_look_ups_mind_the_low_five_bits_only(features):
+    @njit
+    def look_up(table, index, out):
+        store(out, u64(0), look_up_words(load(table, u64(0), 32), load(index, u64(0), 64)))
+
+    table, index, out = integers(np.uint16), np.tile(integers(np.uint16, 1), 2), np.zeros(64, "u2")
+    look_up(table, index, out)
+    np.testing.assert_array_equal(out, table[index % 32])
+
+
+def test_rounding_to_bfloat16_is_to_even(features):
+    @njit
+    def narrow(values, out):
+        store(out, u64(0), round_to_bfloat16(load(values, u64(0), 32)))
+
+    bits = np.random.default_rng(1).integers(0x30000000, 0x50000000, 32).astype(np.uint32)
+    bits[:3] = 0x3F808000, 0x3F818000, 0x3F808001  # two ties and one just above a tie
+    bits[3] = 0x80000000  # a zero with its sign
+    out = np.zeros(32, np.uint16)
+    narrow(bits.view(np.float32), out)
+    np.testing.assert_array_equal(out, floats.narrow(bits.view(np.float32), "BF16"))
+
+
+def test_sums_of_products_of_several_tokens_take_turns(features):
+    @njit
+    def multiply(sums, weights, values, out):
+        store(
+            out,
+            u64(0),
+            accumulate(load(sums, u64(0), 64), load(weights, u64(0), 32), values, u64(0), 2),
+        )
+
+    rng = np.random.default_rng(2)
+    sums, weights = rng.integers(0, 9, 64), rng.integers(0, 9, 32)
+    values, out = rng.integers(0, 9, (2, 2, 16)), np.zeros(64, np.float32)
+    multiply(*(a.astype(np.float32) for a in (sums, weights, values.reshape(-1))), out)
+    expected = sums.reshape(2, 2, 16) + weights.reshape(2, 1, 16) * values  # part, token, lane
+    np.testing.assert_array_equal(out, expected.reshape(-1))
+
+
+def test_products_of_bfloat16_are_added_in_pairs(features):
+    @njit
+    def multiply(weights, values, out):
+        weights, zeros = load(weights, u64(0), 32), full(16, 0, np.float32)
+        store(out, u64(0), accumulate(zeros, weights, values, u64(0), 1))
+
+    numbers = np.random.default_rng(3).integers(-9, 9, (2, 32)).astype(np.float32)
+    weights, values = (floats.narrow(row, "BF16") for row in numbers)
+    out = np.zeros(16, np.float32)
+    multiply(weights, values, out)
+    np.testing.assert_array_equal(out, (numbers[0] * numbers[1]).reshape(16, 2).sum(1))
+
+
+def test_arrays_at_an_address_read_and_write_there():
+    @njit
+    def double(address):
+        values = array_at(address, np.int16)
+        store(values, u64(1), join(load(values, u64(1), 4), load(values, u64(1), 4)))
+        values[0] = 7
+
+    values = np.arange(16, dtype=np.int16)
+    double(values.ctypes.data)
+    np.testing.assert_array_equal(values, [7, 1, 2, 3, 4, 1, 2, 3, 4, *range(9, 16)])
+
+
+def test_signed_integers_become_floats():
+    @njit
+    def widen(integers, out):
+        store(out, u64(0), convert(convert(load(integers, u64(0), 32), np.int32), np.float32))
+
+    a, out = integers(np.int8), np.zeros(32, np.float32)
+    widen(a, out)
+    np.testing.assert_array_equal(out, a)

@@ -10,13 +10,27 @@ from qtool.backends.cpu import CpuBackend
 from qtool.bench.contenders import Measured, Sample
 from qtool.bench.cpu_device import cut_into_tiles
 from qtool.bench.kernels import KernelRequest, bench_kernels, double_quant_ratios, group_rows
-from qtool.bench.operations import OPERATIONS
-from qtool.bench.records import Moved
+from qtool.bench.operations import OPERATIONS, PRODUCTS
+from qtool.bench.records import Moved, time_ratio
 from qtool.errors import QtoolError
+from tests.bench.tiny_shape import shrink_sizes
+
+CODECS = ("quantize", "dequantize")
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch):
+    shrink_sizes(monkeypatch)
 
 
 def bench(**options):
-    defaults = {"shapes": ((24, 192),), "backend": "cpu", "num_threads": 2, "with_rival": False}
+    defaults = {
+        "shapes": ((24, 192),),
+        "words": CODECS,
+        "backend": "cpu",
+        "num_threads": 2,
+        "with_rival": False,
+    }
     return bench_kernels(KernelRequest(**(defaults | options)))
 
 
@@ -39,7 +53,7 @@ def test_odd_shapes_and_several_tiles(monkeypatch):
 
 def test_bitsandbytes_takes_part_where_it_is_installed():
     pytest.importorskip("bitsandbytes")
-    result = bench(words=("nf4", "int8"), with_rival=True)
+    result = bench(words=("quantize nf4", "dequantize nf4", "quantize int8"), with_rival=True)
     engines = {(row.op, row.engine) for row in result.rows}
     rivals = {op for op, engine in engines if engine == "bitsandbytes"}
     assert rivals == {"quantize nf4", "dequantize nf4", "quantize int8"}
@@ -48,7 +62,7 @@ def test_bitsandbytes_takes_part_where_it_is_installed():
 
 def test_without_bitsandbytes_there_is_a_warning(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    result = bench(words=("nf4",), with_rival=True)
+    result = bench(words=("quantize nf4",), with_rival=True)
     assert "bitsandbytes is not measured" in result.warnings[0]
     assert {row.engine for row in result.rows} == {"limit", "qtool"}
 
@@ -80,7 +94,12 @@ def test_a_kernel_that_gives_a_wrong_byte_is_not_measured(method, array, words, 
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"repeats": 19}, "fewer than 20"), ({"words": ("nf5",)}, "nf5")]
+    ("options", "words"),
+    [
+        ({"repeats": 19}, "fewer than 20"),
+        ({"words": ("nf5",)}, "nf5"),
+        ({"words": ("linear",), "tokens": (8, 0)}, "--rows 0"),
+    ],
 )
 def test_wrong_requests_are_refused(options, words):
     with pytest.raises(QtoolError, match=words) as caught:
@@ -108,3 +127,52 @@ def test_double_quantization_is_compared_with_none_by_the_same_engine():
     ]
     (ratio,) = double_quant_ratios(group_rows(measured, "1x1", "bf16"))
     assert ratio["seconds_ratio"] == 1.5 and ratio["engine"] == "qtool"
+
+
+def test_each_number_of_tokens_is_measured_with_every_product():
+    result = bench(words=("linear",), tokens=(1, 5))
+    assert list(result.limits) == ["copy 24x192 bf16 x1", "copy 24x192 bf16 x5"]
+    names = [product.name for product in PRODUCTS]
+    for tokens in (1, 5):
+        copy, *rows = (row for row in result.rows if row.tokens == tokens)
+        assert (copy.engine, copy.share_of_limit, copy.relative_error) == ("limit", 1, None)
+        assert [row.op for row in rows if row.engine == "qtool"] == names
+        assert [row.op for row in rows if row.engine == "torch"] == names
+        for row in rows:
+            assert (row.relative_error is None) == (row.engine == "torch")
+            assert time_ratio(row, result.rows) > 0
+    ratios = result.details["double_quant_ratios"]
+    assert [(ratio["tokens"], ratio["engine"]) for ratio in ratios] == [(1, "qtool"), (5, "qtool")]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("BF16", 4e-3), ("F16", 1e-3), ("F32", 1e-5)])
+def test_products_are_compared_with_float64(dtype, error):
+    rows = bench(words=("linear",), dtypes=(dtype,), shapes=((64, 256),)).rows
+    errors = [row.relative_error for row in rows if row.engine == "qtool"]
+    assert len(errors) == len(PRODUCTS) and all(0 < found < error for found in errors)
+
+
+def test_bitsandbytes_multiplies_the_same_bytes():
+    pytest.importorskip("bitsandbytes")
+    rows = bench(words=("linear",), with_rival=True, shapes=((64, 256),)).rows
+    errors = {row.op: row.relative_error for row in rows if row.engine == "bitsandbytes"}
+    assert errors.keys() == {product.name for product in PRODUCTS}
+    assert all(0 < error < 0.03 for error in errors.values())
+
+
+def test_a_product_that_is_wrong_is_not_measured(monkeypatch):
+    monkeypatch.setattr("qtool.bench.products.multiply", lambda layer, x: 1.2 * layer(x))
+    with pytest.raises(QtoolError, match=r"linear nf4 .* off by 2\.0e-01") as caught:
+        bench(words=("linear nf4",))
+    assert caught.value.kind == "internal"
+
+
+def test_without_torch_products_are_left_out_with_a_warning(monkeypatch):
+    reason = "products are not measured: no torch"
+    monkeypatch.setattr("qtool.bench.kernels._why_no_products", lambda *, on_gpu: reason)
+    result = bench(words=("nf4",))
+    assert result.warnings == (reason,)
+    assert {row.op for row in result.rows} == {"copy", "quantize nf4", "dequantize nf4"}
+    with pytest.raises(QtoolError, match="no torch") as caught:
+        bench(words=("linear",))
+    assert caught.value.kind == "unsupported"

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from qtool.bench.operations import OPERATIONS, Operation, choose_operations, parse_shape
+from qtool.bench.operations import (
+    OPERATIONS,
+    PRODUCTS,
+    Operation,
+    Product,
+    choose_operations,
+    parse_shape,
+)
 from qtool.bench.records import Moved
 from qtool.errors import QtoolError
 from qtool.formats.bitsandbytes import packed_layouts
@@ -12,14 +19,15 @@ from qtool.formats.tensors import TensorLayout
 
 
 def names(*words):
-    return [operation.name for operation in choose_operations(words)]
+    return [known.name for chosen in choose_operations(words) for known in chosen]
 
 
-def test_words_choose_operations():
-    assert names() == [operation.name for operation in OPERATIONS]
-    assert names("nf4") == ["quantize nf4", "dequantize nf4"]
+def test_words_choose_operations_and_products():
+    assert names() == [known.name for known in (*OPERATIONS, *PRODUCTS)]
+    assert names("nf4") == ["quantize nf4", "dequantize nf4", "linear nf4"]
     assert names("dequantize") == ["dequantize nf4", "dequantize nf4-dq", "dequantize int8"]
-    assert names("quantize fp4", "int8") == ["quantize fp4", "quantize int8", "dequantize int8"]
+    assert names("linear") == ["linear nf4", "linear nf4-dq", "linear fp4", "linear int8"]
+    assert names("quantize fp4", "dequantize int8") == ["quantize fp4", "dequantize int8"]
 
 
 def test_unknown_words_are_refused_with_all_names():
@@ -53,6 +61,13 @@ def test_bytes_of_the_measured_shape():
     assert moved.input_bytes == 469_762_048
     # Half a byte per value, a byte per 64 values, 4 bytes per 64 * 256, and the offset.
     assert moved.output_bytes == 117_440_512 + 3_670_016 + 57_344 + 4
+
+
+@pytest.mark.parametrize("precision", ["nf4", "nf4-dq", "int8"])
+def test_a_product_moves_what_is_stored_and_its_activations(precision):
+    stored = Operation("dequantize", precision).moved((48, 1000), "BF16").input_bytes
+    moved = Product(precision).moved((48, 1000), "BF16", 3)
+    assert moved == Moved(stored + 3 * 1000 * 2, 3 * 48 * 2)
 
 
 @pytest.mark.parametrize("text", ["", "12", "1x2x3", "0x4", "-1x4", "axb", "1.5x2"])

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from qtool.bench.model_shapes import MODEL_SHAPES, read_model_shape
+from qtool.bench.model_shapes import FULL_LAYERS, MODEL_SHAPES, read_model_shape
 from qtool.bench.random_checkpoint import plan_checkpoint, write_checkpoint
 from qtool.bench.random_weights import fill_with_gaussians
 from qtool.checkpoint import open_checkpoint
@@ -84,6 +84,10 @@ def test_the_named_shapes_have_the_sizes_of_their_models():
     tensors = {name: plan_checkpoint(config).layouts for name, config in MODEL_SHAPES.items()}
     sizes = {name: sum(t.num_elements for t in found) for name, found in tensors.items()}
     assert sizes["llama-3.1-8b"] == 8_030_261_248
+    assert sizes["llama-3.2-1b"] == 1_235_814_400
+    layer_parameters = (sizes["llama-3.1-70b-4layers"] - 2 * 128256 * 8192 - 8192) // 4
+    assert sizes["llama-3.1-70b-4layers"] + 76 * layer_parameters == 70_553_706_496
+    assert FULL_LAYERS.keys() == {name for name in MODEL_SHAPES if name.endswith("layers")}
     largest = max(tensors["llama-3.1-405b-2layers"], key=lambda t: t.num_bytes)
     assert largest.shape == (128256, 16384)
     assert all(

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.bench.tiny_shape import shrink_sizes, write_tiny_shape
 from tests.cli.running import run
 from tests.tiny_models import llama_config
 
@@ -21,6 +22,25 @@ ROW_FIELDS = {
     "input_bytes",
     "bytes_per_s",
     "share_of_limit",
+    "tokens",
+    "relative_error",
+}
+RUN_FIELDS = {
+    "engine",
+    "path",
+    "path_reason",
+    "batch",
+    "prompt_tokens",
+    "new_tokens",
+    "n",
+    "prefill_tok_s",
+    "prefill_tok_s_sd",
+    "decode_tok_s",
+    "decode_tok_s_sd",
+    "step_bytes",
+    "bandwidth_share",
+    "allocated_peak_bytes",
+    "scaled",
 }
 COMMON_FIELDS = {
     "schema",
@@ -35,7 +55,9 @@ COMMON_FIELDS = {
     "backend",
     "backend_reason",
 }
-KERNELS = ("bench", "kernels", "--backend", "cpu", "--shape", "16x128", "--op", "nf4", "--no-rival")
+NO_RIVAL = ("bench", "kernels", "--backend", "cpu", "--shape", "16x128", "--no-rival")
+KERNELS = (*NO_RIVAL, "--op", "quantize nf4", "--op", "dequantize nf4")
+PRODUCTS = (*NO_RIVAL, "--op", "linear nf4", "--rows", "1", "--rows", "4")
 
 
 @pytest.fixture
@@ -44,6 +66,13 @@ def quantize(tmp_path):
     shape.write_text(json.dumps(llama_config()))
     words = ("bench", "quantize", "--backend", "cpu", "--no-rival", "--repeat", "1")
     return (*words, "--work-dir", tmp_path, "--model-shape", shape)
+
+
+@pytest.fixture
+def generate(tmp_path, monkeypatch):
+    shrink_sizes(monkeypatch)
+    words = ("bench", "generate", "--device", "cpu", "--shape", write_tiny_shape(tmp_path))
+    return (*words, "--prompt", "5", "--new", "4", "--repeat", "2")
 
 
 def check_common(document, command):
@@ -63,6 +92,28 @@ def test_kernels_json_is_one_document_and_the_file_the_same(tmp_path):
     assert ran.exit_code == 0 and ran.stderr == ""
     check_common(ran.document, "bench kernels")
     assert json.loads((tmp_path / "k.json").read_text()) == ran.document
+
+
+def test_products_have_an_error_in_the_json(monkeypatch):
+    shrink_sizes(monkeypatch)
+    ran = run(*PRODUCTS, "--json")
+    check_common(ran.document, "bench kernels")
+    own = [row for row in ran.document["rows"] if row["engine"] == "qtool"]
+    assert [(row["op"], row["tokens"]) for row in own] == [("linear nf4", 1), ("linear nf4", 4)]
+    assert all(0 < row["relative_error"] < 0.01 for row in own)
+
+
+def test_generate_json_is_one_document_and_the_file_the_same(generate, tmp_path):
+    ran = run(*generate, "--batch", "1", "--batch", "2", "--json", "--output", tmp_path / "g.json")
+    assert ran.exit_code == 0 and ran.stderr == ""
+    document = ran.document
+    assert document["schema"] == 1 and document["command"] == "bench generate"
+    assert document["model"] == "tiny" and document["quant"] == "nf4-dq"
+    assert document["head_quant"] is None and document["warnings"] == []
+    assert {"device", "host", "versions", "argv", "limits"} <= document.keys()
+    assert [run["batch"] for run in document["runs"]] == [1, 2]
+    assert all(run.keys() == RUN_FIELDS for run in document["runs"])
+    assert json.loads((tmp_path / "g.json").read_text()) == document
 
 
 def test_quantize_json_is_one_document_and_the_file_the_same(quantize, tmp_path):
@@ -86,9 +137,51 @@ def test_the_tables_name_their_units_and_fit_80_columns(quantize, monkeypatch):
         assert max(map(len, lines)) <= 80
 
 
+def test_the_products_table_fits_80_columns_and_shows_errors(monkeypatch):
+    shrink_sizes(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "80")
+    ran = run(*PRODUCTS)
+    lines = ran.stdout.splitlines()
+    assert ran.exit_code == 0 and max(map(len, lines)) <= 80 and "…" not in ran.stdout
+    assert "bf16  16x128  1 token" in lines and "bf16  16x128  4 tokens" in lines
+    (own, _) = (line for line in lines if line.split()[:3] == ["linear", "nf4", "qtool"])
+    assert "e-03" in own
+
+
+def test_the_generate_table_fits_80_columns(generate, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv("COLUMNS", "80")
+    ran = run(*generate, "--against", "bitsandbytes", "--new", "24", "--head-quant", "int8")
+    assert ran.exit_code == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in ran.stdout
+    assert "tiny, nf4-dq, output head int8" in lines and "batch 1, 5 + 24 tokens" in lines
+    (head,) = (line for line in lines if line.startswith("engine"))
+    assert head.split() == [
+        "engine",
+        "prefill",
+        "tok/s",
+        "decode",
+        "tok/s",
+        "of",
+        "limit",
+        "vs",
+        "qtool",
+    ]
+    (own,) = (line for line in lines if line.startswith("qtool  "))
+    (rival,) = (line for line in lines if line.startswith("transformers+bnb"))
+    assert "%" in own and rival.rstrip().endswith("x")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("generate", "--shape", "llama-99"), "llama-99"),
+        (("generate", "--quant", "fp8"), "fp8"),
+        (("generate", "--new", "1"), "new"),
+        (("generate", "--against", "nobody"), "against"),
+        (("generate", "--output", "."), "cannot be written"),
+        (("kernels", "--rows", "0"), "rows"),
         (("kernels", "--op", "quantize nf5"), "nf5"),
         (("kernels", "--shape", "12"), "ROWSxCOLUMNS"),
         (("kernels", "--dtype", "fp64"), "fp64"),
@@ -138,8 +231,8 @@ def test_options_come_from_a_table_of_the_config_file_too(tmp_path):
     assert ran.exit_code == 2 and "bench kernels" in ran.error["hint"]
 
 
-def test_help_shows_both_verbs_and_their_examples():
+def test_help_shows_all_verbs_and_their_examples():
     ran = run("bench", "--help")
-    assert "quantize" in ran.stdout and "kernels" in ran.stdout
+    assert all(verb in ran.stdout for verb in ("quantize", "kernels", "generate"))
     ran = run("bench", "kernels", "--help")
     assert "qtool bench kernels" in ran.stdout and "qtool bench quantize" not in ran.stdout

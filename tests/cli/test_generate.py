@@ -57,13 +57,13 @@ def pipe_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 
 def test_text_goes_to_stdout_and_statistics_to_stderr(stories: Path) -> None:
-    ran = run("generate", stories, PROMPT, "--max-new-tokens", 12)
+    ran = run("generate", stories, PROMPT, "--max-new-tokens", 12, "--device", "cpu")
     assert ran.exit_code == 0
     assert ran.stdout.startswith(", there was")
     assert ran.stdout.endswith("\n")
     assert "prompt 5 tokens" in ran.stderr
     assert "new 12 tokens" in ran.stderr
-    assert "eager" in ran.stderr
+    assert "cpu · eager: " in ran.stderr
 
 
 def test_quiet_says_the_text_only(stories: Path) -> None:
@@ -97,8 +97,25 @@ def test_json_is_one_document_with_the_contracts_fields(stories: Path) -> None:
 def test_quantizing_while_loading(stories: Path) -> None:
     arguments = ("generate", stories, PROMPT, "--max-new-tokens", 8, "--json")
     document = run(*arguments, "--quant", "nf4-dq").document
-    assert "dequantized" in document["path_reason"]
     assert document["text"].startswith(", there was")
+
+
+def test_a_long_prompt_goes_in_in_chunks(stories: Path) -> None:
+    arguments = ("generate", stories, f"{PROMPT} {PROMPT}", "--max-new-tokens", 8, "--json")
+    whole = run(*arguments).document
+    chunked = run(*arguments, "--prefill-chunk", 4).document
+    assert whole["prompt_tokens"] > 8
+    assert chunked["token_ids"] == whole["token_ids"]
+
+
+def test_a_path_can_be_asked_for(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("generate", stories, PROMPT, "--max-new-tokens", 2, "--device", "cpu", "--json")
+    document = run(*arguments, "--path", "eager").document
+    assert (document["path"], document["path_reason"]) == ("eager", "asked for")
+    monkeypatch.setenv("QTOOL_PATH", "graph")
+    ran = run(*arguments)
+    assert (ran.exit_code, ran.error["kind"]) == (1, "unsupported")
+    assert "cannot take the graph path: CUDA graphs need an NVIDIA GPU" in ran.error["message"]
 
 
 @pytest.mark.parametrize("prompt", [["-"], []])
@@ -140,6 +157,7 @@ BAD_USAGE: dict[str, tuple[list[Any], str]] = {
     "malformed limits": (["x", "--max-memory", "lots"], "is not of the form"),
     "temperature": (["x", "--temperature", -1], "--temperature"),
     "no tokens": (["x", "--max-new-tokens", 0], "--max-new-tokens"),
+    "no chunk": (["x", "--prefill-chunk", 0], "--prefill-chunk"),
 }
 
 

@@ -246,7 +246,7 @@ OUT_FEATURES, IN_FEATURES = 1280, 512
 
 
 def test_dequantizing_in_the_pieces_and_chunks_that_the_plan_assumes():
-    assert linear.MAX_DEQUANTIZED_ELEMENTS == weights.PIECE_ELEMENTS
+    assert products.MAX_DEQUANTIZED_ELEMENTS == weights.PIECE_ELEMENTS
     assert dequantize.CHUNK_ELEMENTS["cuda"] == weights.CHUNK_ELEMENTS
 
 
@@ -257,7 +257,7 @@ def test_packed_product_allocates_its_buffer(monkeypatch, precision, pieces, chu
     num_elements = OUT_FEATURES * IN_FEATURES
     chunk = int(num_elements / chunks)
     for module, name, value in (
-        (linear, "MAX_DEQUANTIZED_ELEMENTS", num_elements // pieces),
+        (products, "MAX_DEQUANTIZED_ELEMENTS", num_elements // pieces),
         (weights, "PIECE_ELEMENTS", num_elements // pieces),
         (weights, "CHUNK_ELEMENTS", chunk),
     ):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from qtool.errors import QtoolError
-from qtool.runtime.answers import Request, answer, uses_chat
-from qtool.runtime.generate import Limits, Sampling, generate, process_age_s
+from qtool.runtime.answers import Request, answer, open_history, uses_chat
+from qtool.runtime.decoders.history import CHAT_CAPACITY, History
+from qtool.runtime.generate import Generation, Limits, Sampling, generate, process_age_s
 from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
 from qtool.runtime.prompts import Conversation, encode_text
 
@@ -189,6 +190,45 @@ def test_ctrl_c_ends_the_text_and_is_told(stories: LoadedModel) -> None:
     assert result.text == "".join(pieces)
 
 
+def test_a_text_goes_on_after_ctrl_c_from_the_cache(stories: LoadedModel) -> None:
+    ids = encode_text(stories.tokenizer, "Once upon a time")
+    expected = generate(stories, ids, Sampling(), Limits(20)).token_ids
+
+    def interrupt(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with History(stories) as history:
+        begun = generate(stories, ids, Sampling(), Limits(20), write=interrupt, history=history)
+        assert begun.stop_reason == "interrupted"
+        made = list(begun.token_ids)
+        rest = generate(stories, [*ids, *made], Sampling(), Limits(20 - len(made)), history=history)
+    assert (*made, *rest.token_ids) == expected
+    assert rest.reused_tokens == len(ids) + len(made) - 1
+
+
+def test_speed_counts_the_tokens_that_ran(stories: LoadedModel) -> None:
+    ids = encode_text(stories.tokenizer, "Once upon a time")
+    with History(stories) as history:
+        first, again = (
+            generate(stories, ids, Sampling(), Limits(4), history=history) for _ in range(2)
+        )
+    assert (first.reused_tokens, again.reused_tokens) == (0, len(ids) - 1)
+    assert first.prefill_tok_s == pytest.approx(len(ids) / first.prefill_s)
+    assert again.prefill_tok_s == pytest.approx(1 / again.prefill_s)
+
+
+def test_a_generation_can_be_read_piece_by_piece(stories: LoadedModel) -> None:
+    ids = encode_text(stories.tokenizer, "Once upon a time")
+    expected = generate(stories, ids, Sampling(), Limits(12))
+    generation = Generation(stories, ids, Sampling(), Limits(12))
+    text = "".join(generation.pieces()) + generation.end()
+    result = generation.result()
+    generation.close()
+    assert text == result.text == expected.text
+    assert result.token_ids == expected.token_ids
+    assert result.path == "eager"
+
+
 def test_a_model_without_eos_and_pad_token_runs_to_the_limit(test_data: Path) -> None:
     loaded = load_model(str(test_data / "models" / "slm4096-gpt2-hf"), LoadOptions(device="cpu"))
     assert loaded.eos_token_ids == ()
@@ -202,7 +242,7 @@ def test_memory_errors_become_sentences(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
-    monkeypatch.setattr(stories.model, "generate", fail)
+    monkeypatch.setattr(stories.model, "forward", fail)
     with pytest.raises(QtoolError, match="out of GPU memory while generating") as caught:
         run(stories, "Once")
     assert caught.value.kind == "memory"
@@ -231,6 +271,26 @@ def test_a_conversation_goes_through_the_template(chatty: LoadedModel) -> None:
     text = chatty.tokenizer.decode(conversation.encode(chatty.tokenizer))
     expected = f"<system>Be brief.\n<user>Hi\n<assistant>{result.text}\n<user>More\n<assistant>"
     assert text.replace(" ", "").endswith(expected.replace(" ", ""))
+
+
+def test_turns_of_a_conversation_run_only_what_is_new(chatty: LoadedModel) -> None:
+    conversation = Conversation()
+    asked = request()
+    with open_history(chatty, asked) as history:
+        for text in ("Hi", "More"):
+            result = answer(
+                chatty,
+                asked,
+                text,
+                write=lambda piece: None,
+                conversation=conversation,
+                history=history,
+            )
+        assert history.decoder_for(1).capacity == min(CHAT_CAPACITY, 512)
+    assert 0 < result.reused_tokens < result.prompt_tokens
+    fresh = Conversation(messages=conversation.messages[:2])
+    answer(chatty, asked, "More", write=lambda piece: None, conversation=fresh)
+    assert fresh.messages == conversation.messages
 
 
 def test_a_failed_turn_leaves_the_conversation_as_it_was(chatty: LoadedModel) -> None:

@@ -1,0 +1,371 @@
+// Products of few tokens with linear layers, straight on the layout of the files: y = x W^T.
+//
+// Defines: ACTIVATION (Bf16, F16), FORMAT (NF4, FP4, INT8, PLAIN: weights of the activations' dtype),
+// NESTED (0, 1), UNIT (64; 32 for 4-bit blocks of 32), TOKENS (1, 2, 4, 8: the most that a launch takes), NORM
+// (0; 1: RMS norm before; 2: its weight plus one), EPILOGUE (0: bias; 1: and residual; 2: gate and up), GATE
+// (SILU, GELU_TANH, GELU), COLUMNS, NUM_WEIGHTS (1 to 3), WARPS, STAGES (of a warp's ring), FRAGMENTS (1, 2: of
+// 16 rows in a tile), SLICE (columns of x that are held at a time, a multiple of a chunk; with several slices
+// at least WARPS chunks), PASS (tiles between two sums over the warps, even), MIN_BLOCKS (thread
+// blocks per multiprocessor).
+//
+// A warp takes a tile of rows through chunks of 128 bytes, which come by asynchronous copies into a ring of
+// its own, so that warps never wait for each other while weights stream. A byte's two codes become two
+// values by one look at a table in shared memory; the pairs are fragments of mma.m16n8k16 as they
+// are, since the order of columns within a block is free as long as weights and activations agree. Sums of a
+// block are scaled in float32: absmax never touches a 16-bit value, and INT8's codes are exact in 16 bit.
+//
+// Bytes read per weight: 1/2 + 4/blocksize, or 1/2 + 1/blocksize when nested; 1; 2.
+#include "source_dtypes.cuh"
+#include "code_tables.cuh"
+#include "products.cuh"
+#include "linear_layers.cuh"
+
+#define NF4 0
+#define FP4 1
+#define INT8 2
+#define PLAIN 3
+
+constexpr bool IS_4BIT = FORMAT == NF4 || FORMAT == FP4;
+constexpr int BITS = IS_4BIT ? 4 : FORMAT == INT8 ? 8 : 16;
+
+constexpr int THREADS = WARPS * WARP;
+constexpr int FRAGMENT_ROWS = 16;
+constexpr int TILE = FRAGMENT_ROWS * FRAGMENTS;  // rows that a warp takes at a time
+constexpr int LINE = 128;                        // bytes of a row that a warp takes at a time
+constexpr int CHUNK = LINE * 8 / BITS;           // the same in columns
+constexpr int BLOCK = 64;                        // columns that the fragments of a lane quad cover
+constexpr int BLOCKS = CHUNK / BLOCK;
+constexpr int UNITS = BLOCK / UNIT;              // scales of a row in a block
+constexpr int64 ROW_BYTES = int64(COLUMNS) * BITS / 8;
+constexpr int PARTIAL = TILE * TOKENS;           // sums of a tile
+constexpr int STAGE_BYTES = TILE * LINE;
+constexpr int PARTS = LINE / 16;                 // 16-byte copies per row
+constexpr int COPY_ROWS = WARP / PARTS;          // rows that a warp copies at once
+constexpr bool WHOLE_CHUNKS = COLUMNS % CHUNK == 0;
+
+constexpr int NUM_SLICES = (COLUMNS + SLICE - 1) / SLICE;
+__device__ constexpr int chunks_of(int slice) {
+    return slice + 1 < NUM_SLICES ? SLICE / CHUNK : (COLUMNS - (NUM_SLICES - 1) * SLICE + CHUNK - 1) / CHUNK;
+}
+
+// -- shared memory. 4 bit: a table of 256 pairs of values, of which each lane has a copy in its own bank.
+// Entries are 256 bytes apart, of which they take 128, so that a byte of codes is the second byte of an entry's
+// address and the lane the first: one instruction makes an address. The gaps between them hold the
+// dynamic map of nested absmax, sums, and the activations of a single token. Other formats have lines without
+// a table between.
+constexpr int LINE_STRIDE = IS_4BIT ? 2 * LINE : LINE;
+constexpr int FIRST_LINE = IS_4BIT ? LINE : 0;
+constexpr int LINES_BYTES = 256 * LINE_STRIDE;
+
+__device__ inline float& line_float(uint8* shared, uint32 index) {
+    return *reinterpret_cast<float*>(shared + index / 32 * LINE_STRIDE + FIRST_LINE + index % 32 * 4);
+}
+
+#include "linear_cursor.cuh"
+
+// Both values of byte `i` of `word`, the first in the lower half. With the table's address written into
+// the instruction there is nothing to add.
+__device__ inline uint32 look_up(uint32 word, int i, uint32 lane_offset) {
+    uint32 pair;
+    asm("ld.shared.b32 %0, [%1+%2];"
+        : "=r"(pair)
+        : "r"(__byte_perm(word, lane_offset, 0x5504 | i << 4)), "n"(DYNAMIC_SHARED_ADDRESS));
+    return pair;
+}
+
+__device__ inline void fill_table(uint8* shared) {
+    const int lane = threadIdx.x % WARP;
+    const float own = (FORMAT == FP4 ? fp4_code : nf4_code)[lane % 16];
+#pragma unroll
+    for (int i = threadIdx.x / WARP; i < 256 / 4; i += WARPS) {  // eight lanes fill an entry
+        int byte = i * 4 + lane / 8;
+        float first = __shfl_sync(FULL_WARP, own, byte >> 4);
+        uint32 pair = ACTIVATION::narrow_pair(first, __shfl_sync(FULL_WARP, own, byte & 15));
+        *reinterpret_cast<uint4*>(shared + byte * LINE_STRIDE + lane % 8 * 16) =
+            make_uint4(pair, pair, pair, pair);
+    }
+}
+
+// Where 16 bytes of a row lie in its line, so that rows that are read together are in different banks.
+__device__ inline int part_position(int row, int part) {
+    if (IS_4BIT) return (part / 2 ^ (row & 3)) * 2 + part % 2;
+    if (FORMAT == INT8) return (part / 4 ^ (row & 1)) * 4 + part % 4;
+    return part ^ (row & 1);
+}
+
+// The 16 values of a block that lane `member` of a quad has of the row at `line`, as eight pairs.
+__device__ inline void read_pairs(const uint8* line, int row, int block, int member, uint32 lane_offset,
+                                  uint32 (&pairs)[8]) {
+    auto at = [&](int part) { return line + part_position(row, part) * 16; };
+    if constexpr (IS_4BIT) {
+        uint32 words[2];
+        if constexpr (UNIT == 64) {
+            uint2 both = *reinterpret_cast<const uint2*>(at(block * 2 + member / 2) + member % 2 * 8);
+            words[0] = both.x;
+            words[1] = both.y;
+        } else {
+            words[0] = *reinterpret_cast<const uint32*>(at(block * 2) + member * 4);
+            words[1] = *reinterpret_cast<const uint32*>(at(block * 2 + 1) + member * 4);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) pairs[i] = look_up(words[i / 4], i % 4, lane_offset);
+    } else if constexpr (FORMAT == INT8) {
+        uint4 words = *reinterpret_cast<const uint4*>(at(block * 4 + member));
+        widen_int8<ACTIVATION>(words.x, pairs[0], pairs[1]);
+        widen_int8<ACTIVATION>(words.y, pairs[2], pairs[3]);
+        widen_int8<ACTIVATION>(words.z, pairs[4], pairs[5]);
+        widen_int8<ACTIVATION>(words.w, pairs[6], pairs[7]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint4 words = *reinterpret_cast<const uint4*>(at(member * 2 + i));
+            pairs[4 * i] = words.x;
+            pairs[4 * i + 1] = words.y;
+            pairs[4 * i + 2] = words.z;
+            pairs[4 * i + 3] = words.w;
+        }
+    }
+}
+
+// absmax of the blocks of a lane quad's rows, loaded one chunk ahead; lane `member` has those of block `member`.
+struct Scales {
+    static constexpr int ROW_UNITS = COLUMNS / UNIT;
+    float values[FRAGMENTS][2][UNITS];  // absmax, or the nested absmax of it
+    uint32 codes[FRAGMENTS][2][UNITS];
+
+    __device__ void load(const Arguments& args, const Cursor& at, int group, int member) {
+        const Weight& weight = args.weights[at.which];
+        const int units_log2 = args.blocksize_log2 - (UNIT == 64 ? 6 : 5);
+        int unit = (at.slice * SLICE + at.chunk * CHUNK) / UNIT + member % BLOCKS * UNITS;
+        // columns that are not there have any scale: their activations are zero
+        if (!WHOLE_CHUNKS && unit >= ROW_UNITS) unit = 0;
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS * 2; i++) {
+            uint32 row = min(at.row + group + i * 8, weight.rows - 1);
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                uint32 block = (row * ROW_UNITS + unit + u) >> units_log2;
+#if NESTED
+                codes[i / 2][i % 2][u] = __ldg(weight.absmax_codes + block);
+                values[i / 2][i % 2][u] = __ldg(weight.nested_absmax + block / NESTED_BLOCKSIZE);
+#else
+                values[i / 2][i % 2][u] = __ldg(weight.absmax + block);
+#endif
+            }
+        }
+    }
+
+    // The dynamic map of weight number `which` lies in the lines of `shared`.
+    __device__ void decode(uint8* shared, int which, float offset) {
+#if NESTED
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS * 2 * UNITS; i++) {
+            float& value = values[i / UNITS / 2][i / UNITS % 2][i % UNITS];
+            float entry = line_float(shared, which * 256 + codes[i / UNITS / 2][i / UNITS % 2][i % UNITS]);
+            value = flushed_product(entry, value) + offset;
+        }
+#endif
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
+    const __grid_constant__ Arguments args) {
+    extern __shared__ __align__(16) uint8 shared[];
+    if (uint32(__cvta_generic_to_shared(shared)) != DYNAMIC_SHARED_ADDRESS) __trap();
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int group = lane / 4, member = lane % 4;
+    const uint32 lane_offset = lane * 4;
+    const Tiles<TILE> tiles(args);
+
+    // -- shared memory: lines (floats first), activations of several tokens, rings
+    constexpr int FIRST_PARTIAL = NESTED ? NUM_WEIGHTS * 256 : 0;  // in floats of the lines
+    constexpr int FIRST_X_LINE = (FIRST_PARTIAL + WARPS * PASS * PARTIAL) / 32;
+    constexpr int X_BLOCK_BYTES = TOKENS == 1 ? LINE_STRIDE : TOKENS * LINE;  // from block to block
+    constexpr int X_BYTES = TOKENS == 1 ? 0 : SLICE / BLOCK * X_BLOCK_BYTES;
+    static_assert(FIRST_X_LINE + (TOKENS == 1 ? SLICE / BLOCK : 0) <= 256, "more than the lines hold");
+    uint8* x_shared = shared + (TOKENS == 1 ? FIRST_X_LINE * LINE_STRIDE + FIRST_LINE : LINES_BYTES);
+    uint8* rings = shared + LINES_BYTES + X_BYTES;
+    uint8* ring = rings + warp * STAGES * STAGE_BYTES;
+    float* scratch = reinterpret_cast<float*>(rings + WARPS * STAGES * STAGE_BYTES);
+
+    // -- copies into the ring
+    const int copy_row = lane / PARTS, copy_part = lane % PARTS;
+    const int copy_target = copy_row * LINE + part_position(copy_row, copy_part) * 16;
+    Cursor ahead = Cursor::first(tiles);
+    int stage_in = 0;
+    auto copy_next = [&] {
+        if (!ahead.done(tiles)) {
+            const Weight& weight = args.weights[ahead.which];
+            const int in_row = (ahead.slice * SLICE + ahead.chunk * CHUNK) * BITS / 8 + copy_part * 16;
+            const uint8* source = weight.packed + (ahead.row + copy_row) * ROW_BYTES + in_row;
+            uint8* target = ring + stage_in * STAGE_BYTES + copy_target;
+            if (WHOLE_CHUNKS && ahead.row + TILE <= weight.rows) {
+#pragma unroll
+                for (int i = 0; i < TILE; i += COPY_ROWS)
+                    copy_async(target + i * LINE, source + i * ROW_BYTES);
+            } else {
+#pragma unroll
+                for (int i = 0; i < TILE; i += COPY_ROWS) {
+                    bool inside = in_row < ROW_BYTES && ahead.row + copy_row + i < weight.rows;
+                    copy_async_or_zero(target + i * LINE, inside ? source + i * ROW_BYTES : weight.packed,
+                                       inside);
+                }
+            }
+            ahead.advance(tiles);
+        }
+        stage_in = stage_in + 1 == STAGES ? 0 : stage_in + 1;
+        commit_copies();
+    };
+
+    // -- before the launch before has ended: all that does not depend on it
+    start_dependents();
+    static_assert(NORM == 0 || NUM_SLICES == 1, "a norm needs all columns at once");
+    Activations<ACTIVATION, TOKENS, WARPS, NORM, COLUMNS, SLICE> activations;
+    activations.prepare(args.norm_weight);
+#pragma unroll 1
+    for (int i = 0; i < STAGES - 1; i++) copy_next();
+    Cursor now = Cursor::first(tiles);
+    Scales scales;
+    if (IS_4BIT && !now.done(tiles)) scales.load(args, now, group, member);
+    if (IS_4BIT) fill_table(shared);
+#if NESTED
+    for (int i = threadIdx.x; i < NUM_WEIGHTS * 256; i += THREADS)
+        line_float(shared, i) = __ldg(args.weights[i / 256].nested_code + i % 256);
+#endif
+    float offsets[NUM_WEIGHTS];  // of nested absmax
+#pragma unroll
+    for (int i = 0; i < NUM_WEIGHTS; i++) offsets[i] = NESTED ? __ldg(args.weights[i].nested_offset) : 0.0f;
+    wait_for_prerequisites();
+
+    // Fragments read [block of 64][half][token][member][8 columns].
+    auto place = [&](int octet, int token) {
+        int place_member = UNIT == 64 ? octet % 8 / 2 : octet % 4;
+        int half = UNIT == 64 ? octet % 2 : octet / 4 % 2;
+        return reinterpret_cast<uint4*>(x_shared + octet / 8 * X_BLOCK_BYTES +
+                                        (half * TOKENS + token) * 64 + place_member * 16);
+    };
+    uint4 x[2] = {};  // outside: columns that nobody reads may hold what was there before
+    int stage = 0;
+    for (int pass = 0; pass * PASS < tiles.count; pass++) {
+        const int pass_end = min((pass + 1) * PASS, tiles.count);
+        for (int slice = 0; slice < NUM_SLICES; slice++) {
+            if (NUM_SLICES > 1 || pass == 0) {
+                if (NUM_SLICES > 1 && slice + pass > 0) __syncthreads();
+                activations.load(args.x, args.x_stride, args.num_tokens, slice * SLICE, args.norm_weight,
+                                 args.epsilon, scratch, place);
+                __syncthreads();
+            }
+            int open_tile = -1;
+            float total[FRAGMENTS][4] = {};
+            auto close_tile = [&] {
+                const int first = FIRST_PARTIAL + (warp * PASS + open_tile % PASS) * PARTIAL;
+#pragma unroll
+                for (int i = 0; i < FRAGMENTS * 4; i++) {
+                    float sum = total[i / 4][i % 4];
+                    total[i / 4][i % 4] = 0.0f;
+                    int row = group + i / 2 * 8, token = 2 * member + i % 2;
+                    if constexpr (TOKENS == 1) {
+                        if (i % 2) continue;  // nothing in odd columns
+                        sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+                        sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+                    }
+                    if (token < TOKENS) {
+                        float& slot = line_float(shared, first + token * TILE + row);
+                        slot = slice == 0 ? sum : slot + sum;
+                    }
+                }
+            };
+            while (now.tile < pass_end && (NUM_SLICES == 1 || now.slice == slice)) {
+                if (open_tile != now.tile) {
+                    if (open_tile >= 0) close_tile();
+                    open_tile = now.tile;
+                }
+                Scales own;
+                if constexpr (IS_4BIT) {
+                    own = scales;
+                    float offset = offsets[0];
+#pragma unroll
+                    for (int i = 1; i < NUM_WEIGHTS; i++) offset = now.which == i ? offsets[i] : offset;
+                    own.decode(shared, now.which, offset);
+                }
+                const uint8* x_chunk = x_shared + now.chunk * (BLOCKS * X_BLOCK_BYTES) + member * 16;
+                now.advance(tiles);
+                if (IS_4BIT && !now.done(tiles)) scales.load(args, now, group, member);
+
+                wait_copies<STAGES - 2>();
+                __syncwarp();
+                const uint8* lines = ring + stage * STAGE_BYTES + group * LINE;
+#pragma unroll
+                for (int b = 0; b < BLOCKS; b++) {
+                    // Of a single token block b is summed in column 2b alone, which lanes `member` b hold;
+                    // they are the ones that have its scale.
+                    if (TOKENS == 1 ? group == (IS_4BIT ? 2 * b : 0) : group < TOKENS) {
+                        const uint8* x_block = x_chunk + b * X_BLOCK_BYTES + (TOKENS == 1 ? 0 : group * 64);
+#pragma unroll
+                        for (int h = 0; h < 2; h++)
+                            x[h] = *reinterpret_cast<const uint4*>(x_block + h * (TOKENS * 64));
+                    }
+#pragma unroll
+                    for (int f = 0; f < FRAGMENTS; f++) {
+                        uint32 upper[8], lower[8];
+                        read_pairs(lines + f * (16 * LINE), group, b, member, lane_offset, upper);
+                        read_pairs(lines + f * (16 * LINE) + 8 * LINE, group, b, member, lane_offset, lower);
+                        float sums[2][4] = {};
+#pragma unroll
+                        for (int h = 0; h < 2; h++) {
+                            multiply<ACTIVATION>(sums[h], upper[4 * h], lower[4 * h], upper[4 * h + 1],
+                                                 lower[4 * h + 1], x[h].x, x[h].y);
+                            multiply<ACTIVATION>(sums[h], upper[4 * h + 2], lower[4 * h + 2],
+                                                 upper[4 * h + 3], lower[4 * h + 3], x[h].z, x[h].w);
+                        }
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            float& sum = total[f][i];
+                            if constexpr (!IS_4BIT) {
+                                sum += sums[0][i] + sums[1][i];
+                            } else if constexpr (TOKENS == 1) {
+                                if (i % 2) continue;
+                                if (UNITS == 1) sums[0][i] += sums[1][i];
+                                float with_block = sum;
+#pragma unroll
+                                for (int u = 0; u < UNITS; u++)
+                                    with_block = __fmaf_rn(sums[u][i], own.values[f][i / 2][u], with_block);
+                                sum = member == b ? with_block : sum;  // a choice, not a branch
+                            } else {
+                                if (UNITS == 1) sums[0][i] += sums[1][i];
+#pragma unroll
+                                for (int u = 0; u < UNITS; u++) {
+                                    float scale =
+                                        __shfl_sync(FULL_WARP, own.values[f][i / 2][u], group * 4 + b);
+                                    sum = __fmaf_rn(sums[u][i], scale, sum);
+                                }
+                            }
+                        }
+                    }
+                }
+                __syncwarp();
+                stage = stage + 1 == STAGES ? 0 : stage + 1;
+                copy_next();
+            }
+            if (open_tile >= 0) close_tile();
+        }
+        __syncthreads();
+
+        // -- sums over the warps, and what is done with them
+        for (int i = threadIdx.x; i < (pass_end - pass * PASS) / GATES * PARTIAL; i += THREADS) {
+            int tile = pass * PASS + i / PARTIAL * GATES, token = i / TILE % TOKENS;
+            int which, row;
+            tiles.find(tile, which, row);
+            row += i % TILE;
+            if (row >= args.weights[which].rows || token >= args.num_tokens) continue;
+            float sums[GATES];
+#pragma unroll
+            for (int gate = 0; gate < GATES; gate++) {
+                sums[gate] = sum_over_warps(shared, FIRST_PARTIAL, tile + gate, i % PARTIAL);
+                if (FORMAT == INT8) sums[gate] *= args.weights[which + gate].absmax[row] * INVERSE_127;
+            }
+            finish(args, which, row, token, sums[0], sums[GATES - 1]);
+        }
+        if (pass_end < tiles.count) __syncthreads();
+    }
+}

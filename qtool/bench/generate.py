@@ -1,0 +1,279 @@
+"""`qtool bench generate`: how fast tokens come, beside what reading the weights would allow.
+
+    result = bench_generate(GenerateBenchRequest(shape="llama-3.1-8b", against="bitsandbytes"))
+
+All engines compute with the same tensors in the same memory and take turns; a first round fills
+caches, captures graphs and does not count. Means and standard deviations are over the others.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, cast
+
+import torch
+from torch import Tensor
+
+from qtool.bench.bitsandbytes_layers import share_network
+from qtool.bench.bitsandbytes_logging import quiet_bitsandbytes
+from qtool.bench.generate_engines import GenerateEngine, QtoolEngine, TransformersEngine
+from qtool.bench.generate_records import GenerateBenchResult, GenerateRun, Samples, Size, Timing
+from qtool.bench.generate_subject import Subject, choose_subject
+from qtool.bench.generate_summary import summarize
+from qtool.bench.interruption import interruptible
+from qtool.bench.machine import describe_host, device_name, software_versions
+from qtool.bench.model_shapes import DEFAULT_SHAPE
+from qtool.bench.records import Engine
+from qtool.bench.torch_device import measure_copy
+from qtool.errors import QtoolError
+from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
+from qtool.formats.precisions import Precision
+from qtool.runtime.decoders.choose import DecoderOptions
+from qtool.runtime.loading import LoadedModel
+from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
+from qtool.runtime.placement import resolve_device
+
+Rival = Literal["bitsandbytes"]
+
+LEAST_NEW_TOKENS: Final = 2  # the first one belongs to prefill
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateBenchRequest:
+    """What to measure.
+
+    Without `model`, a model of the shape `shape` with random weights is made on the device (see
+    `read_model_shape`). `precision` None is what MODEL is stored in if it is packed, else nf4-dq.
+    Every one of `batches` is measured with every one of `prompts`, numbers of tokens.
+    """
+
+    model: str | None = None
+    shape: str = DEFAULT_SHAPE
+    precision: Precision | None = None
+    head_precision: Precision | None = None
+    prompts: tuple[int, ...] = (128,)
+    new_tokens: int = 256
+    batches: tuple[int, ...] = (1,)
+    repeats: int = 5
+    against: Rival | None = None
+    decoding: DecoderOptions = field(default_factory=DecoderOptions)
+    device: str = "auto"
+
+    @property
+    def sizes(self) -> list[Size]:
+        """All combinations."""
+        return [
+            Size(batch, prompt, self.new_tokens)
+            for batch in self.batches
+            for prompt in self.prompts
+        ]
+
+
+def bench_generate(
+    request: GenerateBenchRequest, on_event: OnEvent = ignore_events
+) -> GenerateBenchResult:
+    """Measure.
+
+    Raises:
+        QtoolError: a model or shape that is not there or does not run, a size beyond its context,
+            no such device, or too little memory.
+    """
+    if request.new_tokens < LEAST_NEW_TOKENS:
+        raise QtoolError(
+            f"--new {request.new_tokens}: the first token belongs to the prompt",
+            kind="usage",
+            hint=f"--new {LEAST_NEW_TOKENS} or more, better hundreds",
+        )
+    device = resolve_device(request.device)
+    subject = choose_subject(
+        model=request.model,
+        shape=request.shape,
+        precision=request.precision,
+        head_precision=request.head_precision,
+        device=request.device,
+    )
+    for size in request.sizes:
+        _check_context(subject, size)
+    warnings: list[str] = []
+    with interruptible():
+        limit = measure_copy(device, on_event)
+        _free_memory()
+        samples = _Turns(subject, request, warnings).take(on_event)
+        shorter = subject.with_fewer_layers()
+        fewer = _Turns(shorter, request, warnings).take(on_event) if shorter else []
+    runs = summarize(subject, samples, limit, fewer=fewer, warnings=warnings)
+    on_gpu = device.type == "cuda"
+    return GenerateBenchResult(
+        device=device_name(torch.get_num_threads(), on_gpu=on_gpu),
+        host=describe_host(),
+        versions=software_versions(
+            on_gpu=on_gpu, rivals=("torch", "transformers", *_rival_packages(runs))
+        ),
+        model=subject.label,
+        quant=subject.quant,
+        head_quant=request.head_precision,
+        limit=limit,
+        runs=tuple(runs),
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+def _free_memory() -> None:
+    """Give back to the device what is no longer used; models and their graphs hold each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _rival_packages(runs: list[GenerateRun]) -> tuple[str, ...]:
+    is_there = any(run.engine == "transformers+bitsandbytes" for run in runs)
+    return ("bitsandbytes",) if is_there else ()
+
+
+def _check_context(subject: Subject, size: Size) -> None:
+    architecture = subject.step.model.architecture
+    longest = architecture.max_context if architecture else None
+    if longest is not None and size.context > longest:
+        raise QtoolError(
+            f"--prompt {size.prompt_tokens} --new {size.new_tokens}: {subject.label} was made for "
+            f"{longest} tokens together",
+            kind="usage",
+            hint="a smaller --prompt or --new",
+        )
+
+
+# -- taking turns ---------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Player:
+    """An engine with what it has shown so far."""
+
+    engine: GenerateEngine
+    allocated_peak_bytes: int
+    timings: list[Timing] = field(default_factory=list)
+
+    def play(self, ids: Tensor, new_tokens: int) -> None:
+        """Run once and keep the time."""
+        timing = self.engine.run(ids, new_tokens)
+        if timing.decode_s <= 0:  # a difference of two times, for some
+            raise QtoolError(
+                f"{self.engine.name} made {new_tokens} tokens in no more time than one",
+                kind="usage",
+                hint="a larger --new",
+            )
+        self.timings.append(timing)
+
+
+class _Turns:
+    """One model, loaded once; at each size qtool and its rival run in turns."""
+
+    def __init__(
+        self, subject: Subject, request: GenerateBenchRequest, warnings: list[str]
+    ) -> None:
+        self._subject = subject
+        self._request = request
+        self._warnings = warnings
+
+    def take(self, on_event: OnEvent) -> list[Samples]:
+        """All sizes; one that does not fit the memory is a warning if others do."""
+        samples: list[Samples] = []
+        try:
+            with self._subject.load(on_event) as loaded:
+                on_event(Note(f"{self._subject.label} is ready after {loaded.load_s:.1f} s"))
+                rival = self._share(loaded)
+                for size in self._request.sizes:
+                    try:
+                        samples += self._measure(loaded, rival, size, on_event)
+                    except QtoolError as error:
+                        is_last = size == self._request.sizes[-1]
+                        if error.kind != "memory" or (is_last and not samples):
+                            raise
+                        self._warnings.append(f"{size.text} is not measured: {error.message}")
+        finally:
+            _free_memory()
+        return samples
+
+    def _share(self, loaded: LoadedModel) -> Any | None:
+        if self._request.against is None:
+            return None
+        if " + " in loaded.devices:
+            self._warnings.append(
+                f"transformers is not measured: the weights are spread over {loaded.devices}"
+            )
+            return None
+        try:
+            with quiet_bitsandbytes():
+                return share_network(loaded.model)
+        except ImportError as error:
+            self._warnings.append(f"transformers + bitsandbytes is not measured: {error}")
+            return None
+
+    def _measure(
+        self, loaded: LoadedModel, rival: Any | None, size: Size, on_event: OnEvent
+    ) -> Iterator[Samples]:
+        stage = f"measure {self._subject.label}, batch {size.batch}, {size.prompt_tokens} tokens"
+        num_engines = 1 if rival is None else 2
+        run_bytes = self._subject.step_bytes(size) * size.new_tokens
+        on_event(Started(stage, (1 + self._request.repeats) * num_engines * run_bytes))
+        ids = _random_prompts(loaded, size)
+        with ExitStack() as closing, out_of_memory_as_error(f"running {size.text}"):
+            players = list(self._warm_up(loaded, rival, size, ids, closing))
+            on_event(Advanced(num_engines * run_bytes, "warm-up"))
+            for _ in range(self._request.repeats):
+                for player in random.sample(players, len(players)):
+                    player.play(ids, size.new_tokens)
+                    on_event(Advanced(run_bytes, player.engine.name))
+        on_event(Finished(stage))
+        for player in players:
+            yield Samples(
+                engine=player.engine.name,
+                path=player.engine.path,
+                path_reason=player.engine.path_reason,
+                size=size,
+                timings=tuple(player.timings),
+                allocated_peak_bytes=player.allocated_peak_bytes,
+            )
+
+    def _warm_up(
+        self, loaded: LoadedModel, rival: Any | None, size: Size, ids: Tensor, closing: ExitStack
+    ) -> Iterator[_Player]:
+        """Each runs once, the rival first: then nothing of qtool's but the weights is there, and
+        the peak of the memory is each one's own."""
+        rival_player = self._warm_up_rival(loaded, rival, size, ids) if rival is not None else None
+        memory = DeviceMemory(loaded.device)
+        own = QtoolEngine(
+            loaded, capacity=size.context, batch=size.batch, options=self._request.decoding
+        )
+        closing.callback(own.close)
+        own.run(ids, size.new_tokens)
+        yield _Player(own, memory.allocated_peak_bytes())
+        if rival_player is not None:
+            yield rival_player
+
+    def _warm_up_rival(
+        self, loaded: LoadedModel, network: Any, size: Size, ids: Tensor
+    ) -> _Player | None:
+        """A rival that fails is a warning."""
+        name = "transformers" if loaded.num_packed_layers == 0 else "transformers+bitsandbytes"
+        engine = TransformersEngine(cast(Engine, name), network)
+        memory = DeviceMemory(loaded.device)
+        try:
+            engine.run(ids, size.new_tokens)
+        except Exception as error:  # whatever it raises is its own affair
+            first_line = str(error).strip().partition("\n")[0]
+            self._warnings.append(f"{name} is not measured at {size.text}: {first_line}")
+            return None
+        return _Player(engine, memory.allocated_peak_bytes())
+
+
+def _random_prompts(loaded: LoadedModel, size: Size) -> Tensor:
+    """int64 (batch, prompt_tokens), the same in every run."""
+    vocab_size = loaded.model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    shape = (size.batch, size.prompt_tokens)
+    return torch.randint(vocab_size, shape, generator=generator).to(loaded.device)

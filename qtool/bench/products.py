@@ -1,0 +1,201 @@
+"""Products with packed weights, beside a copy of as many bytes and a product in 16 bit.
+
+All engines get the same activations and, where they read packed weights, the same bytes. The
+weights take turns, and are more than the caches hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qtool.bench.bitsandbytes_layers import share_layer
+from qtool.bench.bitsandbytes_logging import quiet_bitsandbytes
+from qtool.bench.contenders import Contender, Measured, measure
+from qtool.bench.operations import (
+    DTYPE_WORDS,
+    Product,
+    Shape,
+    shape_text,
+    stored_bytes,
+    value_bytes,
+)
+from qtool.bench.records import Engine, Moved
+from qtool.bench.torch_device import copy_contender, make_clock
+from qtool.errors import QtoolError
+from qtool.events import OnEvent
+from qtool.formats.tensors import SourceDtype
+from qtool.runtime.linear import Linear4bit, LinearInt8, build_linear
+from qtool.runtime.memory import out_of_memory_as_error
+from qtool.runtime.products import linear_4bit, linear_int8
+from qtool.runtime.products_host import NestedAbsmax
+from qtool.runtime.random_model import STANDARD_DEVIATION, packed_layer, random_linear
+from qtool.runtime.weights import TORCH_DTYPES
+
+ROTATION_BYTES: Final = 192 << 20  # several times the second-level cache of a large GPU
+MIN_WEIGHTS: Final = 3
+MAX_WEIGHTS: Final = 512
+LAUNCHES: Final = 64  # at least, in one CUDA graph
+# A product beyond is wrong, not inexact: about ten times what rounding leaves.
+LARGEST_ERROR: Final[dict[SourceDtype, float]] = {"BF16": 3e-2, "F16": 1e-2, "F32": 1e-4}
+EXACT_ROWS: Final = 2048  # of a weight that are in float64 at a time
+
+Layer = Callable[[Tensor], Tensor]
+Errors = dict[tuple[str, Engine], float]  # by operation and engine
+
+
+@dataclass(frozen=True, slots=True)
+class ProductGroup:
+    """What is measured in turns: `products` of `tokens` rows with weights of one shape."""
+
+    device: torch.device
+    shape: Shape
+    dtype: SourceDtype
+    tokens: int
+    products: Sequence[Product]
+    with_rival: bool
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        tokens = f"{self.tokens} {'token' if self.tokens == 1 else 'tokens'}"
+        return f"{DTYPE_WORDS[self.dtype]} {shape_text(self.shape)}, {tokens}"
+
+    def measure(self, repeats: int, on_event: OnEvent) -> tuple[list[Measured], Errors]:
+        """The limit, everybody's samples, and how far off the results are.
+
+        Raises:
+            QtoolError: qtool's product is wrong, or there is too little memory.
+        """
+        with torch.inference_mode(), quiet_bitsandbytes(), out_of_memory_as_error(self.label):
+            x = self._activations()
+            errors: Errors = {}
+            contenders = [copy_contender(self.device), self._unpacked(x)]
+            for product in self.products:
+                contenders += self._packed(product, x, errors)
+            clock = make_clock(self.device, self._launches)
+            measured = measure(contenders, clock, repeats, f"measure {self.label}", on_event)
+        copied, unpacked, *packed = measured
+        # Every product is compared with the one in 16 bit.
+        return [copied, *packed, *(replace(unpacked, op=p.name) for p in self.products)], errors
+
+    def _activations(self) -> Tensor:
+        """Gaussians (tokens, in_features)."""
+        generator = torch.Generator(self.device).manual_seed(1)
+        x = torch.empty(self.tokens, self.shape[1], dtype=self._torch_dtype, device=self.device)
+        return x.normal_(generator=generator)
+
+    def _unpacked(self, x: Tensor) -> Contender:
+        """torch's own product with weights of `dtype`: cuBLAS on a GPU."""
+        weight_bytes = value_bytes(self.shape, self.dtype)
+        generator = torch.Generator(self.device).manual_seed(2)
+        layers: list[Layer] = []
+        for _ in range(_num_weights(weight_bytes)):
+            weight = torch.empty(self.shape, dtype=self._torch_dtype, device=self.device)
+            weight.normal_(0, STANDARD_DEVIATION, generator=generator)
+            layers.append(partial(functional.linear, weight=weight))
+        moved = Moved(
+            weight_bytes + value_bytes((self.tokens, self.shape[1]), self.dtype),
+            value_bytes((self.tokens, self.shape[0]), self.dtype),
+        )
+        return Contender("linear", "torch", moved, partial(_multiply_in_turn, layers, x))
+
+    def _packed(self, product: Product, x: Tensor, errors: Errors) -> list[Contender]:
+        """qtool and its rival; fills in `errors`."""
+        layer = packed_layer(*self.shape, product.format, self._torch_dtype)
+        count = _num_weights(stored_bytes(self.shape, product.precision))
+        own = [random_linear(layer, device=self.device, seed=seed) for seed in range(count)]
+        exact = exact_product(own[0], x)
+        engines: list[tuple[Engine, list[Layer]]] = [("qtool", own)]
+        if self.with_rival:
+            # Without outliers: to find them, it would wait for the device at every product.
+            rivals: list[Layer] = [share_layer(module, int8_threshold=0.0) for module in own]
+            engines.append(("bitsandbytes", rivals))
+        moved = product.moved(self.shape, self.dtype, self.tokens)
+        contenders = []
+        for engine, layers in engines:
+            error = relative_error(multiply(layers[0], x), exact)
+            if engine == "qtool" and not error <= LARGEST_ERROR[self.dtype]:
+                raise _is_wrong(product, self.label, error)
+            errors[product.name, engine] = error
+            run = partial(_multiply_in_turn, layers, x)
+            contenders.append(Contender(product.name, engine, moved, run))
+        return contenders
+
+    @property
+    def _launches(self) -> int:
+        """In one graph; each weight has a turn at least."""
+        sizes = [stored_bytes(self.shape, product.precision) for product in self.products]
+        return max(LAUNCHES, *map(_num_weights, sizes))
+
+    @property
+    def _torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype]
+
+
+def multiply(layer: Layer, x: Tensor) -> Tensor:
+    """(tokens, in) -> (tokens, out); packed layers by the operators that models call."""
+    if isinstance(layer, Linear4bit):
+        return linear_4bit(
+            x,
+            layer.weight,
+            _absmax_of(layer),
+            quant_type=layer.layer.quant_type,
+            blocksize=layer.layer.blocksize,
+            out_features=layer.out_features,
+            weight_dtype=layer.layer.dtype,
+        )
+    if isinstance(layer, LinearInt8):
+        return linear_int8(x, layer.weight, layer.SCB)
+    return layer(x)
+
+
+def _absmax_of(layer: Linear4bit) -> Tensor | NestedAbsmax:
+    if not layer.layer.double_quant:
+        return layer.absmax
+    return NestedAbsmax(
+        layer.absmax, layer.nested_absmax, layer.nested_quant_map, layer.nested_offset
+    )
+
+
+def exact_product(module: Linear4bit | LinearInt8, x: Tensor) -> Tensor:
+    """float64 (tokens, out): codes times statistics in float32, everything else in float64."""
+    twin: Any = module
+    if isinstance(module, Linear4bit):  # the weight's own dtype would round its values
+        layer = replace(module.layer, dtype=torch.float32)
+        with torch.device("meta"):
+            twin = build_linear(layer, bias=None, compute_dtype=None)
+        twin.load_state_dict(module.state_dict(), assign=True)
+    rows = twin.row_decoder(torch.float32)
+    edges = range(0, twin.out_features, EXACT_ROWS)
+    wide = x.double()
+    pieces = [wide @ rows(a, min(a + EXACT_ROWS, twin.out_features)).double().T for a in edges]
+    return torch.cat(pieces, dim=-1)
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """The Frobenius norm of the difference over that of `exact`."""
+    difference = torch.linalg.vector_norm(result.double() - exact)
+    return float(difference / torch.linalg.vector_norm(exact))
+
+
+def _multiply_in_turn(layers: Sequence[Layer], x: Tensor, i: int) -> Tensor:
+    return multiply(layers[i % len(layers)], x)
+
+
+def _num_weights(weight_bytes: int) -> int:
+    return min(max(-(-ROTATION_BYTES // weight_bytes), MIN_WEIGHTS), MAX_WEIGHTS)
+
+
+def _is_wrong(product: Product, label: str, error: float) -> QtoolError:
+    return QtoolError(
+        f"{product.name} {label}: the result is off by {error:.1e} of its norm",
+        kind="internal",
+        hint="this is a bug in a kernel, so nothing was measured; please report it",
+    )

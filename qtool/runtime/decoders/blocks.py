@@ -1,0 +1,279 @@
+"""The decoder block that Llama and its kin share, found in a transformers model.
+
+    blocks = describe_network(model, dtype)
+
+Every part is looked at, nothing is taken for granted: what the fused kernels do not do is said, and
+the model runs by another path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from cupy_kernels.linear_few import Format, Gate, LinearKind, LinearWeight, fits
+from qtool.runtime.linear import Linear4bit, LinearInt8
+from qtool.runtime.products import KERNEL_DTYPES
+
+# Types whose blocks are exactly: norm, attention, residual, norm, gated MLP, residual.
+MODEL_TYPES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"})
+PLUS_ONE_TYPES: Final = frozenset({"gemma"})  # whose norms hold the weight less one
+GATES: Final[dict[str, Gate]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+}
+
+
+class NotFusable(Exception):
+    """What the fused kernels do not do, in a few words."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """A linear layer, or a range of rows of one, as a launch takes it."""
+
+    kind: LinearKind
+    weight: LinearWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm: weight (size,), and whether one is added to it."""
+
+    weight: Tensor
+    epsilon: float
+    plus_one: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What attention does beside its products; window 0 sees everything, softcap 0 caps nothing."""
+
+    layer_type: str
+    scale: float
+    softcap: float
+    window: int
+    query_norm: Norm | None
+    key_norm: Norm | None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One decoder block; `query_key_value` holds one or three layers, `gate_up` two."""
+
+    attention_norm: Norm
+    query_key_value: tuple[PackedRows, ...]
+    attention: Attention
+    output: PackedRows
+    mlp_norm: Norm
+    gate_up: tuple[PackedRows, PackedRows]
+    down: PackedRows
+
+
+@dataclass(frozen=True, slots=True)
+class FusableNetwork:
+    """A model of such blocks.
+
+    Args:
+        embedding: (vocabulary, hidden).
+        embedding_scale: what embeddings are multiplied by; None for nothing.
+        logit_softcap: 0 for none.
+    """
+
+    dtype: torch.dtype
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    gate: Gate
+    embedding: Tensor
+    embedding_scale: float | None
+    blocks: tuple[Block, ...]
+    final_norm: Norm
+    head: PackedRows
+    logit_softcap: float
+
+
+def describe_network(model: Any) -> FusableNetwork:
+    """What the fused kernels need to know of `model`.
+
+    Raises:
+        NotFusable: what they do not do.
+    """
+    config = model.config
+    model_type = config.model_type
+    if model_type not in MODEL_TYPES:
+        raise NotFusable(f"{model_type} blocks have no fused kernels")
+    dtype = model.get_input_embeddings().weight.dtype
+    if dtype not in KERNEL_DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        raise NotFusable(f"fused kernels compute in bfloat16 or float16, not {name}")
+    gate = GATES.get(getattr(config, "hidden_act", None) or config.hidden_activation)
+    if gate is None:
+        raise NotFusable("its MLP has another activation")
+    reader = _Reader(config, dtype, plus_one=model_type in PLUS_ONE_TYPES)
+    decoder = model.model
+    embedding = model.get_input_embeddings()
+    first = decoder.layers[0].self_attn
+    return FusableNetwork(
+        dtype=dtype,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=first.head_dim,
+        gate=gate,
+        embedding=embedding.weight,
+        embedding_scale=_embedding_scale(embedding, dtype),
+        blocks=tuple(reader.block(layer, index) for index, layer in enumerate(decoder.layers)),
+        final_norm=reader.norm(decoder.norm),
+        head=reader.rows(model.get_output_embeddings()),
+        logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads the parts of one model."""
+
+    config: Any
+    dtype: torch.dtype
+    plus_one: bool
+
+    def block(self, layer: Any, index: int) -> Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        return Block(
+            attention_norm=self.norm(layer.input_layernorm),
+            query_key_value=self._query_key_value(attention),
+            attention=self._attention(attention, index),
+            output=self.rows(attention.o_proj),
+            mlp_norm=self.norm(layer.post_attention_layernorm),
+            gate_up=self._gate_up(mlp),
+            down=self.rows(mlp.down_proj),
+        )
+
+    def norm(self, module: Any) -> Norm:
+        epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+        if not isinstance(epsilon, float) or module.weight.dtype != self.dtype:
+            raise NotFusable(f"{type(module).__name__} is another kind of norm")
+        return Norm(module.weight, epsilon, self.plus_one)
+
+    def rows(self, module: Any, start: int = 0, stop: int | None = None) -> PackedRows:
+        """Rows [start, stop) of a linear layer."""
+        if not isinstance(module, nn.Linear):
+            raise NotFusable(f"{type(module).__name__} instead of a linear layer")
+        stop = module.out_features if stop is None else stop
+        found = _packed_rows(module, self.dtype, start, stop)
+        addresses = (found.weight.weight, found.weight.bias)
+        if not fits(found.kind) or any(address % 16 for address in addresses):
+            raise NotFusable(f"a layer of {module.in_features} columns does not fit the kernels")
+        return found
+
+    def _query_key_value(self, attention: Any) -> tuple[PackedRows, ...]:
+        joined = getattr(attention, "qkv_proj", None)
+        if joined is not None:
+            return (self.rows(joined),)
+        found = tuple(
+            self.rows(module) for module in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        return _of_one_kind(found, "query, key and value")
+
+    def _gate_up(self, mlp: Any) -> tuple[PackedRows, PackedRows]:
+        joined = getattr(mlp, "gate_up_proj", None)
+        if joined is None:
+            gate, up = self.rows(mlp.gate_proj), self.rows(mlp.up_proj)
+        else:
+            half = joined.out_features // 2
+            gate, up = self.rows(joined, 0, half), self.rows(joined, half)
+        gate, up = _of_one_kind((gate, up), "gate and up")
+        return gate, up
+
+    def _attention(self, module: Any, index: int) -> Attention:
+        layer_types = getattr(self.config, "layer_types", None)
+        layer_type = layer_types[index] if layer_types else "full_attention"
+        window = getattr(self.config, "sliding_window", None) or 0
+        if layer_type == "full_attention":
+            # Without a list of types the window, where there is one, holds for all layers.
+            window = 0 if layer_types else window
+        elif layer_type != "sliding_attention":
+            raise NotFusable(f"{layer_type} has no fused kernel")
+        query_norm, key_norm = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
+        return Attention(
+            layer_type=layer_type,
+            scale=float(module.scaling),
+            softcap=float(getattr(module, "attn_logit_softcapping", None) or 0.0),
+            window=window,
+            query_norm=None if query_norm is None else self.norm(query_norm),
+            key_norm=None if key_norm is None else self.norm(key_norm),
+        )
+
+
+def _of_one_kind(found: tuple[PackedRows, ...], what: str) -> tuple[PackedRows, ...]:
+    if len({rows.kind for rows in found}) > 1:
+        raise NotFusable(f"{what} are packed in different ways")
+    return found
+
+
+def _packed_rows(module: nn.Linear, dtype: torch.dtype, start: int, stop: int) -> PackedRows:
+    bias = module.bias
+    if bias is not None and bias.dtype != dtype:
+        raise NotFusable("a bias of another dtype")
+    bias_at = 0 if bias is None else bias.data_ptr() + start * bias.element_size()
+    if isinstance(module, Linear4bit | LinearInt8):
+        if module.compute_dtype not in (None, dtype):
+            raise NotFusable("layers compute in another dtype than activations have")
+        rows = _four_bit_rows if isinstance(module, Linear4bit) else _int8_rows
+        return rows(module, KERNEL_DTYPES[dtype], start, stop, bias_at)  # type: ignore[operator]
+    if type(module) is not nn.Linear or module.weight.dtype != dtype:
+        raise NotFusable(f"{type(module).__name__} layers have no fused kernel")
+    kind = LinearKind("plain", module.in_features, KERNEL_DTYPES[dtype])
+    row_bytes = module.in_features * module.weight.element_size()
+    address = module.weight.data_ptr() + start * row_bytes
+    return PackedRows(kind, LinearWeight(stop - start, address, bias=bias_at))
+
+
+def _four_bit_rows(
+    module: Linear4bit, dtype: str, start: int, stop: int, bias_at: int
+) -> PackedRows:
+    layer = module.layer
+    fmt: Format = layer.quant_type
+    kind = LinearKind(fmt, layer.in_features, dtype, layer.blocksize, nested=layer.double_quant)
+    first, rest = divmod(start * layer.in_features, layer.blocksize)
+    packed = module.weight.data_ptr() + start * layer.in_features // 2
+    if not layer.double_quant:
+        if rest:
+            raise NotFusable("gate and up share a block of absmax")
+        absmax = module.absmax.data_ptr() + first * 4
+        return PackedRows(kind, LinearWeight(stop - start, packed, absmax, bias=bias_at))
+    group, rest = divmod(start * layer.in_features, layer.blocksize * 256)
+    if rest:
+        raise NotFusable("gate and up share a group of absmax")
+    weight = LinearWeight(
+        stop - start,
+        packed,
+        absmax_codes=module.absmax.data_ptr() + first,
+        nested_absmax=module.nested_absmax.data_ptr() + group * 4,
+        nested_quant_map=module.nested_quant_map.data_ptr(),
+        nested_offset=module.nested_offset.data_ptr(),
+        bias=bias_at,
+    )
+    return PackedRows(kind, weight)
+
+
+def _int8_rows(module: LinearInt8, dtype: str, start: int, stop: int, bias_at: int) -> PackedRows:
+    kind = LinearKind("int8", module.in_features, dtype)
+    codes = module.weight.data_ptr() + start * module.in_features
+    scb = module.SCB.data_ptr() + start * 4
+    return PackedRows(kind, LinearWeight(stop - start, codes, scb, bias=bias_at))
+
+
+def _embedding_scale(module: Any, dtype: torch.dtype) -> float | None:
+    scale = getattr(module, "embed_scale", None)
+    if scale is None:
+        return None
+    return float(torch.as_tensor(scale).to(dtype))

@@ -1,0 +1,160 @@
+"""Which way a loaded model runs, and why.
+
+The fastest way that can be taken is taken; what each faster one said against it is the reason
+that is shown.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Final, Literal, get_args
+
+from qtool.errors import QtoolError
+from qtool.runtime.decoders.caches import CAPACITY_STEP, fixed_cache
+from qtool.runtime.decoders.capture import CaptureFailed
+from qtool.runtime.decoders.eager import EagerDecoder
+from qtool.runtime.decoders.graphed import GraphDecoder
+from qtool.runtime.decoders.network import Network
+from qtool.runtime.decoders.protocol import Decoder, Path
+from qtool.runtime.loading import LoadedModel
+
+PathChoice = Literal["auto", "fused", "graph", "eager"]
+PATH_VARIABLE: Final = "QTOOL_PATH"
+NO_GPU: Final = "CUDA graphs need an NVIDIA GPU"
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOptions:
+    """How to run: `path` auto takes the fastest, or what the environment's QTOOL_PATH says.
+
+    Prompts go through the model in chunks of at most `prefill_chunk` tokens.
+    """
+
+    path: PathChoice = "auto"
+    prefill_chunk: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    loaded: LoadedModel
+    capacity: int
+    batch: int
+    prefill_chunk: int
+
+
+def choose_decoder(
+    loaded: LoadedModel, capacity: int, batch: int = 1, *, options: DecoderOptions | None = None
+) -> Decoder:
+    """A decoder for `batch` sequences of at least `capacity` tokens each.
+
+    Raises:
+        QtoolError: memory, if the cache does not fit; unsupported, if the path that was asked for
+            cannot be taken.
+    """
+    options = options or DecoderOptions()
+    capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+    wish = _Wish(loaded, capacity, batch, options.prefill_chunk)
+    asked = _asked_path(options)
+    refusals: list[str] = []
+    for path, make in WAYS:
+        if asked not in ("auto", path):
+            continue
+        made = make(wish, _and_so_on(refusals))
+        if not isinstance(made, str):
+            return made
+        refusals.append(made)
+    raise QtoolError(
+        f"{type(loaded.model).__name__} cannot take the {asked} path: {refusals[0]}",
+        kind="unsupported",
+        hint="leave out --path and QTOOL_PATH: the fastest way that works is taken",
+    )
+
+
+# -- the ways, fastest first: each makes a decoder or says why not ------------------------------
+
+
+def _make_fused(wish: _Wish, refusals: str) -> Decoder | str:
+    if wish.loaded.device.type != "cuda" or find_spec("cupy") is None:
+        return ""  # the graph path says it
+    from qtool.runtime.decoders.fused import make_fused_decoder, why_not_fused
+
+    refusal = why_not_fused(wish.loaded, wish.batch)
+    if refusal is not None:
+        return refusal
+    cache = fixed_cache(wish.loaded.model.config, wish.capacity)
+    assert cache is not None, "models of the common block have one"
+    try:
+        return make_fused_decoder(
+            wish.loaded,
+            cache,
+            capacity=wish.capacity,
+            batch=wish.batch,
+            prefill_chunk=wish.prefill_chunk,
+        )
+    except CaptureFailed as error:
+        return f"no fused kernels: {error}"
+
+
+def _make_graphed(wish: _Wish, refusals: str) -> Decoder | str:
+    model = wish.loaded.model
+    name = type(model).__name__
+    if wish.loaded.device.type != "cuda":
+        return NO_GPU
+    if _num_devices(model) > 1:
+        return "the weights are spread over several devices"
+    cache = fixed_cache(model.config, wish.capacity) if model._can_compile_fullgraph else None
+    if cache is None:
+        return f"{name} has no static cache in transformers"
+    try:
+        decoder = GraphDecoder(_network(wish), cache, capacity=wish.capacity, batch=wish.batch)
+    except CaptureFailed as error:
+        return f"no graph of {name}: {error}"
+    if refusals:
+        decoder.path_reason = f"{decoder.path_reason}; {refusals}"
+    return decoder
+
+
+def _make_eager(wish: _Wish, refusals: str) -> Decoder | str:
+    return EagerDecoder(
+        _network(wish),
+        capacity=wish.capacity,
+        batch=wish.batch,
+        reason=refusals or "asked for",
+    )
+
+
+WAYS: Final[tuple[tuple[Path, Callable[[_Wish, str], Decoder | str]], ...]] = (
+    ("fused", _make_fused),
+    ("graph", _make_graphed),
+    ("eager", _make_eager),
+)
+
+
+def _network(wish: _Wish) -> Network:
+    # Of a spread model the embedding itself may lie elsewhere, or nowhere between two tokens.
+    return Network(wish.loaded.model, wish.prefill_chunk, device=wish.loaded.device)
+
+
+def _and_so_on(refusals: list[str]) -> str:
+    """What the next slower way gives as its reason."""
+    return "; ".join(dict.fromkeys(filter(None, refusals)))
+
+
+def _num_devices(model: Any) -> int:
+    return len(set((getattr(model, "hf_device_map", None) or {"": 0}).values()))
+
+
+def _asked_path(options: DecoderOptions) -> str:
+    if options.path != "auto":
+        return options.path
+    asked = os.environ.get(PATH_VARIABLE, "auto")
+    if asked not in get_args(PathChoice):
+        raise QtoolError(
+            f"{PATH_VARIABLE}={asked} is no path",
+            kind="usage",
+            hint=f"one of {', '.join(get_args(PathChoice))}",
+        )
+    return asked

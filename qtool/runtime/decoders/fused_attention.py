@@ -1,0 +1,151 @@
+"""The attention launches of the fused step: one per block, over the cache of the graph path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from cupy_kernels.decode_attention import (
+    AttentionShape,
+    AttentionTensors,
+    decode_attention,
+    why_not,
+    workspace_bytes,
+)
+from qtool.runtime.decoders.blocks import Attention, FusableNetwork, NotFusable
+from qtool.runtime.products import KERNEL_DTYPES
+
+# Rotary embeddings whose angles depend on the position alone.
+STATIC_ROTARY: Final = frozenset({"default", "linear", "llama3", "yarn"})
+
+
+class AttentionLaunches:
+    """Makes attention launches that share angles, workspace and position.
+
+    Args:
+        cache: of `FixedLayer`s that hold keys and values.
+
+    Attributes:
+        position: int64 (1,) on the device: where the next token goes.
+    """
+
+    def __init__(
+        self, model: Any, network: FusableNetwork, cache: Any, batch: int, capacity: int
+    ) -> None:
+        device = network.embedding.device
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._network = network
+        self._layers = cache.layers
+        self._shape = attention_shape(network, model, batch, capacity)
+        self._angles = {
+            kind: _angles(model, kind, capacity, network.dtype)
+            for kind in {block.attention.layer_type for block in network.blocks}
+        }
+        self._workspace = torch.zeros(
+            workspace_bytes(self._shape), dtype=torch.uint8, device=device
+        )
+
+    def launch(self, index: int, query_key_value: Tensor, out: Tensor) -> Callable[[int], None]:
+        """Attention of block `index`, (batch, size) each."""
+        attention = self._network.blocks[index].attention
+        cosines, sines = self._angles[attention.layer_type]
+        query_norm, key_norm = attention.query_norm, attention.key_norm
+        tensors = AttentionTensors(
+            qkv=query_key_value.data_ptr(),
+            qkv_stride=query_key_value.stride(0),
+            cosines=cosines.data_ptr(),
+            sines=sines.data_ptr(),
+            position=self.position.data_ptr(),
+            keys=self._layers[index].keys.data_ptr(),
+            values=self._layers[index].values.data_ptr(),
+            out=out.data_ptr(),
+            out_stride=out.stride(0),
+            workspace=self._workspace.data_ptr(),
+            query_norm=0 if query_norm is None else query_norm.weight.data_ptr(),
+            key_norm=0 if key_norm is None else key_norm.weight.data_ptr(),
+        )
+        return decode_attention(
+            self._shape,
+            tensors,
+            scale=attention.scale,
+            softcap=attention.softcap,
+            window=attention.window,
+            epsilon=0.0 if query_norm is None else query_norm.epsilon,
+        )
+
+
+def attention_shape(
+    network: FusableNetwork, model: Any, batch: int, capacity: int
+) -> AttentionShape:
+    """The shape of all attention launches.
+
+    Raises:
+        NotFusable: what the kernel does not do, or blocks that differ where it wants them equal.
+    """
+    attention = network.blocks[0].attention
+    if len({_traits(block.attention) for block in network.blocks}) > 1:
+        raise NotFusable("its blocks differ in their attention")
+    shape = AttentionShape(
+        heads=network.num_heads,
+        kv_heads=network.num_kv_heads,
+        head_dim=network.head_dim,
+        rotary_dim=_rotary_dim(model, attention.layer_type),
+        head_norm=_traits(attention)[0],
+        has_softcap=attention.softcap > 0,
+        batch=batch,
+        capacity=capacity,
+        dtype=KERNEL_DTYPES[network.dtype],
+    )
+    reason = why_not(shape)
+    if reason is not None:
+        raise NotFusable(reason)
+    return shape
+
+
+def check_rotary(model: Any) -> None:
+    """Raise NotFusable if angles depend on more than the position."""
+    kinds = model.model.rotary_emb.rope_type
+    for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+        if kind not in STATIC_ROTARY:
+            raise NotFusable(f"{kind} rotary embedding changes with the length of the text")
+
+
+def _traits(attention: Attention) -> tuple[str, bool]:
+    norms = (attention.query_norm, attention.key_norm)
+    if norms == (None, None):
+        return "none", attention.softcap > 0
+    if None in norms:
+        raise NotFusable("a norm of queries or keys alone")
+    plus_one = attention.query_norm is not None and attention.query_norm.plus_one
+    return "rms_plus_one" if plus_one else "rms", attention.softcap > 0
+
+
+def _rotary_dim(model: Any, layer_type: str) -> int:
+    return _call_rotary(model, layer_type, torch.zeros(1, 1, dtype=torch.int64))[0].shape[-1]
+
+
+def _angles(
+    model: Any, layer_type: str, capacity: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines float32 (capacity, rotary_dim / 2), rounded as the model rounds them."""
+    positions = torch.arange(capacity)[None]
+    cosines, sines = _call_rotary(model, layer_type, positions, dtype)
+    half = cosines.shape[-1] // 2
+    return tuple(t[0, :, :half].float().contiguous() for t in (cosines, sines))  # type: ignore[return-value]
+
+
+def _call_rotary(
+    model: Any, layer_type: str, positions: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    rotary = model.model.rotary_emb
+    device = model.get_input_embeddings().weight.device
+    like = torch.empty(0, dtype=dtype, device=device)
+    call: Any = partial(rotary, like, positions.to(device))
+    found: tuple[Tensor, Tensor] = (
+        call(layer_type) if isinstance(rotary.rope_type, dict) else call()
+    )
+    return found

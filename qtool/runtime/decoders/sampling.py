@@ -1,0 +1,58 @@
+"""The next token from the logits: the same few operations on the CPU, on a GPU and in a graph.
+
+Nothing here waits for the device, so that a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtool.runtime.decoders.protocol import Sampling
+
+
+def choose_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The token of each sequence.
+
+    Args:
+        logits: any float (batch, vocabulary).
+        generator: on the device of `logits`; not used at temperature 0.
+
+    Returns:
+        int64 (batch,).
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    scores = logits.float() / sampling.temperature
+    if sampling.top_k is not None:
+        scores = _keep_top_k(scores, sampling.top_k)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        scores = _keep_top_p(scores, sampling.top_p)
+    probabilities = scores.softmax(dim=-1)
+    # The first of exponential clocks with these rates is a draw from them: what torch.multinomial
+    # does too, but without its check of the probabilities, which would wait for the device.
+    clocks = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / clocks).argmax(dim=-1)
+
+
+def seed_generator(generator: torch.Generator, seed: int | None) -> None:
+    """Begin at `seed`, or anywhere where there is none."""
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+
+
+def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:
+    least = scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]
+    return scores.masked_fill(scores < least, -torch.inf)
+
+
+def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
+    """The likeliest tokens whose probabilities reach `top_p` together; at least one."""
+    ordered, indices = scores.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # of the tokens that are likelier
+    outside = before >= top_p
+    outside[:, 0] = False
+    return scores.masked_fill(outside.scatter(-1, indices, outside), -torch.inf)

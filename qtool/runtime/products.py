@@ -1,0 +1,410 @@
+"""Products with packed layers as PyTorch operators, on any device.
+
+    y = linear_4bit(x, packed, absmax, quant_type="nf4", blocksize=64, out_features=4096, ...)
+
+They run on the current stream, may be captured in CUDA graphs and compiled by torch.compile, and
+have a gradient for x. A few tokens go through a kernel that reads the packed bytes; many through a
+dequantized copy and PyTorch's product, which is the faster one there.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qtool.formats.precisions import NESTED_BLOCKSIZE, QuantType
+from qtool.formats.tensors import SourceDtype
+from qtool.runtime.dequantize import dequantize_4bit, dequantize_absmax, dequantize_int8
+from qtool.runtime.dequantize_host import SOURCE_DTYPES
+from qtool.runtime.products_host import NestedAbsmax, linear_4bit_host, linear_int8_host
+
+# The largest piece of a weight that exists in floating point at a time: 128 MiB in bfloat16. Layers
+# beyond it (the MLP of a 70B model) are multiplied in several pieces of whole rows.
+MAX_DEQUANTIZED_ELEMENTS: Final = 1 << 26
+PIECE_ROWS: Final = 256
+# Tokens that go through the fused kernel, MAX_TOKENS of the kernel's at a time; more are faster with
+# the weight dequantized.
+MAX_FUSED_TOKENS: Final = 32
+KERNEL_DTYPES: Final[dict[torch.dtype, SourceDtype]] = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+
+_library = torch.library.Library("qtool", "DEF")
+_library.define(
+    "linear_4bit(Tensor x, Tensor packed, Tensor? absmax, Tensor? absmax_codes, "
+    "Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? nested_offset, Tensor? bias, "
+    "str quant_type, int blocksize, int out_features, str weight_dtype) -> Tensor"
+)
+_library.define("linear_int8(Tensor x, Tensor codes, Tensor scb, Tensor? bias) -> Tensor")
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor | NestedAbsmax,
+    *,
+    quant_type: QuantType,
+    blocksize: int,
+    out_features: int,
+    weight_dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x @ weight.T + bias; sums in float32, rounded once.
+
+    Args:
+        x: bfloat16, float16 or float32 (..., in_features).
+        packed: uint8 (ceil(out * in / 2), 1).
+        absmax: float32 (m,), or nested.
+        weight_dtype: what dequantizing rounds to, where the weight is dequantized.
+        bias: (out_features,) of x's dtype.
+
+    Returns:
+        x's dtype (..., out_features).
+    """
+    statistics = (
+        (None, *absmax.tensors)
+        if isinstance(absmax, NestedAbsmax)
+        else (absmax, None, None, None, None)
+    )
+    name = str(weight_dtype).removeprefix("torch.")
+    product = torch.ops.qtool.linear_4bit(
+        x, packed, *statistics, bias, quant_type, blocksize, out_features, name
+    )
+    return cast(Tensor, product)
+
+
+def linear_int8(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ (codes * scb / 127).T + bias; activations are not rounded.
+
+    Args:
+        x: bfloat16, float16 or float32 (..., in_features).
+        codes: int8 (out_features, in_features).
+        scb: float32 (out_features,), absmax of each row.
+    """
+    return cast(Tensor, torch.ops.qtool.linear_int8(x, codes, scb, bias))
+
+
+def runs_fused(x: Tensor, columns: int) -> bool:
+    """Whether products of this shape and dtype on `x`'s GPU read packed bytes."""
+    if x.device.type != "cuda" or x.dtype not in KERNEL_DTYPES:
+        return False
+    from cupy_kernels.linear_few import OLDEST_COMPUTE_CAPABILITY
+
+    num_tokens = x.numel() // columns
+    capability = torch.cuda.get_device_capability(x.device)
+    fits = num_tokens <= MAX_FUSED_TOKENS and columns % 64 == 0
+    return fits and capability >= OLDEST_COMPUTE_CAPABILITY
+
+
+# -- 4 bit ----------------------------------------------------------------------------------------
+
+
+def _linear_4bit_cpu(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor | None,
+    absmax_codes: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_quant_map: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    weight_dtype: str,
+) -> Tensor:
+    nested = (absmax_codes, nested_absmax, nested_quant_map, nested_offset)
+    return linear_4bit_host(
+        x,
+        packed,
+        absmax if absmax is not None else NestedAbsmax(*cast(tuple[Tensor, ...], nested)),
+        quant_type=cast(QuantType, quant_type),
+        blocksize=blocksize,
+        out_features=out_features,
+        weight_dtype=getattr(torch, weight_dtype),
+        bias=bias,
+    )
+
+
+def _linear_4bit_cuda(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor | None,
+    absmax_codes: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_quant_map: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    weight_dtype: str,
+) -> Tensor:
+    columns = x.shape[-1]
+    statistics = (absmax, absmax_codes, nested_absmax, nested_quant_map, nested_offset)
+    if runs_fused(x, columns) and packed.data_ptr() % 16 == 0:
+        from cupy_kernels.linear_few import LinearKind
+
+        kind = LinearKind(
+            cast(Any, quant_type),
+            columns,
+            KERNEL_DTYPES[x.dtype],
+            blocksize=blocksize,
+            nested=absmax is None,
+        )
+        return _multiply_few(x, kind, out_features, (packed, *statistics), bias)
+    pieces = []
+    for rows in _pieces(out_features, columns):
+        weight = _dequantize_rows(
+            packed, statistics, rows, columns, quant_type, blocksize, getattr(torch, weight_dtype)
+        )
+        pieces.append(_multiply_rows(x, weight, bias, rows))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
+def _dequantize_rows(
+    packed: Tensor,
+    statistics: tuple[Tensor | None, ...],
+    rows: slice,
+    columns: int,
+    quant_type: str,
+    blocksize: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of the weight in `dtype` (rows, columns)."""
+    absmax, *nested = statistics
+    start, stop = rows.start * columns, rows.stop * columns
+    wide = packed.is_cuda and packed.data_ptr() % 16 == 0 and start % 32 == 0
+    # A kernel begins with a whole block, and with a whole group of absmax where that is nested.
+    step = blocksize if absmax is not None else blocksize * NESTED_BLOCKSIZE
+    if wide and start % step == 0 and dtype in SOURCE_DTYPES:
+        values = torch.empty(rows.stop - rows.start, columns, dtype=dtype, device=packed.device)
+        _launch_dequantize(packed, statistics, start, quant_type, blocksize, values)
+        return values
+    if absmax is None:
+        absmax = dequantize_absmax(*cast(tuple[Tensor, Tensor, Tensor, Tensor], tuple(nested)))
+    flat = dequantize_4bit(
+        packed,
+        absmax,
+        quant_type=cast(QuantType, quant_type),
+        blocksize=blocksize,
+        start=start,
+        stop=stop,
+        dtype=dtype,
+    )
+    return flat.view(-1, columns)
+
+
+def _launch_dequantize(
+    packed: Tensor,
+    statistics: tuple[Tensor | None, ...],
+    start: int,
+    quant_type: str,
+    blocksize: int,
+    values: Tensor,
+) -> None:
+    """Queue the decoding of the elements from `start` on into `values`."""
+    from cupy_kernels.dequantize_4bit import NestedAbsmax as NestedAddresses
+    from cupy_kernels.dequantize_4bit import dequantize_4bit as launch
+
+    absmax, *nested = statistics
+    block = start // blocksize
+    if absmax is not None:
+        scales: int | NestedAddresses = absmax.data_ptr() + block * 4
+    else:
+        codes, nested_absmax, quant_map, offset = (cast(Tensor, t).data_ptr() for t in nested)
+        group = block // NESTED_BLOCKSIZE
+        scales = NestedAddresses(codes + block, nested_absmax + group * 4, quant_map, offset)
+    with torch.cuda.device(packed.device):
+        launch(
+            packed.data_ptr() + start // 2,
+            values.numel(),
+            scales,
+            quant_type,
+            blocksize,
+            SOURCE_DTYPES[values.dtype],
+            values.data_ptr(),
+            torch.cuda.current_stream(packed.device).cuda_stream,
+        )
+
+
+# -- INT8 -----------------------------------------------------------------------------------------
+
+
+def _linear_int8_cpu(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None) -> Tensor:
+    return linear_int8_host(x, codes, scb, bias=bias)
+
+
+def _linear_int8_cuda(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None) -> Tensor:
+    out_features, columns = codes.shape
+    if runs_fused(x, columns) and codes.data_ptr() % 16 == 0:
+        from cupy_kernels.linear_few import LinearKind
+
+        kind = LinearKind("int8", columns, KERNEL_DTYPES[x.dtype])
+        return _multiply_few(x, kind, out_features, (codes, scb, None, None, None, None), bias)
+    pieces = [
+        _multiply_rows(x, _dequantize_int8_rows(codes[rows], scb[rows], x.dtype), bias, rows)
+        for rows in _pieces(out_features, columns)
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
+def _dequantize_int8_rows(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
+    if codes.data_ptr() % 16 or codes.shape[1] % 16 or dtype not in SOURCE_DTYPES:
+        return dequantize_int8(codes, scb, dtype)
+    from cupy_kernels.dequantize_int8_rows import dequantize_int8_rows
+
+    values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    dequantize_int8_rows(
+        codes.data_ptr(),
+        codes.shape[0],
+        codes.shape[1],
+        scb.data_ptr(),
+        SOURCE_DTYPES[dtype],
+        values.data_ptr(),
+        torch.cuda.current_stream(codes.device).cuda_stream,
+    )
+    return values
+
+
+# -- what both share ------------------------------------------------------------------------------
+
+
+class _Launches(threading.local):
+    """Launches by kind, shape and device; a launch's arguments belong to one thread at a time."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[Any, Any] = {}
+
+
+_launches = _Launches()
+
+
+def _multiply_few(
+    x: Tensor,
+    kind: Any,
+    out_features: int,
+    tensors: tuple[Tensor | None, ...],
+    bias: Tensor | None,
+) -> Tensor:
+    from cupy_kernels.linear_few import MAX_TOKENS, LinearWeight, Tokens
+
+    rows = x.reshape(-1, kind.columns)
+    if rows.stride(-1) != 1 or rows.data_ptr() % 16 or rows.stride(0) % 8:
+        rows = rows.contiguous()
+    out = torch.empty(rows.shape[0], out_features, dtype=x.dtype, device=x.device)
+    if rows.shape[0] == 0:
+        return out.view(*x.shape[:-1], out_features)
+    weight = LinearWeight(
+        out_features, *(0 if t is None else t.data_ptr() for t in (*tensors, bias))
+    )
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        for start in range(0, rows.shape[0], MAX_TOKENS):
+            some, target = rows[start : start + MAX_TOKENS], out[start : start + MAX_TOKENS]
+            launch = _launch_for(kind, weight, some)
+            addresses = (target.data_ptr(),)
+            tokens = Tokens(
+                some.shape[0], some.data_ptr(), some.stride(0), addresses, (out_features,)
+            )
+            launch.queue(tokens, stream)
+    return out.view(*x.shape[:-1], out_features)
+
+
+def _launch_for(kind: Any, weight: Any, rows: Tensor) -> Any:
+    """This thread's launch for such layers and so many tokens, with the addresses of `weight`."""
+    from cupy_kernels.linear_few import LinearFew
+
+    max_tokens = 1 << (rows.shape[0] - 1).bit_length()
+    key = (kind, weight.rows, max_tokens, rows.device)
+    launch = _launches.by_key.get(key)
+    if launch is None:
+        launch = _launches.by_key[key] = LinearFew(kind, [weight], max_tokens=max_tokens)
+    launch.set_weights([weight])
+    return launch
+
+
+def _pieces(out_features: int, columns: int) -> list[slice]:
+    """Rows that are dequantized at a time, so many that most pieces begin with a whole group."""
+    step = MAX_DEQUANTIZED_ELEMENTS // columns
+    step = max(step // PIECE_ROWS * PIECE_ROWS, 1) if step >= PIECE_ROWS else max(step, 1)
+    return [slice(row, min(row + step, out_features)) for row in range(0, out_features, step)]
+
+
+def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+    return functional.linear(x, weight.to(x.dtype), None if bias is None else bias[rows])
+
+
+def _make_output(x: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _fake_4bit(x: Tensor, packed: Tensor, *others: Any) -> Tensor:
+    out_features: int = others[8]
+    return _make_output(x, out_features)
+
+
+def _fake_int8(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None) -> Tensor:
+    return _make_output(x, codes.shape[0])
+
+
+def _keep_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*(t for t in inputs[1:7]))
+    ctx.layer = inputs[8:]
+
+
+def _gradient_4bit(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    packed, *statistics = ctx.saved_tensors
+    quant_type, blocksize, out_features, weight_dtype = ctx.layer
+    columns = packed.numel() * 2 // out_features
+    total: Tensor | None = None
+    for rows in _pieces(out_features, columns):
+        weight = _dequantize_rows(
+            packed,
+            tuple(statistics),
+            rows,
+            columns,
+            quant_type,
+            blocksize,
+            getattr(torch, weight_dtype),
+        )
+        part = gradient[..., rows] @ weight.to(gradient.dtype)
+        total = part if total is None else total + part
+    return (total, *(None,) * 6, _bias_gradient(ctx, gradient, 7), *(None,) * 4)
+
+
+def _keep_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _gradient_int8(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    codes, scb = ctx.saved_tensors
+    total: Tensor | None = None
+    for rows in _pieces(*codes.shape):
+        weight = dequantize_int8(codes[rows], scb[rows], gradient.dtype)
+        part = gradient[..., rows] @ weight
+        total = part if total is None else total + part
+    return total, None, None, _bias_gradient(ctx, gradient, 3)
+
+
+def _bias_gradient(ctx: Any, gradient: Tensor, index: int) -> Tensor | None:
+    return gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[index] else None
+
+
+_library.impl("linear_4bit", _linear_4bit_cpu, "CPU")
+_library.impl("linear_4bit", _linear_4bit_cuda, "CUDA")
+_library.impl("linear_int8", _linear_int8_cpu, "CPU")
+_library.impl("linear_int8", _linear_int8_cuda, "CUDA")
+torch.library.register_fake("qtool::linear_4bit", _fake_4bit, lib=_library)
+torch.library.register_fake("qtool::linear_int8", _fake_int8, lib=_library)
+torch.library.register_autograd(
+    "qtool::linear_4bit", _gradient_4bit, setup_context=_keep_4bit, lib=_library
+)
+torch.library.register_autograd(
+    "qtool::linear_int8", _gradient_int8, setup_context=_keep_int8, lib=_library
+)

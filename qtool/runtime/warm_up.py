@@ -1,0 +1,71 @@
+"""Kernels made ready while weights load.
+
+What a packed layer needs by itself is known from its sizes. What the fused decoder needs is guessed
+from the names of the usual block: a kernel that is not wanted after all costs time in the
+background and a file in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from qtool.runtime.linear import FourBitLayer, PackedLayer
+from qtool.runtime.products import KERNEL_DTYPES
+
+NUM_THREADS: Final = 4
+
+
+def warm_up_kernels(
+    layers: Mapping[str, PackedLayer], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Compile and load kernels for the products of one token with `layers`.
+
+    Does nothing where there are none: without a GPU that they run on, or in float32.
+    """
+    from cupy_kernels.linear_few import OLDEST_COMPUTE_CAPABILITY, compile_for, fits
+
+    if device.type != "cuda" or dtype not in KERNEL_DTYPES:
+        return
+    if torch.cuda.get_device_capability(device) < OLDEST_COMPUTE_CAPABILITY:
+        return
+    wanted = {(kind, count) for kind, count in _kinds(layers, dtype) if fits(kind)}
+
+    def compile_one(kind_and_count: tuple[object, int]) -> None:
+        with torch.cuda.device(device):
+            compile_for(*kind_and_count, max_tokens=1)  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        list(pool.map(compile_one, wanted))
+
+
+def _kinds(layers: Mapping[str, PackedLayer], dtype: torch.dtype) -> Iterator[tuple[object, int]]:
+    """Kinds of launches with the number of layers in one."""
+    for name, layer in layers.items():
+        kind = _kind_of(layer, dtype)
+        yield kind, 1
+        match name.rpartition(".")[2]:
+            case "q_proj":
+                yield replace(kind, norm="rms"), 3
+            case "o_proj" | "down_proj":
+                yield replace(kind, epilogue="residual"), 1
+            case "gate_proj":
+                yield replace(kind, norm="rms", epilogue="gated"), 2
+
+
+def _kind_of(layer: PackedLayer, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    from cupy_kernels.linear_few import LinearKind
+
+    if not isinstance(layer, FourBitLayer):
+        return LinearKind("int8", layer.in_features, KERNEL_DTYPES[dtype])
+    return LinearKind(
+        layer.quant_type,
+        layer.in_features,
+        KERNEL_DTYPES[dtype],
+        blocksize=layer.blocksize,
+        nested=layer.double_quant,
+    )

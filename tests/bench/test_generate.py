@@ -1,0 +1,206 @@
+"""`bench_generate` on the CPU, with a model of some kilobytes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from qtool.bench.generate import GenerateBenchRequest, bench_generate
+from qtool.bench.generate_engines import QtoolEngine
+from qtool.bench.generate_records import Timing, decode_ratio
+from qtool.bench.model_shapes import FULL_LAYERS, MODEL_SHAPES
+from qtool.errors import QtoolError
+from qtool.events import Advanced, Finished, Started
+from qtool.resources import demo_model_path
+from qtool.runtime.decoders.choose import DecoderOptions
+from tests.bench.tiny_shape import CONFIG, COPY_BYTES, shrink_sizes, write_tiny_shape
+from tests.cli.running import run
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    shrink_sizes(monkeypatch)
+    shape = str(write_tiny_shape(tmp_path))
+
+    def measure(on_event=lambda event: None, **options):
+        defaults = {"shape": shape, "prompts": (6,), "new_tokens": 4, "repeats": 2}
+        request = GenerateBenchRequest(**(defaults | {"device": "cpu"} | options))
+        return bench_generate(request, on_event)
+
+    return measure
+
+
+@pytest.fixture
+def slow_layers(monkeypatch):
+    """A shape with 4 of 32 layers, whose runs take as long as its layers say: 2 s + 1 s each."""
+    monkeypatch.setitem(MODEL_SHAPES, "tiny-4layers", {**CONFIG, "num_hidden_layers": 4})
+    monkeypatch.setitem(FULL_LAYERS, "tiny-4layers", 32)
+
+    def pretend(engine, input_ids, new_tokens):
+        step_s = 2.0 + engine.num_layers
+        return Timing(prefill_s=10 * step_s, decode_s=step_s * (new_tokens - 1))
+
+    def remember(engine, loaded, **options):
+        engine.path, engine.path_reason = "eager", "told"
+        engine.num_layers = loaded.model.config.num_hidden_layers
+
+    monkeypatch.setattr(QtoolEngine, "__init__", remember)
+    monkeypatch.setattr(QtoolEngine, "run", pretend)
+    monkeypatch.setattr(QtoolEngine, "close", lambda engine: None)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "nf4-dq"])
+def test_every_size_is_measured(bench, precision):
+    result = bench(precision=precision, prompts=(6, 3), batches=(1, 2))
+    assert [(found.batch, found.prompt_tokens) for found in result.runs] == [
+        (1, 6),
+        (1, 3),
+        (2, 6),
+        (2, 3),
+    ]
+    for found in result.runs:
+        assert found.engine == "qtool" and found.path == "eager" and found.path_reason
+        assert found.n == 2 and found.new_tokens == 4 and found.allocated_peak_bytes == 0
+        assert found.prefill_tok_s > 0 and found.decode_tok_s > 0 and found.decode_tok_s_sd >= 0
+        steps_per_s = found.decode_tok_s / found.batch
+        share = found.step_bytes * steps_per_s / result.limit.bytes_per_s
+        assert found.bandwidth_share == pytest.approx(share) and found.scaled is None
+    assert (result.model, result.quant) == ("tiny", precision)
+    assert result.limit.bytes == 2 * COPY_BYTES and result.warnings == ()
+    assert {"torch", "transformers"} <= result.versions.keys()
+
+
+@pytest.mark.parametrize(
+    ("precision", "rival"), [("nf4", "transformers+bitsandbytes"), ("bf16", "transformers")]
+)
+def test_the_rival_runs_at_the_same_sizes(bench, precision, rival):
+    pytest.importorskip("bitsandbytes")
+    result = bench(precision=precision, against="bitsandbytes", new_tokens=24)
+    own, other = result.runs
+    assert (own.engine, other.engine) == ("qtool", rival) and own.size == other.size
+    assert other.path is None and other.n == 2 and other.step_bytes == own.step_bytes
+    assert decode_ratio(other, result.runs) == own.decode_tok_s / other.decode_tok_s
+    assert ("bitsandbytes" in result.versions) == (precision == "nf4")
+
+
+def test_without_bitsandbytes_there_is_a_warning(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    result = bench(against="bitsandbytes")
+    assert "bitsandbytes is not measured" in result.warnings[0]
+    assert [found.engine for found in result.runs] == ["qtool"]
+
+
+def test_a_rival_that_fails_is_a_warning(bench, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+
+    def fail(engine, input_ids, new_tokens):
+        raise RuntimeError("cannot\nat all")
+
+    monkeypatch.setattr("qtool.bench.generate_engines.TransformersEngine.run", fail)
+    result = bench(against="bitsandbytes")
+    assert result.warnings == (
+        "transformers+bitsandbytes is not measured at batch 1, 6 + 4 tokens: cannot",
+    )
+    assert [found.engine for found in result.runs] == ["qtool"]
+
+
+@pytest.mark.parametrize("batches", [(2, 1), (1, 2)])
+def test_a_size_that_does_not_fit_is_a_warning_if_another_does(bench, monkeypatch, batches):
+    start = QtoolEngine.__init__
+
+    def fail_with_two(engine, loaded, *, capacity, batch, options):
+        if batch == 2:
+            raise QtoolError("out of memory", kind="memory", hint="")
+        start(engine, loaded, capacity=capacity, batch=batch, options=options)
+
+    monkeypatch.setattr(QtoolEngine, "__init__", fail_with_two)
+    result = bench(batches=batches)
+    assert [found.batch for found in result.runs] == [1]
+    assert result.warnings == ("batch 2, 6 + 4 tokens is not measured: out of memory",)
+    with pytest.raises(QtoolError, match="out of memory"):
+        bench(batches=(2,))
+
+
+def test_one_run_has_no_deviation(bench):
+    (found,) = bench(repeats=1).runs
+    assert found.prefill_tok_s_sd is None and found.decode_tok_s_sd is None
+
+
+def test_a_decoder_that_stops_early_is_no_good(bench, monkeypatch):
+    monkeypatch.setattr(
+        "qtool.runtime.decoders.eager.EagerDecoder.decode",
+        lambda decoder, sampling, num_tokens: iter([[1]] * (num_tokens - 1)),
+    )
+    with pytest.raises(QtoolError, match="made 3 tokens of 4") as caught:
+        bench()
+    assert caught.value.kind == "internal"
+
+
+def test_few_layers_tell_what_many_would_take(bench, slow_layers):
+    (found,) = bench(shape="tiny-4layers", batches=(3,)).runs
+    # 4 layers take 6 s a step, 2 take 4, so 32 take 34.
+    assert found.decode_tok_s == pytest.approx(3 / 6)
+    scaled = found.scaled
+    assert (scaled.layers, scaled.measured_layers) == (32, (2, 4))
+    assert scaled.decode_tok_s == pytest.approx(3 / 34)
+    assert scaled.prefill_tok_s == pytest.approx(3 * 6 / 340)
+    assert scaled.step_bytes > 3 * found.step_bytes
+
+
+def test_layers_that_take_no_time_are_told(bench, slow_layers, monkeypatch):
+    monkeypatch.setattr(QtoolEngine, "run", lambda engine, ids, new_tokens: Timing(1.0, 1.0))
+    result = bench(shape="tiny-4layers")
+    assert result.runs[0].scaled is None and "took no more time" in result.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"), [(None, "nf4-dq"), ("int8", "int8"), ("bf16", "bf16")]
+)
+def test_a_checkpoint_is_quantized_on_its_way_in(bench, precision, expected):
+    result = bench(model=str(demo_model_path()), precision=precision)
+    assert result.quant == expected and len(result.runs) == 1
+
+
+def test_a_packed_checkpoint_runs_as_it_is(bench, tmp_path):
+    ran = run("quantize", demo_model_path(), "-o", tmp_path / "packed", "--quant", "fp4")
+    assert ran.exit_code == 0
+    assert bench(model=str(tmp_path / "packed")).quant == "fp4"
+    with pytest.raises(QtoolError, match="quantized already"):
+        bench(model=str(tmp_path / "packed"), precision="nf4")
+    with pytest.raises(QtoolError, match="--head-quant"):
+        bench(model=str(tmp_path / "packed"), head_precision="nf4")
+
+
+def test_progress_adds_up(bench):
+    events = []
+    bench(on_event=events.append, batches=(1, 2))
+    started = [event for event in events if isinstance(event, Started)]
+    advanced = sum(event.num_bytes for event in events if isinstance(event, Advanced))
+    assert len(started) == 3  # the copy, and two sizes
+    assert advanced == sum(event.total_bytes for event in started)
+    assert sum(isinstance(event, Finished) for event in events) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"new_tokens": 1}, "--new 1"),
+        ({"prompts": (126,)}, "128 tokens together"),
+        ({"precision": "fp8"}, "--quant fp8"),
+        ({"head_precision": "fp8"}, "--head-quant fp8"),
+        ({"shape": "llama-99"}, "--shape llama-99"),
+        ({"device": "tpu"}, "tpu"),
+    ],
+)
+def test_wrong_requests_are_refused(bench, options, words):
+    with pytest.raises(QtoolError, match=words) as caught:
+        bench(**options)
+    assert caught.value.kind == "usage"
+
+
+def test_a_path_that_cannot_be_taken_is_refused(bench):
+    with pytest.raises(QtoolError, match="graph"):
+        bench(decoding=DecoderOptions("graph"))
+    assert not torch.is_inference_mode_enabled()
