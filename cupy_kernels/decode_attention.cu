@@ -49,11 +49,27 @@ struct Arguments {
 
 __device__ inline float rounded(float value) { return ACTIVATION::widen(ACTIVATION::narrow(value)); }
 
+// The angles of a position that a lane turns by.
+struct Angles {
+    static constexpr int OWN = (HALF_ROTARY + WARP - 1) / WARP;
+    float cosines[OWN], sines[OWN];
+
+    __device__ void load(const Arguments& args, int64 position) {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            int at = threadIdx.x % WARP + i * WARP;
+            cosines[i] = at < HALF_ROTARY ? args.cosines[position * HALF_ROTARY + at] : 0.0f;
+            sines[i] = at < HALF_ROTARY ? args.sines[position * HALF_ROTARY + at] : 0.0f;
+        }
+    }
+};
+
 // One head from global memory to `head` (HEAD_DIM,), normalized and turned; by one warp.
-__device__ inline void prepare_head(const Arguments& args, const Bits* source, const Bits* norm, int64 position,
+__device__ inline void prepare_head(const Bits* source, const Bits* norm, float epsilon, const Angles& angles,
                                     float* head) {
     const int lane = threadIdx.x % WARP;
     float sum = 0.0f;
+#pragma unroll
     for (int i = lane; i < HEAD_DIM; i += WARP) {
         head[i] = ACTIVATION::widen(__ldcg(source + i));
         sum = __fmaf_rn(head[i], head[i], sum);
@@ -61,18 +77,21 @@ __device__ inline void prepare_head(const Arguments& args, const Bits* source, c
 #if HEAD_NORM
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
-    const float scale = rsqrtf(sum / HEAD_DIM + args.epsilon);
+    const float scale = rsqrtf(sum / HEAD_DIM + epsilon);
     for (int i = lane; i < HEAD_DIM; i += WARP) {
         float weight = ACTIVATION::widen(norm[i]);
-        head[i] = HEAD_NORM == 2 ? rounded(head[i] * scale * (1.0f + weight)) : rounded(rounded(head[i] * scale) * weight);
+        head[i] = HEAD_NORM == 2 ? rounded(head[i] * scale * (1.0f + weight))
+                                 : rounded(rounded(head[i] * scale) * weight);
     }
 #endif
     __syncwarp();
-    for (int i = lane; i < HALF_ROTARY; i += WARP) {
-        float cosine = args.cosines[position * HALF_ROTARY + i], sine = args.sines[position * HALF_ROTARY + i];
-        float first = head[i], second = head[i + HALF_ROTARY];
-        head[i] = rounded(rounded(first * cosine) - rounded(second * sine));
-        head[i + HALF_ROTARY] = rounded(rounded(second * cosine) + rounded(first * sine));
+#pragma unroll
+    for (int i = 0; i < Angles::OWN; i++) {
+        const int at = lane + i * WARP;
+        if (at >= HALF_ROTARY) break;
+        float first = head[at], second = head[at + HALF_ROTARY];
+        head[at] = rounded(rounded(first * angles.cosines[i]) - rounded(second * angles.sines[i]));
+        head[at + HALF_ROTARY] = rounded(rounded(second * angles.cosines[i]) + rounded(first * angles.sines[i]));
     }
     __syncwarp();
 }
@@ -141,9 +160,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_attention(const __g
     const bool has_octet = octet < OCTETS;
 
     start_dependents();
-    wait_for_prerequisites();
 
-    // -- strips of the old tokens
+    // -- strips of the old tokens. Their keys and values, and the position, were written before the launch
+    // before began; only the new token has to be waited for.
     const int position = int(__ldcg(args.position));
     const int first = args.window > 0 ? max(0, position - args.window + 1) : 0;
     const int old_tokens = position - first;
@@ -168,14 +187,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_attention(const __g
         }
     };
     load(begin);
+    Angles angles;
+    angles.load(args, position);
 
     // -- the new token
+    wait_for_prerequisites();
     const Bits* row = args.qkv + sequence * args.qkv_stride;
     const Bits* new_key = row + (args.kv_heads * GROUP + kv_head) * HEAD_DIM;
     const Bits* new_value = new_key + args.kv_heads * HEAD_DIM;
     for (int i = warp; i < GROUP + (split == 0); i += WARPS) {
         const Bits* source = i == GROUP ? new_key : row + (kv_head * GROUP + i) * HEAD_DIM;
-        prepare_head(args, source, i == GROUP ? args.key_norm : args.query_norm, position, heads[i]);
+        prepare_head(source, i == GROUP ? args.key_norm : args.query_norm, args.epsilon, angles, heads[i]);
     }
     __syncthreads();
     if (split == 0) {
@@ -291,14 +313,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_attention(const __g
     if (threadIdx.x == 0) *arrived = 0;  // for the next launch
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
         const float* result = args.results + result_at + i / HEAD_DIM * RESULT;
-        float largest = NOTHING, sum = 0.0f, weight = 0.0f;
-        for (int s = 0; s < num_strips; s++)
-            largest = fmaxf(largest, __ldcg(result + s * GROUP * RESULT + HEAD_DIM));
-        for (int s = 0; s < num_strips; s++) {
+        float maxima[SPLITS], weights[SPLITS], sums[SPLITS];  // all on their way before the first is used
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) {
             const float* part = result + s * GROUP * RESULT;
-            float shrink = exp2f(__ldcg(part + HEAD_DIM) - largest);
-            sum = __fmaf_rn(__ldcg(part + i % HEAD_DIM), shrink, sum);
-            weight = __fmaf_rn(__ldcg(part + HEAD_DIM + 1), shrink, weight);
+            maxima[s] = s < num_strips ? __ldcg(part + HEAD_DIM) : NOTHING;
+            weights[s] = s < num_strips ? __ldcg(part + HEAD_DIM + 1) : 0.0f;
+            sums[s] = s < num_strips ? __ldcg(part + i % HEAD_DIM) : 0.0f;
+        }
+        float largest = NOTHING, sum = 0.0f, weight = 0.0f;
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) largest = fmaxf(largest, maxima[s]);
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) {
+            float shrink = exp2f(maxima[s] - largest);
+            sum = __fmaf_rn(sums[s], shrink, sum);
+            weight = __fmaf_rn(weights[s], shrink, weight);
         }
         out[i] = ACTIVATION::narrow(sum / weight);
     }

@@ -11,7 +11,7 @@ from cupy_kernels.loader import load_kernel
 
 LARGEST_HEAD_DIM: Final = 256
 LARGEST_GROUP: Final = 8
-_WARPS: Final = 4
+_WARPS: Final = 8
 _SPLITS: Final = 16  # strips at most: more take the last block longer than they save the others
 
 

@@ -5,8 +5,8 @@
 // (0; 1: RMS norm before; 2: its weight plus one), EPILOGUE (0: bias; 1: and residual; 2: gate and up), GATE
 // (SILU, GELU_TANH, GELU), COLUMNS, NUM_WEIGHTS (1 to 3), WARPS, STAGES (of a warp's ring), FRAGMENTS (1, 2: of
 // 16 rows in a tile), SLICE (columns of x that are held at a time, a multiple of a chunk; with several slices
-// at least WARPS chunks), PASS (tiles between two sums over the warps, even), MIN_BLOCKS (thread
-// blocks per multiprocessor).
+// at least WARPS chunks), PASS (tiles between two sums over the warps), MIN_BLOCKS (thread blocks per
+// multiprocessor).
 //
 // A warp takes a tile of rows through chunks of 128 bytes, which come by asynchronous copies into a ring of
 // its own, so that warps never wait for each other while weights stream. A byte's two codes become two
@@ -31,6 +31,8 @@ constexpr int BITS = IS_4BIT ? 4 : FORMAT == INT8 ? 8 : 16;
 constexpr int THREADS = WARPS * WARP;
 constexpr int FRAGMENT_ROWS = 16;
 constexpr int TILE = FRAGMENT_ROWS * FRAGMENTS;  // rows that a warp takes at a time
+// Rows of gate come first in a fragment, then as many of up, so that each output's two sums are in one warp.
+constexpr int HALF_ROWS = FRAGMENT_ROWS / 2;
 constexpr int LINE = 128;                        // bytes of a row that a warp takes at a time
 constexpr int CHUNK = LINE * 8 / BITS;           // the same in columns
 constexpr int BLOCK = 64;                        // columns that the fragments of a lane quad cover
@@ -134,14 +136,14 @@ struct Scales {
     uint32 codes[FRAGMENTS][2][UNITS];
 
     __device__ void load(const Arguments& args, const Cursor& at, int group, int member) {
-        const Weight& weight = args.weights[at.which];
         const int units_log2 = args.blocksize_log2 - (UNIT == 64 ? 6 : 5);
         int unit = (at.slice * SLICE + at.chunk * CHUNK) / UNIT + member % BLOCKS * UNITS;
         // columns that are not there have any scale: their activations are zero
         if (!WHOLE_CHUNKS && unit >= ROW_UNITS) unit = 0;
 #pragma unroll
         for (int i = 0; i < FRAGMENTS * 2; i++) {
-            uint32 row = min(at.row + group + i * 8, weight.rows - 1);
+            const Weight& weight = args.weights[GATES == 2 ? i % 2 : at.which];
+            uint32 row = min(at.row + group + i / GATES * HALF_ROWS, weight.rows - 1);
 #pragma unroll
             for (int u = 0; u < UNITS; u++) {
                 uint32 block = (row * ROW_UNITS + unit + u) >> units_log2;
@@ -155,15 +157,21 @@ struct Scales {
         }
     }
 
-    // The dynamic map of weight number `which` lies in the lines of `shared`.
-    __device__ void decode(uint8* shared, int which, float offset) {
+    // The dynamic map of weight number `which` lies in the lines of `shared`; gate and up have 0 and 1.
+    __device__ void decode(uint8* shared, int which, const float (&offsets)[NUM_WEIGHTS]) {
 #if NESTED
+        float offset = offsets[0];
 #pragma unroll
-        for (int i = 0; i < FRAGMENTS * 2 * UNITS; i++) {
-            float& value = values[i / UNITS / 2][i / UNITS % 2][i % UNITS];
-            float entry = line_float(shared, which * 256 + codes[i / UNITS / 2][i / UNITS % 2][i % UNITS]);
-            value = flushed_product(entry, value) + offset;
-        }
+        for (int i = 1; i < NUM_WEIGHTS; i++) offset = which == i ? offsets[i] : offset;
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS * 2; i++)
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                const int of = GATES == 2 ? i % 2 : which;
+                float& value = values[i / 2][i % 2][u];
+                float entry = line_float(shared, of * 256 + codes[i / 2][i % 2][u]);
+                value = flushed_product(entry, value) + (GATES == 2 ? offsets[i % GATES] : offset);
+            }
 #endif
     }
 };
@@ -191,29 +199,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     // -- copies into the ring
     const int copy_row = lane / PARTS, copy_part = lane % PARTS;
     const int copy_target = copy_row * LINE + part_position(copy_row, copy_part) * 16;
+    // The weight and row of a fragment that line `i` of a tile is.
+    auto row_of_line = [&](const Cursor& at, int i, const uint8*& base, int& row, int& rows) {
+        const Weight& weight = args.weights[GATES == 2 ? i / HALF_ROWS % 2 : at.which];
+        base = weight.packed;
+        rows = weight.rows;
+        row = at.row + (GATES == 2 ? i / FRAGMENT_ROWS * HALF_ROWS + i % HALF_ROWS : i);
+    };
     Cursor ahead = Cursor::first(tiles);
-    int stage_in = 0;
-    auto copy_next = [&] {
+    auto copy_next = [&](int stage) {
         if (!ahead.done(tiles)) {
-            const Weight& weight = args.weights[ahead.which];
             const int in_row = (ahead.slice * SLICE + ahead.chunk * CHUNK) * BITS / 8 + copy_part * 16;
-            const uint8* source = weight.packed + (ahead.row + copy_row) * ROW_BYTES + in_row;
-            uint8* target = ring + stage_in * STAGE_BYTES + copy_target;
-            if (WHOLE_CHUNKS && ahead.row + TILE <= weight.rows) {
+            uint8* target = ring + stage * STAGE_BYTES + copy_target;
+            const bool whole =
+                WHOLE_CHUNKS && ahead.row + Tiles<TILE>::OUTPUT_ROWS <= args.weights[ahead.which].rows;
+            if (whole) {
 #pragma unroll
-                for (int i = 0; i < TILE; i += COPY_ROWS)
-                    copy_async(target + i * LINE, source + i * ROW_BYTES);
+                for (int i = 0; i < TILE; i += COPY_ROWS) {
+                    const uint8* base;
+                    int row, rows;
+                    row_of_line(ahead, i, base, row, rows);
+                    copy_async(target + i * LINE, base + (row + copy_row) * ROW_BYTES + in_row);
+                }
             } else {
 #pragma unroll
                 for (int i = 0; i < TILE; i += COPY_ROWS) {
-                    bool inside = in_row < ROW_BYTES && ahead.row + copy_row + i < weight.rows;
-                    copy_async_or_zero(target + i * LINE, inside ? source + i * ROW_BYTES : weight.packed,
-                                       inside);
+                    const uint8* base;
+                    int row, rows;
+                    row_of_line(ahead, i, base, row, rows);
+                    bool inside = in_row < ROW_BYTES && row + copy_row < rows;
+                    const uint8* source = base + (row + copy_row) * ROW_BYTES + in_row;
+                    copy_async_or_zero(target + i * LINE, inside ? source : base, inside);
                 }
             }
             ahead.advance(tiles);
         }
-        stage_in = stage_in + 1 == STAGES ? 0 : stage_in + 1;
         commit_copies();
     };
 
@@ -223,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     Activations<ACTIVATION, TOKENS, WARPS, NORM, COLUMNS, SLICE> activations;
     activations.prepare(args.norm_weight);
 #pragma unroll 1
-    for (int i = 0; i < STAGES - 1; i++) copy_next();
+    for (int i = 0; i < STAGES; i++) copy_next(i);
     Cursor now = Cursor::first(tiles);
     Scales scales;
     if (IS_4BIT && !now.done(tiles)) scales.load(args, now, group, member);
@@ -283,16 +303,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
                 Scales own;
                 if constexpr (IS_4BIT) {
                     own = scales;
-                    float offset = offsets[0];
-#pragma unroll
-                    for (int i = 1; i < NUM_WEIGHTS; i++) offset = now.which == i ? offsets[i] : offset;
-                    own.decode(shared, now.which, offset);
+                    own.decode(shared, now.which, offsets);
                 }
                 const uint8* x_chunk = x_shared + now.chunk * (BLOCKS * X_BLOCK_BYTES) + member * 16;
                 now.advance(tiles);
                 if (IS_4BIT && !now.done(tiles)) scales.load(args, now, group, member);
 
-                wait_copies<STAGES - 2>();
+                wait_copies<STAGES - 1>();
                 __syncwarp();
                 const uint8* lines = ring + stage * STAGE_BYTES + group * LINE;
 #pragma unroll
@@ -344,24 +361,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
                     }
                 }
                 __syncwarp();
+                copy_next(stage);
                 stage = stage + 1 == STAGES ? 0 : stage + 1;
-                copy_next();
             }
             if (open_tile >= 0) close_tile();
         }
         __syncthreads();
 
         // -- sums over the warps, and what is done with them
-        for (int i = threadIdx.x; i < (pass_end - pass * PASS) / GATES * PARTIAL; i += THREADS) {
-            int tile = pass * PASS + i / PARTIAL * GATES, token = i / TILE % TOKENS;
+        constexpr int OUTPUT_ROWS = Tiles<TILE>::OUTPUT_ROWS;
+        for (int i = threadIdx.x; i < (pass_end - pass * PASS) * OUTPUT_ROWS * TOKENS; i += THREADS) {
+            const int tile = pass * PASS + i / (OUTPUT_ROWS * TOKENS);
+            const int token = i / OUTPUT_ROWS % TOKENS, output = i % OUTPUT_ROWS;
             int which, row;
             tiles.find(tile, which, row);
-            row += i % TILE;
+            row += output;
             if (row >= args.weights[which].rows || token >= args.num_tokens) continue;
+            const int in_tile = GATES == 1 ? output : output / HALF_ROWS * FRAGMENT_ROWS + output % HALF_ROWS;
             float sums[GATES];
 #pragma unroll
             for (int gate = 0; gate < GATES; gate++) {
-                sums[gate] = sum_over_warps(shared, FIRST_PARTIAL, tile + gate, i % PARTIAL);
+                int value = token * TILE + in_tile + gate * HALF_ROWS;
+                sums[gate] = sum_over_warps(shared, FIRST_PARTIAL, tile, value);
                 if (FORMAT == INT8) sums[gate] *= args.weights[which + gate].absmax[row] * INVERSE_127;
             }
             finish(args, which, row, token, sums[0], sums[GATES - 1]);

@@ -154,14 +154,15 @@ class LinearFew:
             _fill(target, weight)
             target.first_tile = first_tile
             first_tile += ceil_div(weight.rows, _FRAGMENT_ROWS)
+        if kind.epilogue == "gated":  # half of a tile's rows are gate's
+            first_tile = ceil_div(weights[0].rows, _FRAGMENT_ROWS // 2)
         arguments.num_tiles = first_tile
         arguments.blocksize_log2 = kind.blocksize.bit_length() - 1
         if norm is not None:
             arguments.norm_weight, arguments.epsilon = norm.weight, norm.epsilon
-        units = first_tile // (2 if kind.epilogue == "gated" else 1)
         self._launch = Launch(
             plan.load(),
-            (min(plan.num_blocks, units),),
+            (min(plan.num_blocks, first_tile),),
             plan.tuning.warps * 32,
             plan.shared_bytes,
             arguments,
@@ -279,9 +280,8 @@ def _fit(
     limit = min(gpu.block_bytes, gpu.multiprocessor_bytes // tuning.blocks - _RESERVED_SHARED_BYTES)
     lines = _NUM_LINES - (8 * num_weights if kind.nested else 0)
     tile_lines = max(tuning.warps * _FRAGMENT_ROWS * tokens // 32, 1)
-    least_pass = 2 if kind.epilogue == "gated" else 1
     if tokens == 1:
-        room = (lines - least_pass * tile_lines) * _BLOCK
+        room = (lines - tile_lines) * _BLOCK
     else:
         room = (limit - fixed_bytes) // (tokens * 2)
     slice_columns = columns if columns <= room else room // chunk * chunk
@@ -290,9 +290,8 @@ def _fit(
         return None
     lines -= slice_columns // _BLOCK if tokens == 1 else 0
     pass_tiles = min(lines // tile_lines, _MAX_PASS)
-    pass_tiles -= pass_tiles % least_pass
     shared_bytes = fixed_bytes + (slice_columns * tokens * 2 if tokens > 1 else 0)
-    if pass_tiles < least_pass or shared_bytes > limit:
+    if pass_tiles < 1 or shared_bytes > limit:
         return None
     return pass_tiles, slice_columns, shared_bytes
 

@@ -34,27 +34,26 @@ struct Arguments {
     float epsilon;
 };
 
-// The tiles of one thread block: every gridDim.x-th, of gate and up both at once.
+// The tiles of one thread block: every gridDim.x-th. A tile of gate and up has half of its rows from each.
 template <int TILE_ROWS>
 struct Tiles {
+    static constexpr int OUTPUT_ROWS = TILE_ROWS / GATES;
     const Arguments& args;
     int count;
 
     __device__ Tiles(const Arguments& args) : args(args) {
-        count = (args.num_tiles / GATES - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x) * GATES;
+        count = (args.num_tiles - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
     }
 
-    // Which weight the block's tile `tile` belongs to, and its first row.
+    // Which weight the block's tile `tile` belongs to (gate: 0), and its first row.
     __device__ void find(int tile, int& which, int& row) const {
+        int global = int(blockIdx.x) + tile * int(gridDim.x);
         which = 0;
-        if constexpr (GATES == 2) {
-            which = tile & 1;
-            row = (int(blockIdx.x) + tile / 2 * int(gridDim.x)) * TILE_ROWS;
-        } else {
-            int global = int(blockIdx.x) + tile * int(gridDim.x);
+        if constexpr (GATES == 1) {
             while (which + 1 < NUM_WEIGHTS && global >= args.weights[which + 1].first_tile) which++;
-            row = (global - (NUM_WEIGHTS == 1 ? 0 : args.weights[which].first_tile)) * TILE_ROWS;
+            global -= NUM_WEIGHTS == 1 ? 0 : args.weights[which].first_tile;
         }
+        row = global * OUTPUT_ROWS;
     }
 };
 

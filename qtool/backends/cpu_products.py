@@ -60,6 +60,7 @@ _MIN_PARTS: Final = 4
 _AHEAD: Final = 4096
 _ORDER = np.array([1, 0, 3, 2])  # see above
 _PARTS_IN_ORDER = np.array([0, 16, 32, 48])
+_PAIRS_IN_ORDER = np.array([0, 32, 64, 96])
 
 _MAGNITUDE_BITS = np.uint32(0x7FFFFFFF)
 _INFINITY_BITS = np.uint32(0x7F800000)
@@ -368,6 +369,49 @@ def multiply_int8(tokens: int) -> Callable[..., None]:
                 wide = convert(load(integers, first, GROUP), np.int32)
                 weights = convert(wide, np.float32) * scales[row] * INVERSE_127
                 sums = accumulate(sums, weights, arranged, at * u64(tokens), tokens)
+            store(scratch, u64(0), sums)
+            _add_parts(scratch, tokens, sets, num_tokens, row, sums_of, num_rows)
+
+    return multiply
+
+
+# ---- bfloat16 ---------------------------------------------------------------------------------
+
+
+@cache
+def multiply_bfloat16(tokens: int) -> Callable[..., None]:
+    """The kernel for weights that are not packed and up to `tokens` (1, 2, 4 or 8) rows of x.
+
+    Its arguments are those of `multiply_4bit`, x in bfloat16, rows multiples of PAIRS_GROUP, and:
+        weights: uint16 (num_rows, size), bfloat16.
+    """
+    sets = max(_MIN_PARTS // tokens, 1)
+    lanes = _PART * tokens * sets
+
+    @kernel
+    def multiply(
+        weights: int,
+        x: int,
+        y: int,
+        num_tokens: int,
+        size: int,
+        num_rows: int,
+        first_row: int,
+        last_row: int,
+    ) -> None:
+        values, sums_of = array_at(weights, np.uint16), array_at(y, np.float32)
+        arranged = _arrange(
+            array_at(x, np.uint16), num_tokens, size, tokens, 2 * _PART, 1, _PAIRS_IN_ORDER
+        )
+        scratch = np.empty(lanes, np.float32)
+        for row in range(u64(first_row), u64(last_row)):
+            sums = full(lanes, 0, np.float32)
+            for at in range(u64(0), u64(size), u64(PAIRS_GROUP)):
+                first = row * u64(size) + at
+                for line in range(u64(0), u64(PAIRS_GROUP), u64(2 * _PART)):
+                    prefetch(values, first + line + u64(_AHEAD // 2))
+                group = load(values, first, PAIRS_GROUP)
+                sums = accumulate(sums, group, arranged, at * u64(tokens), tokens)
             store(scratch, u64(0), sums)
             _add_parts(scratch, tokens, sets, num_tokens, row, sums_of, num_rows)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qtool.backends.cpu import BIT_DTYPES
-from qtool.backends.cpu_products import multiply_4bit, multiply_int8
+from qtool.backends.cpu_products import multiply_4bit, multiply_bfloat16, multiply_int8
 from qtool.formats import double_quant, floats, four_bit, int8
 from qtool.formats.codebooks import CODES, dynamic_map
 
@@ -169,6 +169,15 @@ def test_int8_products(tokens):
     check(y, x, codes.astype(np.float32) * scb[:, None] * int8.INVERSE_127)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
+def test_bfloat16_products(tokens):
+    bits, weights = as_bfloat16(activations(ROWS, 384))
+    x_bits, x = as_bfloat16(activations(tokens, 384) + 1)
+    y = np.zeros((tokens, ROWS), np.float32)
+    multiply_bfloat16(tokens)(*map(address, (bits, x_bits, y)), tokens, 384, ROWS, 0, ROWS)
+    check(y, x, weights)
+
+
 PROCESSORS = {"haswell": "+avx,+avx2,+fma,+ssse3,+sse4.1,+sse4.2", "x86-64": ""}
 
 
@@ -188,6 +197,7 @@ def test_processors_with_fewer_instructions(processor):
         "t.test_four_bit_products('BF16', True, 2)\n"
         "t.test_four_bit_products_in_pairs_of_bfloat16(1, False)\n"
         "t.test_int8_products(1)\n"
+        "t.test_bfloat16_products(1)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", script],

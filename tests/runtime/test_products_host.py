@@ -14,7 +14,12 @@ from qtool.runtime.dequantize import dequantize_4bit, dequantize_int8
 from qtool.runtime.generate import Limits, Sampling, generate
 from qtool.runtime.linear import FourBitLayer, Linear4bit, LinearInt8
 from qtool.runtime.loading import LoadOptions, load_model
-from qtool.runtime.products_host import NestedAbsmax, linear_4bit_host, linear_int8_host
+from qtool.runtime.products_host import (
+    NestedAbsmax,
+    linear_4bit_host,
+    linear_bfloat16_host,
+    linear_int8_host,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OUT = 37
@@ -118,6 +123,17 @@ def test_int8_products(dtype: torch.dtype, size: int, num_tokens: int) -> None:
     x = torch.randn(num_tokens, size).to(dtype)
     y = linear_int8_host(x, codes, scb, bias=bias)
     check(y, x, dequantize_int8(codes, scb, torch.float32), bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [128, 192])
+@pytest.mark.parametrize("num_tokens", [1, 5, 9])
+def test_weights_that_are_not_packed(dtype: torch.dtype, size: int, num_tokens: int) -> None:
+    weight, bias = torch.randn(OUT, size).to(dtype), torch.randn(OUT).to(dtype)
+    x = torch.randn(2, num_tokens, size).to(dtype)[:1]
+    check(linear_bfloat16_host(x, weight), x, weight)
+    if dtype == torch.float32:
+        check(linear_bfloat16_host(x, weight, bias=bias), x, weight, bias)
 
 
 @pytest.fixture

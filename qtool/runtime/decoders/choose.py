@@ -77,8 +77,11 @@ def choose_decoder(
 
 
 def _make_fused(wish: _Wish, refusals: str) -> Decoder | str:
-    if wish.loaded.device.type != "cuda" or find_spec("cupy") is None:
-        return ""  # the graph path says it
+    # Asked before the module is loaded, which needs what may not be installed here.
+    if wish.loaded.device.type != "cuda":
+        return NO_GPU
+    if find_spec("cupy") is None:
+        return "the fused kernels need CuPy"
     from qtool.runtime.decoders.fused import make_fused_decoder, why_not_fused
 
     refusal = why_not_fused(wish.loaded, wish.batch)

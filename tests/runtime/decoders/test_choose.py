@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,24 +12,23 @@ import torch
 from qtool.errors import QtoolError
 from qtool.runtime.decoders import choose
 from qtool.runtime.decoders.capture import CaptureFailed
-from qtool.runtime.decoders.choose import FUSED_MODULE, DecoderOptions, choose_decoder
+from qtool.runtime.decoders.choose import DecoderOptions, choose_decoder
 from qtool.runtime.decoders.network import Network
 from qtool.runtime.loading import LoadedModel
 from tests.runtime.decoders.tiny import as_loaded, run_again, tiny_model
 
+FUSED_MODULE = "qtool.runtime.decoders.fused"
+
 
 def fused_module(refusal: str | None) -> ModuleType:
-    module = ModuleType(FUSED_MODULE)
-    module.__spec__ = ModuleSpec(FUSED_MODULE, None)
+    """Stands for the module of fused kernels, which a machine without a GPU cannot run."""
+    module: Any = ModuleType(FUSED_MODULE)
+    module.why_not_fused = lambda loaded, batch: refusal
 
-    class FusedDecoder:
-        path, path_reason = "fused", "because"
+    def make(loaded: Any, cache: Any, **how: int) -> Any:
+        return SimpleNamespace(path="fused", path_reason="because", how=how)
 
-        def __init__(self, loaded: Any, capacity: int, batch: int, *, prefill_chunk: int) -> None:
-            self.arguments = (capacity, batch, prefill_chunk)
-
-    module.why_not_fused = lambda loaded, batch: refusal  # type: ignore[attr-defined]
-    module.FusedDecoder = FusedDecoder  # type: ignore[attr-defined]
+    module.make_fused_decoder = make
     return module
 
 
@@ -116,7 +114,7 @@ def test_fused_comes_first_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None
     options = DecoderOptions(prefill_chunk=7)
     decoder: Any = choose_decoder(on_gpu(tiny_model("llama")), 100, 3, options=options)
     assert decoder.path == "fused"
-    assert decoder.arguments == (128, 3, 7)
+    assert decoder.how == {"capacity": 128, "batch": 3, "prefill_chunk": 7}
 
 
 def test_the_fused_module_is_not_loaded_where_it_cannot_run(
