@@ -17,7 +17,6 @@
 using Bits = ACTIVATION::Bits;
 
 constexpr int THREADS = WARPS * WARP;
-constexpr int HALF_ROTARY = ROTARY_DIM / 2;
 constexpr int OCTETS = HEAD_DIM / OCTET;  // of a head
 // Lanes that share a key: each has eight of its values; lanes beyond the last octet idle.
 constexpr int KEY_LANES = OCTETS <= 1 ? 1 : OCTETS <= 2 ? 2 : OCTETS <= 4 ? 4 : OCTETS <= 8 ? 8 : OCTETS <= 16 ? 16 : 32;
@@ -47,54 +46,7 @@ struct Arguments {
     int capacity, kv_heads;
 };
 
-__device__ inline float rounded(float value) { return ACTIVATION::widen(ACTIVATION::narrow(value)); }
-
-// The angles of a position that a lane turns by.
-struct Angles {
-    static constexpr int OWN = (HALF_ROTARY + WARP - 1) / WARP;
-    float cosines[OWN], sines[OWN];
-
-    __device__ void load(const Arguments& args, int64 position) {
-#pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            int at = threadIdx.x % WARP + i * WARP;
-            cosines[i] = at < HALF_ROTARY ? args.cosines[position * HALF_ROTARY + at] : 0.0f;
-            sines[i] = at < HALF_ROTARY ? args.sines[position * HALF_ROTARY + at] : 0.0f;
-        }
-    }
-};
-
-// One head from global memory to `head` (HEAD_DIM,), normalized and turned; by one warp.
-__device__ inline void prepare_head(const Bits* source, const Bits* norm, float epsilon, const Angles& angles,
-                                    float* head) {
-    const int lane = threadIdx.x % WARP;
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = lane; i < HEAD_DIM; i += WARP) {
-        head[i] = ACTIVATION::widen(__ldcg(source + i));
-        sum = __fmaf_rn(head[i], head[i], sum);
-    }
-#if HEAD_NORM
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
-    const float scale = rsqrtf(sum / HEAD_DIM + epsilon);
-    for (int i = lane; i < HEAD_DIM; i += WARP) {
-        float weight = ACTIVATION::widen(norm[i]);
-        head[i] = HEAD_NORM == 2 ? rounded(head[i] * scale * (1.0f + weight))
-                                 : rounded(rounded(head[i] * scale) * weight);
-    }
-#endif
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < Angles::OWN; i++) {
-        const int at = lane + i * WARP;
-        if (at >= HALF_ROTARY) break;
-        float first = head[at], second = head[at + HALF_ROTARY];
-        head[at] = rounded(rounded(first * angles.cosines[i]) - rounded(second * angles.sines[i]));
-        head[at + HALF_ROTARY] = rounded(rounded(second * angles.cosines[i]) + rounded(first * angles.sines[i]));
-    }
-    __syncwarp();
-}
+#include "rotary_heads.cuh"
 
 // The softmax so far of the keys that a lane has seen, for all heads of the group.
 struct Softmax {
@@ -188,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_attention(const __g
     };
     load(begin);
     Angles angles;
-    angles.load(args, position);
+    angles.load(args.cosines, args.sines, position);
 
     // -- the new token
     wait_for_prerequisites();

@@ -10,6 +10,7 @@ from cupy_kernels.launch import Launch, ceil_div, cuda_dtype
 from cupy_kernels.loader import load_kernel
 
 LARGEST_HEAD_DIM: Final = 256
+HEAD_NORMS: Final = {"none": 0, "rms": 1, "rms_plus_one": 2}
 LARGEST_GROUP: Final = 8
 _WARPS: Final = 8
 _SPLITS: Final = 16  # strips at most: more take the last block longer than they save the others
@@ -48,8 +49,8 @@ class AttentionTensors:
     """Addresses; 0 where there is none.
 
     Attributes:
-        qkv: (batch, (heads + 2 * kv_heads) * head_dim), rows `qkv_stride` values apart: query heads,
-            key heads and value heads, before norm and rotary embedding.
+        qkv: (batch, (heads + 2 * kv_heads) * head_dim), rows `qkv_stride` values apart: query
+            heads, key heads and value heads, before norm and rotary embedding.
         cosines, sines: float32 (capacity, rotary_dim / 2).
         position: int64 (), where the new token goes; read on the device.
         keys, values: (batch, kv_heads, capacity, head_dim); the new token's are written.
@@ -141,7 +142,7 @@ def decode_attention(
         ROTARY_DIM=shape.rotary_dim,
         GROUP=shape.group,
         SPLITS=_SPLITS,
-        HEAD_NORM={"none": 0, "rms": 1, "rms_plus_one": 2}[shape.head_norm],
+        HEAD_NORM=HEAD_NORMS[shape.head_norm],
         SOFTCAP=int(shape.has_softcap),
         WARPS=_WARPS,
     )

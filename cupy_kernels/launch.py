@@ -8,6 +8,7 @@ which the kernel is only queued. They allocate nothing and wait for nothing.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -78,6 +79,36 @@ class _LaunchConfig(ctypes.Structure):
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.POINTER(_LaunchAttribute)),
         ("num_attributes", ctypes.c_uint),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What launches depend on.
+
+    Attributes:
+        can_overlap: a launch may begin while the one before still runs.
+    """
+
+    multiprocessors: int
+    can_overlap: bool
+
+
+def current_gpu() -> Gpu:
+    """The current device."""
+    import cupy
+
+    return _gpu(cupy.cuda.Device().id)
+
+
+@cache
+def _gpu(device_id: int) -> Gpu:
+    import cupy
+
+    device = cupy.cuda.Device(device_id)
+    return Gpu(
+        multiprocessors=device.attributes["MultiProcessorCount"],
+        can_overlap=int(device.compute_capability) >= 90,
     )
 
 

@@ -6,10 +6,13 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from cupy_kernels.launch import Launch, ceil_div, cuda_dtype
 from cupy_kernels.loader import load_kernel
+
+if TYPE_CHECKING:
+    import cupy
 
 Format = Literal["nf4", "fp4", "int8", "plain"]
 Norm = Literal["none", "rms", "rms_plus_one"]
@@ -19,7 +22,7 @@ Gate = Literal["silu", "gelu_tanh", "gelu"]
 MAX_TOKENS: Final = 8
 MAX_WEIGHTS: Final = 3
 OLDEST_COMPUTE_CAPABILITY: Final = (8, 0)  # asynchronous copies, bfloat16 in tensor cores
-_NORMS: Final[dict[Norm, int]] = {"none": 0, "rms": 1, "rms_plus_one": 2}
+NORMS: Final[dict[Norm, int]] = {"none": 0, "rms": 1, "rms_plus_one": 2}
 _EPILOGUES: Final[dict[Epilogue, int]] = {"bias": 0, "residual": 1, "gated": 2}
 _BITS: Final[dict[Format, int]] = {"nf4": 4, "fp4": 4, "int8": 8, "plain": 16}
 
@@ -229,9 +232,9 @@ class Plan:
     num_blocks: int
     can_overlap: bool
 
-    def load(self):  # type: ignore[no-untyped-def]  # a cupy.RawKernel
+    def load(self) -> cupy.RawKernel:
         """The kernel, compiled and loaded."""
-        return load_kernel("linear_few", **dict(self.defines))
+        return load_kernel("linear_few", cooperative=False, **dict(self.defines))
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +313,7 @@ def _defines(
         "NESTED": int(kind.nested),
         "UNIT": 32 if kind.blocksize == 32 and _BITS[kind.format] == 4 else _BLOCK,
         "TOKENS": tokens,
-        "NORM": _NORMS[kind.norm],
+        "NORM": NORMS[kind.norm],
         "EPILOGUE": _EPILOGUES[kind.epilogue],
         "GATE": kind.gate.upper(),
         "COLUMNS": kind.columns,

@@ -59,9 +59,17 @@ class Subject:
                 model_id=self.label,
             )
         options = LoadOptions(
-            quant=self.packs, compute_dtype=COMPUTE_DTYPES.get(self.quant), device=self.device
+            quant=self.packs,
+            compute_dtype=COMPUTE_DTYPES.get(self.quant),
+            device=self.device,
+            head_quant=self._packed_head,
         )
         return load_model(self.model, options, on_event=on_event)
+
+    @property
+    def _packed_head(self) -> QuantizedPrecision | None:
+        wanted = self.step.head_precision
+        return wanted if wanted in QUANTIZED_PRECISIONS else None
 
     def step_bytes(self, size: Size) -> int:
         """What a step reads halfway through the new tokens."""
@@ -126,12 +134,6 @@ def choose_subject(
 def _checkpoint_subject(
     model: str, precision: Precision | None, head_precision: Precision | None, device: str
 ) -> Subject:
-    if head_precision is not None:
-        raise QtoolError(
-            "--head-quant packs the output heads of random models only",
-            kind="usage",
-            hint="leave out MODEL and name its shape: --shape CONFIG.JSON",
-        )
     planned = open_model(model)
     quant = precision or planned.stored_precision or DEFAULT_PRECISION
     planned.check_precision(quant)
@@ -139,7 +141,7 @@ def _checkpoint_subject(
     return Subject(
         label=planned.id,
         quant=quant,
-        step=StepBytes(planned, quant),
+        step=StepBytes(planned, quant, head_precision),
         device=device,
         model=model,
         packs=cast(QuantizedPrecision, quant) if packs else None,

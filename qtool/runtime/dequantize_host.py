@@ -31,7 +31,7 @@ def dequantize_blocks(
     packed: Tensor, absmax: Tensor, quant_type: QuantType, blocksize: int, out: Tensor
 ) -> None:
     """Fill `out` (n,): `packed` is uint8 (ceil(n/2),), `absmax` float32 (ceil(n/blocksize),)."""
-    codes, scales, values = _as_numpy(packed), _as_numpy(absmax), _as_numpy(out)
+    codes, scales, values = as_numpy(packed), as_numpy(absmax), as_numpy(out)
     dtype, backend = SOURCE_DTYPES[out.dtype], CpuBackend()
 
     def work(first: int, last: int) -> None:
@@ -50,7 +50,7 @@ def dequantize_blocks(
 
 def dequantize_rows(codes: Tensor, scb: Tensor, out: Tensor) -> None:
     """Fill `out` (r, c) from `codes` int8 (r, c) and `scb` float32 (r,)."""
-    integers, scales, values = _as_numpy(codes), _as_numpy(scb), _as_numpy(out)
+    integers, scales, values = as_numpy(codes), as_numpy(scb), as_numpy(out)
     dtype, backend = SOURCE_DTYPES[out.dtype], CpuBackend()
 
     def work(first: int, last: int) -> None:
@@ -79,7 +79,7 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="dequantize")
 
 
-def _as_numpy(tensor: Tensor) -> NDArray[Any]:
+def as_numpy(tensor: Tensor) -> NDArray[Any]:
     """The tensor's memory; bfloat16 as its bits, which NumPy has no type for."""
     data = tensor.detach()
     if data.dtype == torch.bfloat16:

@@ -42,6 +42,7 @@ from qtool.runtime.model_config import (
     model_dtype,
 )
 from qtool.runtime.on_load import quantize_on_load
+from qtool.runtime.output_head import quantize_head
 from qtool.runtime.placement import (
     Placement,
     choose_placement,
@@ -63,7 +64,8 @@ class LoadOptions:
     """How to load: `quant` packs a full-precision model on its way in.
 
     `compute_dtype` is one of float32, float16, bfloat16, or None for what the checkpoint says;
-    `device` and `max_memory` as `qtool.runtime.placement` reads them.
+    `device` and `max_memory` as `qtool.runtime.placement` reads them; `head_quant` packs the output
+    head in memory.
     """
 
     quant: QuantizedPrecision | None = None
@@ -71,6 +73,7 @@ class LoadOptions:
     device: str = "auto"
     max_memory: str | None = None
     adapter: Path | None = None
+    head_quant: QuantizedPrecision | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,8 @@ def load_model(
                 checkpoint, config, source, placement, dtypes, offload_folder, on_event
             )
             _wait_for_kernels(compiling, on_event)
+            if options.head_quant is not None:
+                quantize_head(network, options.head_quant)
             if options.adapter is not None:
                 add_adapter(network, options.adapter)
             return LoadedModel(

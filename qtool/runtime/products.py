@@ -26,15 +26,16 @@ from qtool.runtime.products_host import NestedAbsmax, linear_4bit_host, linear_i
 # beyond it (the MLP of a 70B model) are multiplied in several pieces of whole rows.
 MAX_DEQUANTIZED_ELEMENTS: Final = 1 << 26
 PIECE_ROWS: Final = 256
-# Tokens that go through the fused kernel, MAX_TOKENS of the kernel's at a time; more are faster with
-# the weight dequantized.
+# Tokens that go through the fused kernel, MAX_TOKENS of the kernel's at a time; more are faster
+# with the weight dequantized.
 MAX_FUSED_TOKENS: Final = 32
 KERNEL_DTYPES: Final[dict[torch.dtype, SourceDtype]] = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
 
-_library = torch.library.Library("qtool", "DEF")
+# Any: PyTorch declares no types for its methods.
+_library: Any = torch.library.Library("qtool", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "linear_4bit(Tensor x, Tensor packed, Tensor? absmax, Tensor? absmax_codes, "
     "Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? nested_offset, Tensor? bias, "

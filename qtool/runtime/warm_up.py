@@ -14,6 +14,7 @@ from typing import Final
 
 import torch
 
+from cupy_kernels.linear_few import OLDEST_COMPUTE_CAPABILITY, LinearKind, compile_for, fits
 from qtool.runtime.linear import FourBitLayer, PackedLayer
 from qtool.runtime.products import KERNEL_DTYPES
 
@@ -27,23 +28,21 @@ def warm_up_kernels(
 
     Does nothing where there are none: without a GPU that they run on, or in float32.
     """
-    from cupy_kernels.linear_few import OLDEST_COMPUTE_CAPABILITY, compile_for, fits
-
     if device.type != "cuda" or dtype not in KERNEL_DTYPES:
         return
     if torch.cuda.get_device_capability(device) < OLDEST_COMPUTE_CAPABILITY:
         return
     wanted = {(kind, count) for kind, count in _kinds(layers, dtype) if fits(kind)}
 
-    def compile_one(kind_and_count: tuple[object, int]) -> None:
+    def compile_one(kind_and_count: tuple[LinearKind, int]) -> None:
         with torch.cuda.device(device):
-            compile_for(*kind_and_count, max_tokens=1)  # type: ignore[arg-type]
+            compile_for(*kind_and_count, max_tokens=1)
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         list(pool.map(compile_one, wanted))
 
 
-def _kinds(layers: Mapping[str, PackedLayer], dtype: torch.dtype) -> Iterator[tuple[object, int]]:
+def _kinds(layers: Mapping[str, PackedLayer], dtype: torch.dtype) -> Iterator[tuple[LinearKind, int]]:
     """Kinds of launches with the number of layers in one."""
     for name, layer in layers.items():
         kind = _kind_of(layer, dtype)
@@ -57,9 +56,7 @@ def _kinds(layers: Mapping[str, PackedLayer], dtype: torch.dtype) -> Iterator[tu
                 yield replace(kind, norm="rms", epilogue="gated"), 2
 
 
-def _kind_of(layer: PackedLayer, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    from cupy_kernels.linear_few import LinearKind
-
+def _kind_of(layer: PackedLayer, dtype: torch.dtype) -> LinearKind:
     if not isinstance(layer, FourBitLayer):
         return LinearKind("int8", layer.in_features, KERNEL_DTYPES[dtype])
     return LinearKind(

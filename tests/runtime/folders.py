@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,19 @@ def load_stock(folder: Path, **kwargs: Any) -> Any:
     """transformers + bitsandbytes, on the CPU."""
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", **kwargs)
     return model.eval()
+
+
+def stock_weight(weight: Any) -> torch.Tensor:
+    """What bitsandbytes dequantizes a 4-bit parameter to.
+
+    As one long row: with AVX512 its CPU kernel begins a new block with each row, but the format's
+    blocks go on over the ends of rows.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy(weight.quant_state)
+    shape, state.shape = state.shape, (1, math.prod(state.shape))
+    return dequantize_4bit(weight.data.reshape(-1, 1), state).view(shape)
 
 
 def is_avx512_bf16_cpu() -> bool:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from qtool.runtime import linear
+from qtool.runtime import products_host
 from qtool.runtime.linear import FourBitLayer, Int8Layer, Linear4bit, LinearInt8, build_linear
 
 OUT, IN = 37, 22  # 814 weights: no whole number of blocks, blocks straddle rows
+WHOLE_IN = 128  # rows of whole blocks
 
 
-def filled(*, double_quant: bool = True, dtype: torch.dtype = torch.bfloat16) -> Linear4bit:
+def filled(
+    columns: int = IN, *, double_quant: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> Linear4bit:
     torch.manual_seed(3)
     layer = Linear4bit(
-        FourBitLayer(OUT, IN, "nf4", 64, dtype, double_quant), bias=torch.randn(OUT, dtype=dtype)
+        FourBitLayer(OUT, columns, "nf4", 64, dtype, double_quant),
+        bias=torch.randn(OUT, dtype=dtype),
     )
     layer.weight.data.random_(0, 256)
     if double_quant:
@@ -31,9 +36,9 @@ def filled(*, double_quant: bool = True, dtype: torch.dtype = torch.bfloat16) ->
     return layer
 
 
-def filled_int8() -> LinearInt8:
+def filled_int8(columns: int = IN) -> LinearInt8:
     torch.manual_seed(4)
-    layer = LinearInt8(Int8Layer(OUT, IN), bias=torch.randn(OUT))
+    layer = LinearInt8(Int8Layer(OUT, columns), bias=torch.randn(OUT))
     layer.weight.data.random_(-127, 128)
     layer.SCB.uniform_(0.1, 1)
     return layer
@@ -63,31 +68,40 @@ def test_compute_dtype_is_used_inside_and_the_input_dtype_returned() -> None:
     assert torch.equal(layer(x), expected.bfloat16())
 
 
-@pytest.mark.parametrize("max_elements", [1, 3 * IN, 10 * IN])
+@pytest.mark.parametrize("max_elements", [1, 3 * WHOLE_IN, 10 * WHOLE_IN])
 @pytest.mark.parametrize("kind", ["4bit", "int8"])
-def test_large_layers_are_multiplied_in_pieces_of_rows(
+def test_many_tokens_are_multiplied_with_pieces_of_rows(
     monkeypatch: pytest.MonkeyPatch, max_elements: int, kind: str
 ) -> None:
-    layer = filled(dtype=torch.float32) if kind == "4bit" else filled_int8()
-    x = torch.randn(4, IN)
-    expected = layer(x)
-    largest = 0
-    decoder_of = layer.row_decoder
+    """A few go straight through the packed bytes, of which rows of whole groups allow it."""
+    layer = filled(WHOLE_IN, dtype=torch.float32) if kind == "4bit" else filled_int8(WHOLE_IN)
+    few = torch.randn(products_host.MAX_FUSED_TOKENS, WHOLE_IN)
+    many = torch.cat((few, few[:1]))
+    sizes = watch_dequantized_sizes(monkeypatch)
+    expected = layer(few)
+    assert not sizes
+    monkeypatch.setattr(products_host, "MAX_HOST_ELEMENTS", max_elements)
+    found = layer(many)
+    torch.testing.assert_close(found, torch.cat((expected, expected[:1])), rtol=1e-4, atol=1e-4)
+    assert max(sizes) == max(max_elements // WHOLE_IN, 1) * WHOLE_IN
+    assert sum(sizes) == OUT * WHOLE_IN
 
-    def watched(dtype: torch.dtype) -> Callable[[int, int], torch.Tensor]:
-        rows = decoder_of(dtype)
 
-        def decode(start: int, stop: int) -> torch.Tensor:
-            nonlocal largest
-            largest = max(largest, stop - start)
-            return rows(start, stop)
+def watch_dequantized_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The list to which products on the CPU add the number of elements of each piece."""
+    sizes: list[int] = []
 
-        return decode
+    def watched(dequantize: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            values = dequantize(*args, **kwargs)
+            sizes.append(values.numel())
+            return values
 
-    monkeypatch.setattr(linear, "MAX_HOST_ELEMENTS", max_elements)
-    monkeypatch.setattr(layer, "row_decoder", watched)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-    assert largest == max(max_elements // IN, 1)
+        return call
+
+    for name in ("dequantize_4bit", "dequantize_int8"):
+        monkeypatch.setattr(products_host, name, watched(getattr(products_host, name)))
+    return sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

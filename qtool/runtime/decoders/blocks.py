@@ -36,10 +36,17 @@ class NotFusable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """A linear layer, or a range of rows of one, as a launch takes it."""
+    """A linear layer, or a range of rows of one, as a launch takes it.
+
+    Args:
+        bias: (rows,) or None.
+        plain: the weight itself (rows, columns), where it is not packed.
+    """
 
     kind: LinearKind
     weight: LinearWeight
+    bias: Tensor | None = None
+    plain: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,22 +231,27 @@ def _packed_rows(module: nn.Linear, dtype: torch.dtype, start: int, stop: int) -
     if bias is not None and bias.dtype != dtype:
         raise NotFusable("a bias of another dtype")
     bias_at = 0 if bias is None else bias.data_ptr() + start * bias.element_size()
+    own_bias = None if bias is None else bias[start:stop]
     if isinstance(module, Linear4bit | LinearInt8):
         if module.compute_dtype not in (None, dtype):
             raise NotFusable("layers compute in another dtype than activations have")
-        rows = _four_bit_rows if isinstance(module, Linear4bit) else _int8_rows
-        return rows(module, KERNEL_DTYPES[dtype], start, stop, bias_at)  # type: ignore[operator]
+        name = KERNEL_DTYPES[dtype]
+        if isinstance(module, Linear4bit):
+            kind, weight = _four_bit_rows(module, name, start, stop, bias_at)
+        else:
+            kind, weight = _int8_rows(module, name, start, stop, bias_at)
+        return PackedRows(kind, weight, own_bias)
     if type(module) is not nn.Linear or module.weight.dtype != dtype:
         raise NotFusable(f"{type(module).__name__} layers have no fused kernel")
     kind = LinearKind("plain", module.in_features, KERNEL_DTYPES[dtype])
-    row_bytes = module.in_features * module.weight.element_size()
-    address = module.weight.data_ptr() + start * row_bytes
-    return PackedRows(kind, LinearWeight(stop - start, address, bias=bias_at))
+    plain = module.weight[start:stop]
+    weight = LinearWeight(stop - start, plain.data_ptr(), bias=bias_at)
+    return PackedRows(kind, weight, own_bias, plain)
 
 
 def _four_bit_rows(
     module: Linear4bit, dtype: str, start: int, stop: int, bias_at: int
-) -> PackedRows:
+) -> tuple[LinearKind, LinearWeight]:
     layer = module.layer
     fmt: Format = layer.quant_type
     kind = LinearKind(fmt, layer.in_features, dtype, layer.blocksize, nested=layer.double_quant)
@@ -249,7 +261,7 @@ def _four_bit_rows(
         if rest:
             raise NotFusable("gate and up share a block of absmax")
         absmax = module.absmax.data_ptr() + first * 4
-        return PackedRows(kind, LinearWeight(stop - start, packed, absmax, bias=bias_at))
+        return kind, LinearWeight(stop - start, packed, absmax, bias=bias_at)
     group, rest = divmod(start * layer.in_features, layer.blocksize * 256)
     if rest:
         raise NotFusable("gate and up share a group of absmax")
@@ -262,14 +274,16 @@ def _four_bit_rows(
         nested_offset=module.nested_offset.data_ptr(),
         bias=bias_at,
     )
-    return PackedRows(kind, weight)
+    return kind, weight
 
 
-def _int8_rows(module: LinearInt8, dtype: str, start: int, stop: int, bias_at: int) -> PackedRows:
+def _int8_rows(
+    module: LinearInt8, dtype: str, start: int, stop: int, bias_at: int
+) -> tuple[LinearKind, LinearWeight]:
     kind = LinearKind("int8", module.in_features, dtype)
     codes = module.weight.data_ptr() + start * module.in_features
     scb = module.SCB.data_ptr() + start * 4
-    return PackedRows(kind, LinearWeight(stop - start, codes, scb, bias=bias_at))
+    return kind, LinearWeight(stop - start, codes, scb, bias=bias_at)
 
 
 def _embedding_scale(module: Any, dtype: torch.dtype) -> float | None:

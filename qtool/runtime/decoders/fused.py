@@ -1,20 +1,21 @@
 """The common decoder block on our own kernels: five launches a block and token, in one CUDA graph.
 
-The cache is the one of the graph path, and prompts go through transformers' own model; only the
-step of one token is ours: embedding, then per block (norm, query, key and value), (rotary embedding,
-cache update, attention), (output, residual), (norm, gate and up, activation), (down, residual), and
-at last (norm, head). Each launch begins to load its weights while the one before still works.
+The cache is the one of the graph path. A step of one token is the embedding, then per block (norm,
+query, key and value), (rotary embedding, cache update, attention), (output, residual), (norm, gate
+and up, activation), (down, residual), and at last (norm, head). Each launch begins to load its
+weights while the one before still works. Before use all is compared with transformers' operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 
+from cupy_kernels.argmax_rows import argmax_rows, workspace_bytes
 from cupy_kernels.linear_few import (
     MAX_TOKENS,
     OLDEST_COMPUTE_CAPABILITY,
@@ -33,10 +34,12 @@ from qtool.runtime.decoders.blocks import (
 )
 from qtool.runtime.decoders.capture import CaptureFailed
 from qtool.runtime.decoders.fused_attention import AttentionLaunches, attention_shape, check_rotary
+from qtool.runtime.decoders.fused_prompt import FusedPrompt
 from qtool.runtime.decoders.graphed import GraphDecoder
 from qtool.runtime.decoders.network import Network
-from qtool.runtime.decoders.protocol import Path
+from qtool.runtime.decoders.protocol import Path, Sampling
 from qtool.runtime.loading import LoadedModel
+from qtool.runtime.products import KERNEL_DTYPES, MAX_FUSED_TOKENS
 
 REASON: Final = "fused kernels, one CUDA graph per token"
 # Of the largest logit: how far fused logits may be from those of transformers' own operations.
@@ -74,48 +77,105 @@ class FusedDecoder(GraphDecoder):
     """
 
     path: Path = "fused"
-    path_reason = REASON
+    path_reason: str = REASON
+
+    def _choose(self, logits: Tensor, sampling: Sampling) -> Tensor:
+        network = cast(FusedNetwork, self._network)
+        if sampling.temperature == 0 and network.has_own_choice:
+            return network.most_likely()
+        return super()._choose(logits, sampling)
 
 
 class FusedNetwork(Network):
-    """A model whose steps of one token run on our kernels, over a cache of `FixedLayer`s."""
+    """A model whose blocks run on our kernels, over a cache of `FixedLayer`s.
+
+    Attributes:
+        prompt_reason: why prompts go through the model's own operations; empty where they do not.
+    """
 
     def __init__(self, model: Any, prefill_chunk: int, *, batch: int, capacity: int) -> None:
         super().__init__(model, prefill_chunk)
+        self._chunk = prefill_chunk
         self._batch, self._capacity = batch, capacity
         self._network = describe_network(model)
         self._step: _Step | None = None
-        self._keys_at = 0
+        self._prompt: FusedPrompt | None = None
+        self.prompt_reason = ""
 
-    def logits(self, input_ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """See `Network.logits`; the model's own way for prompts and for the first token of all."""
-        first = cache.layers[0]
-        if input_ids.shape[1] > 1 or not first.is_initialized:
-            return super().logits(input_ids, positions, cache)
-        if self._step is None or self._keys_at != first.keys.data_ptr():
-            self._step = _Step(self.model, self._network, cache, self._batch, self._capacity)
-            self._keys_at = first.keys.data_ptr()
-        return self._step.run(input_ids, positions)
+    def prepare(self, cache: Any) -> None:
+        """Make launches for a cache, and compare what they compute with the model's own operations.
 
-    def check(self, cache: Any) -> None:
-        """Compare a few steps with the model's own, over a cache that is filled and left so.
+        Leaves the cache empty.
 
         Raises:
-            CaptureFailed: they differ by more than rounding does.
+            CaptureFailed: the logits of a step differ by more than rounding does.
         """
-        tokens = torch.arange(1, NUM_COMPARED + 2, device=self.device).expand(self._batch, -1)
-        expected = [
-            super(FusedNetwork, self).prefill(tokens[:, :stop], 0, cache, in_chunks=False).float()
-            for stop in range(2, NUM_COMPARED + 2)
-            if not _rewind(cache)
-        ]
+        tokens = torch.arange(1, NUM_COMPARED + 1, device=self.device).expand(self._batch, -1)
+        expected = self._own_logits(tokens, cache)
+        self._step = _Step(self.model, self._network, cache, self._batch, self._capacity)
+        self._check_steps(tokens, expected, cache)
+        try:
+            self._prompt = FusedPrompt(self._network, self._step.attention, cache, self._capacity)
+            self._check_prompt(tokens, expected[-1])
+        except (NotFusable, RuntimeError) as reason:
+            self._prompt, self.prompt_reason = None, str(reason).partition("\n")[0]
+        _rewind(cache)
+
+    @property
+    def has_own_choice(self) -> bool:
+        """Whether the last step's logits are where `most_likely` looks."""
+        return self._step is not None and not self._network.logit_softcap
+
+    def most_likely(self) -> Tensor:
+        """The most likely tokens after the last step, int64 (batch,)."""
+        assert self._step is not None
+        return self._step.most_likely()
+
+    def logits(self, input_ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """See `Network.logits`."""
+        if input_ids.shape[1] > 1 or self._step is None:
+            return super().logits(input_ids, positions, cache)
+        return self._step.run(input_ids, positions)
+
+    def prefill(self, input_ids: Tensor, start: int, cache: Any, *, in_chunks: bool) -> Tensor:
+        """See `Network.prefill`; a few tokens go through the model, whose products are fused then."""
+        few = input_ids.numel() <= MAX_FUSED_TOKENS
+        if self._prompt is None or self._step is None or few:
+            return super().prefill(input_ids, start, cache, in_chunks=in_chunks)
+        return self._run_prompt(input_ids.to(self.device), start, self._chunk)
+
+    def _run_prompt(self, input_ids: Tensor, start: int, chunk: int) -> Tensor:
+        assert self._prompt is not None and self._step is not None
+        for first in range(0, input_ids.shape[1], chunk):
+            hidden = self._prompt.run(input_ids[:, first : first + chunk], start + first)
+        return self._step.head(hidden)
+
+    # -- comparing --------------------------------------------------------------------------------
+
+    def _own_logits(self, tokens: Tensor, cache: Any) -> list[Tensor]:
+        """Logits of the model's own operations after each of `tokens` but the first."""
+        logits = []
+        _rewind(cache)
+        for stop in range(1, tokens.shape[1] + 1):
+            _rewind(cache)
+            logits.append(super().prefill(tokens[:, :stop], 0, cache, in_chunks=False).float())
+        return logits
+
+    def _check_steps(self, tokens: Tensor, expected: list[Tensor], cache: Any) -> None:
+        assert self._step is not None
         _rewind(cache)
         super().prefill(tokens[:, :1], 0, cache, in_chunks=False)
-        for at, wanted in enumerate(expected, start=1):
+        for at in range(1, tokens.shape[1]):
             position = torch.full((self._batch, 1), at, device=self.device)
-            found = self.logits(tokens[:, at : at + 1], position, cache).float()
-            if not (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max():
+            found = self._step.run(tokens[:, at : at + 1], position)
+            if not _are_near(found, expected[at]):
                 raise CaptureFailed(f"fused kernels give other logits at token {at}")
+
+    def _check_prompt(self, tokens: Tensor, expected: Tensor) -> None:
+        """In one chunk, and in two, of which the second sees the first."""
+        for chunk in (tokens.shape[1], tokens.shape[1] - 2):
+            if not _are_near(self._run_prompt(tokens, 0, chunk), expected):
+                raise NotFusable("a prompt gives other logits there")
 
 
 def make_fused_decoder(
@@ -124,8 +184,16 @@ def make_fused_decoder(
     """A decoder over `cache`, whose kernels were compared with the model's own operations."""
     network = FusedNetwork(loaded.model, prefill_chunk, batch=batch, capacity=capacity)
     with torch.inference_mode():
-        network.check(cache)
-    return FusedDecoder(network, cache, capacity=capacity, batch=batch)
+        network.prepare(cache)
+    decoder = FusedDecoder(network, cache, capacity=capacity, batch=batch)
+    if network.prompt_reason:
+        decoder.path_reason = f"{REASON}; prompts on the model's own: {network.prompt_reason}"
+    return decoder
+
+
+def _are_near(found: Tensor, expected: Tensor) -> bool:
+    # not >: a NaN is a difference too
+    return bool((found.float() - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
 def _rewind(cache: Any) -> None:
@@ -155,9 +223,21 @@ class _Step:
     ) -> None:
         self._network = network
         self._buffers = _make_buffers(network, batch)
-        self._attention = AttentionLaunches(model, network, cache, batch, capacity)
+        self.attention = AttentionLaunches(model, network, cache, batch, capacity)
         self._batch = batch
         self._queues = list(self._launches())
+        logits = self._buffers.logits
+        self._tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
+        self._workspace = torch.zeros(
+            workspace_bytes(batch), dtype=torch.uint8, device=logits.device
+        )
+        self._argmax = argmax_rows(
+            logits.data_ptr(),
+            KERNEL_DTYPES[network.dtype],
+            *logits.shape,
+            workspace=self._workspace.data_ptr(),
+            out=self._tokens.data_ptr(),
+        )
 
     def run(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits (batch, vocabulary) after the tokens (batch, 1); the buffer of every step."""
@@ -166,14 +246,30 @@ class _Step:
         if network.embedding_scale is not None:
             hidden = hidden * network.embedding_scale
         buffers.hidden.copy_(hidden)
-        self._attention.position.copy_(positions[0])
-        stream = torch.cuda.current_stream(hidden.device).cuda_stream
-        for queue in self._queues:
+        self.attention.position.copy_(positions[0])
+        self._queue(self._queues)
+        return self._capped()
+
+    def most_likely(self) -> Tensor:
+        """int64 (batch,): the largest logits of the last step."""
+        self._queue([self._argmax])
+        return self._tokens
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (batch, vocabulary) of hidden states (batch, hidden) before the final norm."""
+        self._buffers.hidden.copy_(hidden)
+        self._queue(self._queues[-1:])
+        return self._capped().clone()
+
+    def _queue(self, queues: Sequence[Queue]) -> None:
+        stream = torch.cuda.current_stream(self._buffers.hidden.device).cuda_stream
+        for queue in queues:
             queue(stream)
-        if network.logit_softcap:
-            cap = network.logit_softcap
-            return torch.tanh(buffers.logits / cap) * cap
-        return buffers.logits
+
+    def _capped(self) -> Tensor:
+        cap = self._network.logit_softcap
+        logits = self._buffers.logits
+        return torch.tanh(logits / cap) * cap if cap else logits
 
     def _launches(self) -> Iterator[Queue]:
         network, buffers = self._network, self._buffers
@@ -181,7 +277,7 @@ class _Step:
             yield from self._products(
                 block.query_key_value, buffers.hidden, buffers.query_key_value, block.attention_norm
             )
-            yield self._attention.launch(index, buffers.query_key_value, buffers.attended)
+            yield self.attention.launch(index, buffers.query_key_value, buffers.attended)
             yield self._added(block.output, buffers.attended)
             yield self._gated(block)
             yield self._added(block.down, buffers.gated)

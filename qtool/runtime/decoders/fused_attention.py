@@ -16,6 +16,7 @@ from cupy_kernels.decode_attention import (
     why_not,
     workspace_bytes,
 )
+from cupy_kernels.prompt_rows import rotary_rows
 from qtool.runtime.decoders.blocks import Attention, FusableNetwork, NotFusable
 from qtool.runtime.products import KERNEL_DTYPES
 
@@ -50,11 +51,39 @@ class AttentionLaunches:
         )
 
     def launch(self, index: int, query_key_value: Tensor, out: Tensor) -> Callable[[int], None]:
-        """Attention of block `index`, (batch, size) each."""
+        """A launch of block `index` for one token, (batch, size) each."""
+        attention = self._network.blocks[index].attention
+        return decode_attention(
+            self._shape,
+            self._tensors(index, query_key_value, out),
+            scale=attention.scale,
+            softcap=attention.softcap,
+            window=attention.window,
+            epsilon=_epsilon(attention),
+        )
+
+    def take_up(self, index: int, query_key_value: Tensor, queries: Tensor, start: int) -> None:
+        """Queue what comes before the attention of a prompt in block `index`.
+
+        Args:
+            query_key_value: (batch * n, size), contiguous.
+            queries: (batch, heads, n, head_dim), filled; keys and values go to the cache, at
+                positions from `start` on.
+        """
+        rotary_rows(
+            self._shape,
+            self._tensors(index, query_key_value, queries),
+            num_tokens=queries.shape[2],
+            start=start,
+            epsilon=_epsilon(self._network.blocks[index].attention),
+            stream=torch.cuda.current_stream(queries.device).cuda_stream,
+        )
+
+    def _tensors(self, index: int, query_key_value: Tensor, out: Tensor) -> AttentionTensors:
         attention = self._network.blocks[index].attention
         cosines, sines = self._angles[attention.layer_type]
         query_norm, key_norm = attention.query_norm, attention.key_norm
-        tensors = AttentionTensors(
+        return AttentionTensors(
             qkv=query_key_value.data_ptr(),
             qkv_stride=query_key_value.stride(0),
             cosines=cosines.data_ptr(),
@@ -67,14 +96,6 @@ class AttentionLaunches:
             workspace=self._workspace.data_ptr(),
             query_norm=0 if query_norm is None else query_norm.weight.data_ptr(),
             key_norm=0 if key_norm is None else key_norm.weight.data_ptr(),
-        )
-        return decode_attention(
-            self._shape,
-            tensors,
-            scale=attention.scale,
-            softcap=attention.softcap,
-            window=attention.window,
-            epsilon=0.0 if query_norm is None else query_norm.epsilon,
         )
 
 
@@ -122,6 +143,10 @@ def _traits(attention: Attention) -> tuple[str, bool]:
         raise NotFusable("a norm of queries or keys alone")
     plus_one = attention.query_norm is not None and attention.query_norm.plus_one
     return "rms_plus_one" if plus_one else "rms", attention.softcap > 0
+
+
+def _epsilon(attention: Attention) -> float:
+    return 0.0 if attention.query_norm is None else attention.query_norm.epsilon
 
 
 def _rotary_dim(model: Any, layer_type: str) -> int:

@@ -134,10 +134,14 @@ class GraphDecoder:
         self._ring.restart()
         self._ring.write(tokens)
 
+    def _choose(self, logits: Tensor, sampling: Sampling) -> Tensor:
+        """The next tokens int64 (batch,), within a step."""
+        return choose_tokens(logits, sampling, self._generator)
+
     def _step(self, sampling: Sampling) -> None:
         """One token on, on the device alone: what a graph holds."""
         self._step_logits = self._network.logits(self._input_ids, self._position, self._cache)
-        tokens = choose_tokens(self._step_logits, sampling, self._generator)
+        tokens = self._choose(self._step_logits, sampling)
         self._input_ids.copy_(tokens[:, None])
         self._position.add_(1)
         self._ring.write(tokens)
