@@ -118,7 +118,7 @@ class Launch:
     Args:
         arguments: the kernel's only parameter, passed by value; change its fields between launches.
         overlap: the kernel may begin while the launch before still runs, and waits itself for what
-            that one writes (programmatic dependent launch, compute capability 9.0 or newer).
+            that one writes (programmatic dependent launch); GPUs that cannot do it do not.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Launch:
             shared_bytes,
             None,
             ctypes.pointer(self._attribute),
-            int(overlap),
+            int(overlap and current_gpu().can_overlap),
         )
         self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         self._launch = _driver().cuLaunchKernelEx

@@ -32,6 +32,7 @@ from qtool.events import Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 from qtool.runtime.adapters import add_adapter
 from qtool.runtime.hf_quantizer import PackedLayersConfig, wrong_shape
+from qtool.runtime.host_head import multiply_head_on_host
 from qtool.runtime.linear import PackedLayer
 from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
 from qtool.runtime.model_config import (
@@ -142,6 +143,7 @@ def load_model(
             _wait_for_kernels(compiling, on_event)
             if options.head_quant is not None:
                 quantize_head(network, options.head_quant)
+            multiply_head_on_host(network)
             if options.adapter is not None:
                 add_adapter(network, options.adapter)
             return LoadedModel(

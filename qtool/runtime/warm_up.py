@@ -42,7 +42,9 @@ def warm_up_kernels(
         list(pool.map(compile_one, wanted))
 
 
-def _kinds(layers: Mapping[str, PackedLayer], dtype: torch.dtype) -> Iterator[tuple[LinearKind, int]]:
+def _kinds(
+    layers: Mapping[str, PackedLayer], dtype: torch.dtype
+) -> Iterator[tuple[LinearKind, int]]:
     """Kinds of launches with the number of layers in one."""
     for name, layer in layers.items():
         kind = _kind_of(layer, dtype)

@@ -136,7 +136,7 @@ def describe_network(model: Any) -> FusableNetwork:
         head_dim=first.head_dim,
         gate=gate,
         embedding=embedding.weight,
-        embedding_scale=_embedding_scale(embedding, dtype),
+        embedding_scale=_embedding_scale(config, embedding, dtype),
         blocks=tuple(reader.block(layer, index) for index, layer in enumerate(decoder.layers)),
         final_norm=reader.norm(decoder.norm),
         head=reader.rows(model.get_output_embeddings()),
@@ -286,8 +286,9 @@ def _int8_rows(
     return kind, LinearWeight(stop - start, codes, scb, bias=bias_at)
 
 
-def _embedding_scale(module: Any, dtype: torch.dtype) -> float | None:
+def _embedding_scale(config: Any, module: Any, dtype: torch.dtype) -> float | None:
+    """What embeddings are multiplied by, rounded as the model rounds it."""
     scale = getattr(module, "embed_scale", None)
-    if scale is None:
-        return None
-    return float(torch.as_tensor(scale).to(dtype))
+    if scale is None and config.model_type == "gemma":
+        scale = config.hidden_size**0.5  # older transformers multiply outside of the embedding
+    return None if scale is None else float(torch.as_tensor(scale).to(dtype))
