@@ -8,8 +8,8 @@ from typing import Final
 from cupy_kernels.launch import Launch, cuda_dtype
 from cupy_kernels.loader import load_kernel
 
-_BLOCKS: Final = 64
-_WARPS: Final = 8
+BLOCKS: Final = 64
+WARPS: Final = 8
 
 
 class _Arguments(ctypes.Structure):
@@ -26,7 +26,7 @@ class _Arguments(ctypes.Structure):
 
 def workspace_bytes(num_rows: int) -> int:
     """Bytes that launches share which do not run at the same time; zero before the first."""
-    return num_rows * (8 * _BLOCKS + 4)
+    return num_rows * (8 * BLOCKS + 4)
 
 
 def argmax_rows(
@@ -46,8 +46,8 @@ def argmax_rows(
         workspace: address of `workspace_bytes` bytes.
         out: address of int64 (num_rows,).
     """
-    kernel = load_kernel("argmax_rows", ACTIVATION=cuda_dtype(dtype), BLOCKS=_BLOCKS, WARPS=_WARPS)
-    partial_bytes = 4 * _BLOCKS * num_rows
+    kernel = load_kernel("argmax_rows", ACTIVATION=cuda_dtype(dtype), BLOCKS=BLOCKS, WARPS=WARPS)
+    partial_bytes = 4 * BLOCKS * num_rows
     arguments = _Arguments(
         values=values,
         stride=columns,
@@ -57,4 +57,4 @@ def argmax_rows(
         arrived=workspace + 2 * partial_bytes,
         out=out,
     )
-    return Launch(kernel, (_BLOCKS, num_rows), _WARPS * 32, 0, arguments, overlap=overlap)
+    return Launch(kernel, (BLOCKS, num_rows), WARPS * 32, 0, arguments, overlap=overlap)

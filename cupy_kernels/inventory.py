@@ -11,25 +11,77 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Final
 
+from cupy_kernels import argmax_rows, decode_attention, prompt_rows
+from cupy_kernels.decode_attention import HEAD_NORMS, AttentionShape
 from cupy_kernels.launch import DTYPES
+from cupy_kernels.linear_few import NORMS, LinearKind, SharedMemory, specialise
 from cupy_kernels.loader import Compiled, compile_kernel
 from cupy_kernels.quantize_int8_rows import ROW_SHAPES
 from qtool.formats.precisions import BLOCKSIZES
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
+# KiB of shared memory that a thread block may have and that a multiprocessor has (CUDA C++
+# Programming Guide, "Technical Specifications per Compute Capability"). sm_75 is not among them:
+# the kernels of the decode step need asynchronous copies and bfloat16 in tensor cores.
+SHARED_KIB: Final = {
+    "sm_80": (163, 164),
+    "sm_86": (99, 100),
+    "sm_89": (99, 100),
+    "sm_90": (227, 228),
+    "sm_100": (227, 228),
+    "sm_120": (99, 100),
+}
+
+# Layers of a launch by kind. A kernel is made for its columns, of which there are too many to
+# compile all: these are sizes of 7B to 70B models, and one whose rows end within a chunk.
+LINEARS: Final = (
+    (LinearKind("nf4", 4096, "BF16"), 1),
+    (LinearKind("nf4", 4096, "BF16", blocksize=32), 1),
+    (LinearKind("nf4", 4096, "BF16", nested=True, norm="rms"), 3),
+    (LinearKind("nf4", 4096, "BF16", nested=True, norm="rms", epilogue="gated"), 2),
+    (LinearKind("nf4", 14336, "BF16", nested=True, epilogue="residual"), 1),
+    (LinearKind("nf4", 1408, "F16", norm="rms_plus_one", epilogue="gated", gate="gelu_tanh"), 2),
+    (LinearKind("fp4", 4096, "F16", nested=True), 1),
+    (LinearKind("fp4", 1408, "BF16", blocksize=32, nested=True, norm="rms"), 3),
+    (LinearKind("int8", 4096, "BF16", norm="rms"), 3),
+    (LinearKind("int8", 4096, "F16", norm="rms", epilogue="gated"), 2),
+    (LinearKind("int8", 14336, "BF16", epilogue="residual"), 1),
+    (LinearKind("plain", 4096, "BF16", norm="rms"), 1),
+    (LinearKind("plain", 14336, "F16", epilogue="residual"), 1),
+    (LinearKind("plain", 1408, "BF16", norm="rms", epilogue="gated", gate="gelu"), 2),
+)
+TOKENS: Final = (1, 8)
+
+# Query and key heads, sizes of a head, norm of heads, softcap.
+ATTENTIONS: Final = (
+    (32, 32, 96, "none", False),
+    (32, 8, 64, "none", False),
+    (32, 8, 128, "rms", False),
+    (8, 1, 128, "none", False),
+    (8, 1, 256, "none", False),
+    (16, 4, 256, "rms_plus_one", True),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Specialisation:
-    """A kernel and the macros it is compiled with."""
+    """A kernel and the macros it is compiled with.
+
+    Attributes:
+        purpose: what it is for, where the macros differ between GPUs.
+    """
 
     name: str
     defines: tuple[tuple[str, str | int], ...] = ()
+    purpose: str = ""
 
     def __str__(self) -> str:
-        return " ".join([self.name, *(str(value) for _, value in self.defines)])
+        values = " ".join(str(value) for _, value in self.defines)
+        return f"{self.name} {self.purpose or values}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +91,33 @@ class Resources:
     registers: int
     spilled_bytes: int
 
+    def __str__(self) -> str:
+        return f"{self.registers} / {self.spilled_bytes}"
 
-def specialisations() -> Iterator[Specialisation]:
-    """All of them, kernel by kernel."""
+
+def specialisations(target: str) -> Iterator[Specialisation]:
+    """All of them, kernel by kernel; of those that are made for a model's sizes, the usual ones.
+
+    Kernels of the decode step are left out where they do not run (see `SHARED_KIB`).
+    """
+    yield from _of_formats()
+    if target in SHARED_KIB:
+        yield from _of_products(shared_memory(target))
+        yield from _of_the_decode_step()
+
+
+def shared_memory(target: str) -> SharedMemory:
+    """Of a GPU of this kind; the number of multiprocessors does not matter here."""
+    block_kib, multiprocessor_kib = SHARED_KIB[target]
+    return SharedMemory(
+        block_bytes=block_kib << 10,
+        multiprocessor_bytes=multiprocessor_kib << 10,
+        multiprocessors=1,
+        compute_capability=int(target.removeprefix("sm_")),
+    )
+
+
+def _of_formats() -> Iterator[Specialisation]:
     for dtype in DTYPES.values():
         for quant_type in ("nf4", "fp4"):
             for blocksize in BLOCKSIZES:
@@ -59,6 +135,72 @@ def specialisations() -> Iterator[Specialisation]:
         yield _make("count_nonfinite", SOURCE=dtype)
     yield _make("quantize_absmax")
     yield _make("dequantize_absmax")
+
+
+def _of_products(gpu: SharedMemory) -> Iterator[Specialisation]:
+    for kind, num_weights in LINEARS:
+        for tokens in TOKENS:
+            try:
+                defines, _, _ = specialise(kind, num_weights, tokens, gpu)
+            except ValueError:  # too little shared memory: such models take another path
+                continue
+            purpose = f"{_in_words(kind)} x{num_weights}, {tokens} tokens"
+            yield Specialisation("linear_few", tuple(defines.items()), purpose)
+
+
+def _in_words(kind: LinearKind) -> str:
+    """The fields that are not the usual ones."""
+    usual = LinearKind(kind.format, kind.columns, kind.dtype)
+    pairs = ((field.name, getattr(kind, field.name)) for field in fields(kind))
+    unusual = [f"{name} {value}" for name, value in pairs if value != getattr(usual, name)]
+    return ", ".join([f"{kind.format} {kind.columns} {kind.dtype}", *unusual])
+
+
+def _of_the_decode_step() -> Iterator[Specialisation]:
+    for heads, kv_heads, head_dim, head_norm, has_softcap in ATTENTIONS:
+        for dtype in ("BF16", "F16"):
+            yield from _of_attention(
+                AttentionShape(
+                    heads=heads,
+                    kv_heads=kv_heads,
+                    head_dim=head_dim,
+                    rotary_dim=head_dim,
+                    head_norm=head_norm,
+                    has_softcap=has_softcap,
+                    batch=1,
+                    capacity=0,
+                    dtype=dtype,
+                )
+            )
+    for dtype in DTYPES.values():
+        yield _make("next_token", LOGITS=dtype)
+    for dtype in (DTYPES["BF16"], DTYPES["F16"]):
+        yield _make("embed", ACTIVATION=dtype)
+        yield _make(
+            "argmax_rows", ACTIVATION=dtype, BLOCKS=argmax_rows.BLOCKS, WARPS=argmax_rows.WARPS
+        )
+        for gate in ("SILU", "GELU_TANH", "GELU"):
+            yield _make("gated_rows", ACTIVATION=dtype, GATE=gate)
+        for norm in ("rms", "rms_plus_one"):
+            yield _make(
+                "norm_rows",
+                ACTIVATION=dtype,
+                NORM=NORMS[norm],
+                COLUMNS=4096,
+                WARPS=prompt_rows.NORM_WARPS,
+            )
+
+
+def _of_attention(shape: AttentionShape) -> Iterator[Specialisation]:
+    yield _make("decode_attention", **decode_attention.defines(shape))
+    yield _make(
+        "rotary_rows",
+        ACTIVATION=DTYPES[shape.dtype],
+        HEAD_DIM=shape.head_dim,
+        ROTARY_DIM=shape.rotary_dim,
+        HEAD_NORM=HEAD_NORMS[shape.head_norm],
+        WARPS=prompt_rows.ROTARY_WARPS,
+    )
 
 
 def resources(compiled: Compiled) -> Resources:
@@ -79,14 +221,17 @@ def _make(name: str, **defines: str | int) -> Specialisation:
 
 
 def _print_resources(targets: list[str]) -> None:
-    sys.stdout.write("registers per thread / bytes spilled\n")
-    sys.stdout.write(f"{'':40}" + "".join(f"{target:>12}" for target in targets) + "\n")
-    for kernel in specialisations():
-        cells = []
-        for target in targets:
-            used = resources(compile_kernel(kernel.name, dict(kernel.defines), target))
-            cells.append(f"{used.registers} / {used.spilled_bytes}")
-        sys.stdout.write(f"{kernel!s:40}" + "".join(f"{cell:>12}" for cell in cells) + "\n")
+    used: dict[str, dict[str, Resources]] = {}
+    for target in targets:
+        for kernel in specialisations(target):
+            compiled = compile_kernel(kernel.name, dict(kernel.defines), target)
+            used.setdefault(str(kernel), {})[target] = resources(compiled)
+    width = max(map(len, used))
+    sys.stdout.write("registers per thread / bytes spilled; - where it does not run\n")
+    sys.stdout.write(" " * width + "".join(f"{target:>12}" for target in targets) + "\n")
+    for name, found in used.items():
+        cells = "".join(f"{found.get(target, '-')!s:>12}" for target in targets)
+        sys.stdout.write(f"{name:{width}}{cells}\n")
 
 
 if __name__ == "__main__":

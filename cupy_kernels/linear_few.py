@@ -267,7 +267,11 @@ def specialise(
                 tuning,
                 shared_bytes,
             )
-    raise ValueError(f"{gpu.block_bytes} bytes of shared memory are too few for {kind}")
+    with_norm = "" if kind.norm == "none" else " and a norm"
+    raise ValueError(
+        f"{gpu.block_bytes} bytes of shared memory are too few for products of {tokens} tokens "
+        f"with {kind.columns} columns{with_norm}"
+    )
 
 
 def _fit(

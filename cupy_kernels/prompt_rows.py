@@ -1,4 +1,4 @@
-"""Launches norm_rows.cu, rotary_rows.cu and gated_rows.cu: what a prompt's tokens need beside products.
+"""Launches norm_rows.cu, rotary_rows.cu and gated_rows.cu: a prompt beside its products.
 
 Addresses as integers; kernels are only queued, on `stream`.
 """
@@ -18,8 +18,8 @@ from cupy_kernels.loader import load_kernel
 if TYPE_CHECKING:
     import cupy
 
-_NORM_WARPS: Final = 8
-_ROTARY_WARPS: Final = 4
+NORM_WARPS: Final = 8
+ROTARY_WARPS: Final = 4
 _GATED_THREADS: Final = 256
 _OCTET: Final = 8
 
@@ -76,10 +76,10 @@ def norm_rows(rows: Rows, kind: Norm, norm: NormWeight, x: int, out: int, stream
         ACTIVATION=cuda_dtype(rows.dtype),
         NORM=NORMS[kind],
         COLUMNS=rows.columns,
-        WARPS=_NORM_WARPS,
+        WARPS=NORM_WARPS,
     )
     arguments = _NormArguments(x, norm.weight, out, norm.epsilon)
-    Launch(kernel, (rows.tokens,), _NORM_WARPS * 32, 0, arguments, overlap=False)(stream)
+    Launch(kernel, (rows.tokens,), NORM_WARPS * 32, 0, arguments, overlap=False)(stream)
 
 
 def gated_rows(rows: Rows, gate_kind: Gate, gate: int, up: int, out: int, stream: int) -> None:
@@ -111,7 +111,7 @@ def rotary_rows(
         HEAD_DIM=shape.head_dim,
         ROTARY_DIM=shape.rotary_dim,
         HEAD_NORM=HEAD_NORMS[shape.head_norm],
-        WARPS=_ROTARY_WARPS,
+        WARPS=ROTARY_WARPS,
     )
     arguments = _RotaryArguments(
         qkv=tensors.qkv,
@@ -128,9 +128,9 @@ def rotary_rows(
         capacity=shape.capacity,
         start=start,
     )
-    groups = ceil_div(shape.heads + 2 * shape.kv_heads, _ROTARY_WARPS)
+    groups = ceil_div(shape.heads + 2 * shape.kv_heads, ROTARY_WARPS)
     grid = (num_tokens, groups, shape.batch)
-    Launch(kernel, grid, _ROTARY_WARPS * 32, 0, arguments, overlap=False)(stream)
+    Launch(kernel, grid, ROTARY_WARPS * 32, 0, arguments, overlap=False)(stream)
 
 
 def _kernel(name: str, **defines: str | int) -> cupy.RawKernel:

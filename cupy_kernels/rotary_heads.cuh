@@ -1,57 +1,92 @@
-// Query and key heads made ready for attention: norm, then rotary embedding, rounded where transformers rounds.
+// A head of queries or keys in the registers of a warp: RMS norm, rotary embedding.
 //
-// Defines: ACTIVATION, HEAD_DIM, ROTARY_DIM (even, up to HEAD_DIM), HEAD_NORM (0; 1: RMS norm; 2: its weight
-// plus one). Dimension i is turned with i + ROTARY_DIM / 2; those beyond ROTARY_DIM stay.
+// Defines: ACTIVATION (Bf16, F16), HEAD_DIM, ROTARY_DIM (even, 2 to HEAD_DIM), HEAD_NORM (0; 1: RMS norm of the
+// head; 2: its weight plus one).
+//
+// Every operation is rounded to ACTIVATION, as where a model computes in it: with tables that were rounded
+// to it the results are the same bit by bit, but for the order of the norm's sum.
 #pragma once
 
 constexpr int HALF_ROTARY = ROTARY_DIM / 2;
+static_assert(ROTARY_DIM >= 2 && ROTARY_DIM % 2 == 0 && ROTARY_DIM <= HEAD_DIM, "no rotary embedding");
 
 __device__ inline float rounded(float value) { return ACTIVATION::widen(ACTIVATION::narrow(value)); }
 
-// The angles of a position that a lane turns by.
-struct Angles {
-    static constexpr int OWN = (HALF_ROTARY + WARP - 1) / WARP;
-    float cosines[OWN], sines[OWN];
+constexpr int PAIRS = (HALF_ROTARY + WARP - 1) / WARP;            // of a lane, that are turned
+constexpr int RESTS = (HEAD_DIM - ROTARY_DIM + WARP - 1) / WARP;  // of a lane, that stay
 
-    // From tables (capacity, HALF_ROTARY).
-    __device__ void load(const float* all_cosines, const float* all_sines, int64 position) {
+// cos and sin of a lane's pairs. The tables are float32 (positions, HALF_ROTARY).
+struct Angles {
+    float cosines[PAIRS], sines[PAIRS];
+
+    __device__ void load(const float* cosine_table, const float* sine_table, int64 position) {
 #pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            int at = threadIdx.x % WARP + i * WARP;
-            cosines[i] = at < HALF_ROTARY ? all_cosines[position * HALF_ROTARY + at] : 0.0f;
-            sines[i] = at < HALF_ROTARY ? all_sines[position * HALF_ROTARY + at] : 0.0f;
+        for (int i = 0; i < PAIRS; i++) {
+            int pair = i * WARP + threadIdx.x % WARP;
+            int64 at = position * HALF_ROTARY + (pair < HALF_ROTARY ? pair : 0);
+            cosines[i] = __ldg(cosine_table + at);
+            sines[i] = __ldg(sine_table + at);
         }
     }
 };
 
-// One head from global memory to `head` (HEAD_DIM,), normalized and turned; by one warp.
-__device__ inline void prepare_head(const Bits* source, const Bits* norm, float epsilon, const Angles& angles,
-                                    float* head) {
-    const int lane = threadIdx.x % WARP;
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = lane; i < HEAD_DIM; i += WARP) {
-        head[i] = ACTIVATION::widen(__ldcg(source + i));
-        sum = __fmaf_rn(head[i], head[i], sum);
+// A lane's values: those of its pairs, first and second in turn, then those that stay.
+struct Head {
+    static constexpr int COUNT = 2 * PAIRS + RESTS;
+    float values[COUNT];
+
+    // Where value `i` lies in the head; -1: the lane has none.
+    __device__ static int place(int i) {
+        const int lane = threadIdx.x % WARP;
+        if (i < 2 * PAIRS) {
+            int pair = i / 2 * WARP + lane;
+            return pair < HALF_ROTARY ? pair + i % 2 * HALF_ROTARY : -1;
+        }
+        int rest = ROTARY_DIM + (i - 2 * PAIRS) * WARP + lane;
+        return rest < HEAD_DIM ? rest : -1;
     }
-#if HEAD_NORM
+
+    __device__ void load(const Bits* source) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
-    const float scale = rsqrtf(sum / HEAD_DIM + epsilon);
-    for (int i = lane; i < HEAD_DIM; i += WARP) {
-        float weight = ACTIVATION::widen(norm[i]);
-        head[i] = HEAD_NORM == 2 ? rounded(head[i] * scale * (1.0f + weight))
-                                 : rounded(rounded(head[i] * scale) * weight);
+        for (int i = 0; i < COUNT; i++)
+            values[i] = place(i) >= 0 ? ACTIVATION::widen(__ldcg(source + place(i))) : 0.0f;
     }
-#endif
-    __syncwarp();
+
+    // By all lanes of a warp. `weight`: what `load` makes of the norm's weight.
+    __device__ void normalize(const Head& weight, float epsilon) {
+        float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < Angles::OWN; i++) {
-        const int at = lane + i * WARP;
-        if (at >= HALF_ROTARY) break;
-        float first = head[at], second = head[at + HALF_ROTARY];
-        head[at] = rounded(rounded(first * angles.cosines[i]) - rounded(second * angles.sines[i]));
-        head[at + HALF_ROTARY] = rounded(rounded(second * angles.cosines[i]) + rounded(first * angles.sines[i]));
+        for (float value : values) sum = __fmaf_rn(value, value, sum);
+#pragma unroll
+        for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
+        const float scale = rsqrtf(sum / HEAD_DIM + epsilon);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            float value = values[i] * scale;
+            values[i] = HEAD_NORM == 2 ? rounded(value * (1.0f + weight.values[i]))
+                                       : rounded(rounded(value) * weight.values[i]);
+        }
     }
-    __syncwarp();
-}
+
+    __device__ void turn(const Angles& angles) {
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            float cosine = angles.cosines[i], sine = angles.sines[i];
+            float first = values[2 * i], second = values[2 * i + 1];
+            values[2 * i] = rounded(rounded(first * cosine) - rounded(second * sine));
+            values[2 * i + 1] = rounded(rounded(second * cosine) + rounded(first * sine));
+        }
+    }
+
+    __device__ void store(Bits* target) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            if (place(i) >= 0) target[place(i)] = ACTIVATION::narrow(values[i]);
+    }
+
+    __device__ void store(float* target) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            if (place(i) >= 0) target[place(i)] = values[i];
+    }
+};

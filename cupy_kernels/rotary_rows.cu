@@ -25,7 +25,6 @@ struct Arguments {
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) rotary_rows(const __grid_constant__ Arguments args) {
-    __shared__ float heads[WARPS][HEAD_DIM];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int token = blockIdx.x, num_tokens = gridDim.x, sequence = blockIdx.z;
     const int head = blockIdx.y * WARPS + warp, all_heads = args.heads + 2 * args.kv_heads;
@@ -43,10 +42,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) rotary_rows(const __gri
     const bool is_key = head >= args.heads;
     Angles angles;
     angles.load(args.cosines, args.sines, position);
-    prepare_head(source, is_key ? args.key_norm : args.query_norm, args.epsilon, angles, heads[warp]);
-    Bits* target =
-        is_key ? args.keys + ((int64(sequence) * args.kv_heads + head - args.heads) * args.capacity + position) *
-                                 HEAD_DIM
-               : args.queries + ((int64(sequence) * args.heads + head) * num_tokens + token) * HEAD_DIM;
-    for (int i = lane; i < HEAD_DIM; i += WARP) target[i] = ACTIVATION::narrow(heads[warp][i]);
+    Head own;
+    own.load(source);
+#if HEAD_NORM
+    Head norm;
+    norm.load(is_key ? args.key_norm : args.query_norm);
+    own.normalize(norm, args.epsilon);
+#endif
+    own.turn(angles);
+    own.store(is_key ? args.keys + ((int64(sequence) * args.kv_heads + head - args.heads) * args.capacity + position) *
+                                       HEAD_DIM
+                     : args.queries + ((int64(sequence) * args.heads + head) * num_tokens + token) * HEAD_DIM);
 }

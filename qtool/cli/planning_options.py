@@ -59,6 +59,15 @@ KvDtype = Annotated[
     KvDtypeName,
     typer.Option(help="The cache's dtype; auto: what the model computes in."),
 ]
+PrefillChunk = Annotated[
+    int,
+    typer.Option(
+        "--prefill-chunk",
+        min=1,
+        metavar="N",
+        help="The tokens of a prompt that qtool's own runtime runs at once.",
+    ),
+]
 LoraR = Annotated[
     int,
     typer.Option(
@@ -155,6 +164,7 @@ def build_workload(
     kv_dtype: KvDtypeName = "auto",
     gpus: int,
     split: SplitName,
+    prefill_chunk: int = 512,
     lora_r: int = 16,
     lora_targets: str | None = None,
     lora_dropout: float = 0.05,
@@ -175,6 +185,7 @@ def build_workload(
         kv_dtype=kv_dtype,
         gpus=gpus,
         split=split,
+        prefill_chunk=prefill_chunk,
         tuning=Tuning(
             lora_r=lora_r,
             lora_targets=None if is_default else tuple(names),

@@ -29,7 +29,7 @@ read off runs on the meta device: a heuristic.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Literal, NamedTuple, Self
 
@@ -164,8 +164,9 @@ class LayerShape:
     """What one layer's activations are made of, in elements per token; see the module's text.
 
     `attention` is the largest of the kinds of attention and recurrent layers, `basis` says whether
-    it is counted or read off. `attention_matrix_bytes` are per pair of tokens, 0 where attention is
-    fused; `kept_matrix_bytes` of them stay until the layer's end.
+    it is counted or read off. `repeated` is per cached position: keys and values with those of a
+    group of heads repeated, 0 without groups. `attention_matrix_bytes` are per pair of tokens, 0
+    where attention is fused; `kept_matrix_bytes` of them stay until the layer's end.
     """
 
     hidden: int
@@ -173,6 +174,7 @@ class LayerShape:
     mlp: int
     mlp_copies: MlpCopies
     attention: int
+    repeated: int
     rotary: int
     vocabulary: int
     cache_layers: CacheLayers
@@ -198,6 +200,7 @@ class LayerShape:
             mlp=architecture.intermediate_size,
             mlp_copies=_mlp_copies(architecture),
             attention=max(_attention_elements(architecture), default=0),
+            repeated=max(_repeated_elements(architecture, attention_layers), default=0),
             rotary=2 * architecture.head_dim * len(kinds_of_layers),  # cosines and sines
             vocabulary=architecture.vocab_size,
             cache_layers=Counter(architecture.cache_layers),
@@ -218,6 +221,7 @@ class LayerShape:
             self,
             mlp=-(-self.mlp // num_gpus),
             attention=whole - (whole - self.attention) // num_gpus,
+            repeated=-(-self.repeated // num_gpus),
             attention_matrix_bytes=-(-self.attention_matrix_bytes // num_gpus),
             kept_matrix_bytes=-(-self.kept_matrix_bytes // num_gpus),
             routed=self.routed and replace(self.routed, width=-(-self.routed.width // num_gpus)),
@@ -233,25 +237,32 @@ class LayerShape:
             kept_matrix_bytes=0,
         )
 
-    def mask_bytes(self, context: int, element_bytes: int) -> int:
+    def mask_bytes(self, context: int, element_bytes: int, keys: int | None = None) -> int:
         """Masks, shared by the sequences of a batch.
 
         One boolean per pair of tokens for sliding windows in fused attention, one number per pair
-        and kind of layer where attention is not fused.
+        and kind of layer where attention is not fused. Tokens that look at `keys` cached positions
+        have a boolean per pair and kind of layer.
         """
         if self.attention_matrix_bytes:
-            return context * context * element_bytes * self.kinds_of_layers
+            return context * (keys or context) * element_bytes * self.kinds_of_layers
+        if keys is not None:
+            return context * keys * self.kinds_of_layers
         return context * context if self._is_masked(context) else 0
 
-    def additive_mask_bytes(self, context: int, batch: int, element_bytes: int) -> int:
+    def additive_mask_bytes(
+        self, context: int, batch: int, element_bytes: int, keys: int | None = None
+    ) -> int:
         """The mask as numbers, which a fused kernel wants of every sequence.
 
         A context that is no multiple of 8 takes it twice, which is left out: then more tokens
         would need less.
         """
-        if self.attention_matrix_bytes or not self._is_masked(context):
+        if self.attention_matrix_bytes:
             return 0
-        return batch * context * context * element_bytes
+        if keys is not None:
+            return batch * context * keys * element_bytes if self.kinds_of_layers else 0
+        return batch * context * context * element_bytes if self._is_masked(context) else 0
 
     def _is_masked(self, context: int) -> bool:
         windows = (layer.window for layer in self.cache_layers if isinstance(layer, AttentionCache))
@@ -300,11 +311,14 @@ def prefill_peak(
     buffer: DequantBuffer = NO_BUFFER,
     converted_bytes: int = 0,
     int8_outliers: float | None = None,
+    keys: int | None = None,
 ) -> PrefillPeak:
     """The peak of one forward pass over `batch` prompts of `context` tokens each.
 
     Args:
         element_bytes: of activations and cache.
+        keys: where the tokens are the last chunk of a longer prompt, the cached positions that
+            attention looks at. Then it has a mask, and keys and values of grouped heads repeated.
         buffer: what the largest packed linear layer takes beside its inputs and output.
         converted_bytes: per element where packed layers compute in another dtype than the
             activations', so that their inputs and outputs exist twice.
@@ -313,16 +327,18 @@ def prefill_peak(
     tokens = batch * context
     elements = tokens * element_bytes
     in_layer = elements * layer.rotary + tokens * INTEGER_INPUTS_BYTES
-    in_layer += layer.mask_bytes(context, element_bytes)
-    in_layer += overhang_bytes(
-        layer.cache_layers, context=context, batch=batch, element_bytes=element_bytes
-    )
+    in_layer += layer.mask_bytes(context, element_bytes, keys)
+    if keys is None:
+        in_layer += overhang_bytes(
+            layer.cache_layers, context=context, batch=batch, element_bytes=element_bytes
+        )
     hidden = in_layer + elements * layer.hidden_copies * layer.hidden
-    hidden += batch * context * context * layer.kept_matrix_bytes
+    hidden += batch * context * (keys or context) * layer.kept_matrix_bytes
     mlp = elements * layer.mlp
     twice = tokens * converted_bytes * (layer.hidden + layer.mlp)
-    matrix = batch * context * context * layer.attention_matrix_bytes
-    float_mask = layer.additive_mask_bytes(context, batch, element_bytes)
+    matrix = batch * context * (keys or context) * layer.attention_matrix_bytes
+    matrix += batch * (keys or 0) * layer.repeated * element_bytes
+    float_mask = layer.additive_mask_bytes(context, batch, element_bytes, keys)
     routed = tokens * layer.routed.peak_bytes(element_bytes) if layer.routed else 0
     logits_bytes = batch * layer.vocabulary * (element_bytes + LOGIT_COPY_BYTES)
     moments = (
@@ -370,6 +386,15 @@ def _attention_elements(architecture: Architecture) -> Iterator[int]:
             kv_heads = layer.num_kv_heads if isinstance(layer, AttentionCache) else 1
             queries, keys = heads * layer.head_dim, kv_heads * layer.head_dim
             yield hidden + max(4 * queries, queries + 4 * keys)
+
+
+def _repeated_elements(
+    architecture: Architecture, layers: Iterable[AttentionCache]
+) -> Iterator[int]:
+    """Per cached position, for each kind of layer."""
+    for layer in set(layers):
+        if layer.num_kv_heads < architecture.num_attention_heads:
+            yield architecture.num_attention_heads * (layer.head_dim + layer.value_head_dim)
 
 
 def _is_counted(layer: CacheLayer) -> bool:

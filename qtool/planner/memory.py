@@ -3,7 +3,7 @@
     budget = MemoryBudget.of(model, "nf4-dq", Workload(context=8192))
     budget.plan(budget.workload).peak_bytes
 
-Generating peaks with a prompt that fills the context in one forward pass; decoding takes less.
+Generating peaks with a prompt that fills the context; decoding takes less.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Final, Self
 
 from qtool.architecture import Architecture
 from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantFormat
-from qtool.planner.activations import NO_BUFFER, LayerShape, prefill_peak
+from qtool.planner.activations import NO_BUFFER, LayerShape, PrefillPeak, prefill_peak
 from qtool.planner.demand import Demand, Parts
 from qtool.planner.devices import Share, pipeline_shares, tensor_share
 from qtool.planner.kv_cache import (
     VLLM_BATCHED_TOKENS,
+    CacheLayers,
     KvDtype,
     dequantized_layer_bytes,
     kv_cache_bytes,
@@ -26,6 +27,7 @@ from qtool.planner.kv_cache import (
 from qtool.planner.llm_int8 import outlier_share
 from qtool.planner.model import PlannedModel
 from qtool.planner.overhead import Overhead
+from qtool.planner.own_runtime import OwnRuntime
 from qtool.planner.records import Basis, Component, ComponentName, MemoryPlan, Workload
 from qtool.planner.runtimes import check_mode, plan_notes
 from qtool.planner.weights import Weights
@@ -125,12 +127,22 @@ class MemoryBudget:
         fixed_bytes = overhead.workspace_bytes + overhead.context_bytes
         return fixed_bytes + demand.total_bytes + overhead.allocator_bytes(demand.dynamic_bytes)
 
-    def kv_cache_bytes(self, workload: Workload, share: Share | None = None) -> int:
-        """The cache of full sequences on one GPU (`share`), or on all; 0 without layers."""
+    def kv_cache_bytes(self, workload: Workload) -> int:
+        """The keys and values of full sequences, which decoding a token reads; 0 without layers."""
+        return self._text_bytes(workload, self.layer.cache_layers) if self.layer else 0
+
+    def _cache_bytes(self, workload: Workload, share: Share) -> int:
+        """The cache as it is allocated for full sequences on one GPU; 0 without layers."""
         if self.layer is None:
             return 0
+        own = self._own_runtime(workload)
+        if own is None or workload.kv_dtype in QUANTIZED_CACHES:
+            return self._text_bytes(workload, share.cache_layers)
+        return own.cache_bytes(share.cache_layers, workload)
+
+    def _text_bytes(self, workload: Workload, layers: CacheLayers) -> int:
         return kv_cache_bytes(
-            share.cache_layers if share else self.layer.cache_layers,
+            layers,
             context=workload.context,
             batch=workload.batch,
             element_bytes=self.weights.element_bytes,
@@ -150,11 +162,11 @@ class MemoryBudget:
         parts: dict[ComponentName, Component] = {
             "weights": Component(weights_bytes, self.weights_basis)
         }
-        cache_bytes = self.kv_cache_bytes(workload, share)
+        cache_bytes = self._cache_bytes(workload, share)
         read_back_bytes = self._read_back_bytes(workload, share)
         if self.layer is not None:
             parts["kv_cache"] = Component(cache_bytes, "exact")
-            parts |= self._prefill(self.layer, share, workload)
+            parts |= self._prompt_parts(self._prompt_peak(self.layer, workload))
         steady_bytes = weights_bytes + cache_bytes + read_back_bytes
         demand = Demand(parts, weights_bytes, steady_bytes)
         if steady_bytes > demand.total_bytes:  # reading the cache back takes more than the prompt
@@ -180,7 +192,27 @@ class MemoryBudget:
         """What qtool's packed layers take beside a product; bitsandbytes' make a whole weight."""
         return self.weights.buffer.dequantizing_bytes if workload.runtime == "qtool" else None
 
-    def _prefill(self, layer: LayerShape, share: Share, workload: Workload) -> Parts:
+    def _own_runtime(self, workload: Workload) -> OwnRuntime | None:
+        """How qtool itself generates; None for other runtimes and modes."""
+        architecture = self.model.architecture
+        is_own = workload.runtime == "qtool" and workload.mode == "generate"
+        if not is_own or architecture is None:
+            return None
+        return OwnRuntime.of(architecture, self.model.config, self.weights, workload)
+
+    def _prompt_peak(self, layer: LayerShape, workload: Workload) -> PrefillPeak:
+        """What the prompts take beside the cache."""
+        own = self._own_runtime(workload)
+        return self._prefill(layer, workload) if own is None else own.prompt_peak(workload)
+
+    def _prompt_parts(self, peak: PrefillPeak) -> Parts:
+        return {
+            "activations": Component(peak.activations_bytes, self.activations_basis),
+            "logits": Component(peak.logits_bytes, "exact"),
+            "dequant_buffer": Component(peak.dequant_buffer_bytes, "formula"),
+        }
+
+    def _prefill(self, layer: LayerShape, workload: Workload) -> PrefillPeak:
         """What one forward pass over the prompts allocates beside the cache."""
         weights = self.weights
         context, batch = workload.context, workload.batch
@@ -193,7 +225,7 @@ class MemoryBudget:
         else:
             buffer = weights.buffer
         converts = weights.buffer != NO_BUFFER and weights.compute_bytes != weights.element_bytes
-        peak = prefill_peak(
+        return prefill_peak(
             layer,
             context=context,
             batch=batch,
@@ -202,11 +234,6 @@ class MemoryBudget:
             converted_bytes=weights.compute_bytes if converts else 0,
             int8_outliers=self._int8_outliers(context * batch),
         )
-        return {
-            "activations": Component(peak.activations_bytes, self.activations_basis),
-            "logits": Component(peak.logits_bytes, "exact"),
-            "dequant_buffer": Component(peak.dequant_buffer_bytes, "formula"),
-        }
 
     def _int8_outliers(self, num_tokens: int) -> float | None:
         """The share of outlier columns where bitsandbytes' INT8 layers multiply, else None."""

@@ -85,7 +85,8 @@ class Tuning:
 class Workload:
     """What is asked of the model, the same at every precision.
 
-    `gpus` hold it together, as `split` says; the memory is that of the fullest one.
+    `gpus` hold it together, as `split` says; the memory is that of the fullest one. qtool's own
+    runtime takes a prompt up in chunks of `prefill_chunk` tokens.
     """
 
     context: int
@@ -95,6 +96,7 @@ class Workload:
     kv_dtype: KvDtype = "auto"
     gpus: int = 1
     split: Split = "pipeline"
+    prefill_chunk: int = 512
     tuning: Tuning = field(default_factory=Tuning)
 
 

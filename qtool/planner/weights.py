@@ -27,13 +27,13 @@ FLOAT_DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16"})
 
 COMPUTE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-# How qtool's packed linear layers multiply (tests hold these against the runtime): a weight becomes
-# floating point in pieces of whole rows, each piece in chunks through float32. 4-bit chunks take
-# an int32 index per pair of values, and the values of one chunk live until the next are made.
+# How qtool's packed linear layers multiply more than a few tokens (tests hold these against the
+# runtime): a weight becomes floating point in pieces of whole rows, a multiple of PIECE_ROWS where
+# so many fit. The backward pass of INT8 makes its pieces in chunks through float32.
 PIECE_ELEMENTS: Final = 1 << 26
+PIECE_ROWS: Final = 256
 CHUNK_ELEMENTS: Final = 1 << 24
 FLOAT32_BYTES: Final = 4
-INDEX_BYTES: Final = 2  # per value
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,28 +245,29 @@ def _add_up(
     )
 
 
+def piece_rows(num_rows: int, columns: int) -> list[int]:
+    """The rows that are dequantized at a time, of a matrix of so many rows and columns."""
+    most = max(PIECE_ELEMENTS // columns, 1)
+    if most >= PIECE_ROWS:
+        most -= most % PIECE_ROWS
+    full, rest = divmod(num_rows, most)
+    return [most] * full + [rest] * bool(rest)
+
+
 def _buffer(weight: _PackedWeight, compute_bytes: int) -> DequantBuffer:
-    """What multiplying by the weight takes: a floating-point piece, and making it from codes."""
-    num_elements, columns = math.prod(weight.shape), weight.shape[-1]
-    piece = min(num_elements, max(PIECE_ELEMENTS // columns, 1) * columns)
-    product_bytes = piece * compute_bytes
+    """What multiplying by the weight takes: a piece of it as it was before it was packed, and once
+    more where products are computed in another dtype. A piece lives until the next is made."""
+    columns = weight.shape[-1]
+    pieces = piece_rows(math.prod(weight.shape[:-1]), columns)
+    piece = pieces[0] * columns
     if weight.precision == "int8":
+        product_bytes = piece * compute_bytes
         values_bytes = min(piece, CHUNK_ELEMENTS) * FLOAT32_BYTES
         return DequantBuffer(product_bytes + values_bytes, product_bytes)
-    decoded_bytes = piece * weight.decoded_bytes
-    if weight.precision.endswith("-dq"):
-        decoded_bytes += -(-num_elements // weight.blocksize) * FLOAT32_BYTES  # absmax
-    converted_bytes = product_bytes if compute_bytes != weight.decoded_bytes else 0
-    making_bytes = max(_chunk_bytes(piece), converted_bytes)
-    return DequantBuffer(decoded_bytes + making_bytes, product_bytes)
-
-
-def _chunk_bytes(piece: int) -> int:
-    """The most that the 4-bit chunks of `piece` elements take at once."""
-    first = min(piece, CHUNK_ELEMENTS)
-    second = min(piece - first, CHUNK_ELEMENTS)
-    alone_bytes = first * (FLOAT32_BYTES + INDEX_BYTES)
-    return max(alone_bytes, first * FLOAT32_BYTES + second * (FLOAT32_BYTES + INDEX_BYTES))
+    before_bytes = sum(pieces[1:2]) * columns * weight.decoded_bytes
+    converted_bytes = piece * compute_bytes if compute_bytes != weight.decoded_bytes else 0
+    num_bytes = piece * weight.decoded_bytes + max(before_bytes, converted_bytes)
+    return DequantBuffer(num_bytes, num_bytes)
 
 
 def _whole_weight_buffer(weight: _PackedWeight, compute_bytes: int) -> DequantBuffer:

@@ -92,6 +92,7 @@ def _plan_fields(plan: MemoryPlan) -> dict[str, Any]:
         "batch": plan.workload.batch,
         "context": plan.workload.context,
         "kv_dtype": plan.workload.kv_dtype,
+        "prefill_chunk": _prefill_chunk(plan.workload),
         "gpus": plan.workload.gpus,
         "split": plan.workload.split if plan.workload.gpus > 1 else None,
         "components": {name: part._asdict() for name, part in plan.components.items()},
@@ -107,6 +108,12 @@ def _plan_fields(plan: MemoryPlan) -> dict[str, Any]:
         "notes": list(plan.notes),
         "fits": [_fit_fields(fit) for fit in plan.fits],
     }
+
+
+def _prefill_chunk(workload: Workload) -> int | None:
+    """None where prompts do not go through in chunks of it."""
+    is_own = workload.mode == "generate" and workload.runtime == "qtool"
+    return workload.prefill_chunk if is_own else None
 
 
 def _fit_fields(fit: Fit) -> dict[str, Any]:

@@ -315,9 +315,10 @@ def test_nested_absmax_is_decoded_on_the_way(cuda):
         CPU.dequantize_absmax(codes, nested, offset, absmax)
         expected = dequantize_4bit(CPU, packed, absmax, quant_type, blocksize, dtype, values.size)
 
-        device = [cupy.asarray(array) for array in (packed, codes, nested, dynamic_map())]
+        mean = np.array([offset], np.float32)
+        device = [cupy.asarray(array) for array in (packed, codes, nested, dynamic_map(), mean)]
         target = cupy.zeros(values.size, values.dtype)
-        statistics = NestedAbsmax(*(a.data.ptr for a in device[1:]), offset=float(offset))
+        statistics = NestedAbsmax(*(a.data.ptr for a in device[1:]))
         launch(
             device[0].data.ptr, values.size, statistics, quant_type, blocksize, dtype,
             target.data.ptr, 0,

@@ -13,11 +13,6 @@ from cupy_kernels.decode_attention import (
     decode_attention,
     workspace_bytes,
 )
-from cupy_kernels.embed import EmbedTensors, embed
-from cupy_kernels.linear_few import NormWeight
-from cupy_kernels.next_token import NextTokenTensors, next_token
-from cupy_kernels.next_token import workspace_bytes as next_token_workspace_bytes
-from cupy_kernels.prompt_rows import Rows, gated_rows, norm_rows, rotary_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -60,12 +55,14 @@ def turned(x, cosines, sines):
     )
 
 
-def attention_of(query, keys, values, *, scale, softcap):
+def attention_of(query, keys, values, *, scale, softcap, sink):
     """query: (head_dim,); keys, values: (tokens, head_dim); float64."""
     scores = keys.double() @ query.double() * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    return scores.softmax(0) @ values.double()
+    if sink is not None:
+        scores = torch.cat((scores, sink.double()[None]))
+    return scores.softmax(0)[: len(keys)] @ values.double()
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,7 @@ class Options:
     scale: float = 0.11
     softcap: float = 0.0
     window: int = 0
+    has_sinks: bool = False
 
 
 SHAPE = AttentionShape(
@@ -101,6 +99,7 @@ class Case:
         cache = (shape.batch, shape.kv_heads, shape.capacity, size)
         self.keys, self.values = (random(*cache, dtype=dtype) for _ in range(2))
         self.norms = [random(size, dtype=dtype) for _ in range(2)]
+        self.sinks = torch.randn(shape.heads, device=DEVICE) * 3
         self.position = torch.zeros((), dtype=torch.int64, device=DEVICE)
         self.out = poisoned(shape.batch, shape.heads * size, dtype=dtype)
         self.workspace = torch.zeros(workspace_bytes(shape), dtype=torch.uint8, device=DEVICE)
@@ -120,6 +119,7 @@ class Case:
             workspace=self.workspace.data_ptr(),
             query_norm=self.norms[0].data_ptr() if has_norm else 0,
             key_norm=self.norms[1].data_ptr() if has_norm else 0,
+            sinks=self.sinks.data_ptr() if self.options.has_sinks else 0,
         )
         return decode_attention(
             self.shape,
@@ -157,6 +157,7 @@ class Case:
                 values[b, h // shape.group, visible],
                 scale=options.scale,
                 softcap=options.softcap,
+                sink=self.sinks[h] if options.has_sinks else None,
             )
             for b in range(shape.batch)
             for h in range(shape.heads)
@@ -205,7 +206,7 @@ def test_attention_at_any_position(dtype, batch):
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("group", [1, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("group", [1, 3, 4, 5, 7, 8, 16])
 def test_attention_of_any_head_and_group(group, head_dim):
     shape = replace(SHAPE, heads=group * 2, head_dim=head_dim, rotary_dim=head_dim)
     check_positions(shape, positions=(0, 130, 639))
@@ -232,6 +233,11 @@ def test_attention_in_a_window(window):
 def test_attention_with_a_softcap():
     options = Options(scale=0.3, softcap=5.0)
     check_positions(replace(SHAPE, has_softcap=True), options, positions=(0, 100, 639))
+
+
+def test_attention_with_sinks():
+    check_positions(SHAPE, Options(has_sinks=True), positions=(0, 100, 639))
+    check_positions(replace(SHAPE, heads=16), Options(has_sinks=True, window=128))
 
 
 def test_attention_of_scores_far_from_each_other():
@@ -269,7 +275,7 @@ def test_attention_in_a_graph():
 
 
 def test_attention_refuses_what_it_does_not_take():
-    for change in ({"heads": 9}, {"heads": 34}, {"rotary_dim": 129}):
+    for change in ({"head_dim": 72}, {"heads": 9}, {"heads": 34}, {"rotary_dim": 129}):
         with pytest.raises(ValueError, match="decode_attention does not take"):
             Case.launch(_Bare(replace(SHAPE, **change)))
 
@@ -280,194 +286,4 @@ class _Bare(Case):
     def __init__(self, shape):
         self.shape, self.options, self.norms = shape, Options(), []
         self.qkv = self.cosines = self.sines = self.position = torch.zeros(1, 8)
-        self.keys = self.values = self.out = self.workspace = self.qkv
-
-
-# -- the next token -------------------------------------------------------------------------------
-
-
-class Chooser:
-    """The launch over given logits, with its state."""
-
-    def __init__(self, logits, dtype, ring_size=3):
-        batch, vocabulary = logits.shape
-        self.ring = torch.full((ring_size, batch), -1, device=DEVICE)
-        self.tokens = torch.full((batch,), -1, device=DEVICE)
-        self.position, self.step = (torch.tensor(n, device=DEVICE) for n in (40, 0))
-        self.workspace = torch.zeros(
-            next_token_workspace_bytes(vocabulary, batch), dtype=torch.uint8, device=DEVICE
-        )
-        self.logits = logits
-        tensors = NextTokenTensors(
-            logits=logits.data_ptr(),
-            logits_stride=logits.stride(0),
-            ring=self.ring.data_ptr(),
-            next_token=self.tokens.data_ptr(),
-            position=self.position.data_ptr(),
-            step=self.step.data_ptr(),
-            workspace=self.workspace.data_ptr(),
-        )
-        self.launch = next_token(
-            tensors, vocabulary=vocabulary, batch=batch, ring_size=ring_size, dtype=dtype
-        )
-
-    def __call__(self):
-        self.launch(stream())
-        return self.tokens.tolist()
-
-
-def padded_logits(batch, vocabulary, dtype):
-    """Rows of a multiple of eight, with the largest values where nobody may look."""
-    stride = -(-vocabulary // 8) * 8
-    logits = torch.full((batch, stride), torch.inf, dtype=dtype, device=DEVICE)[:, :vocabulary]
-    logits.copy_(torch.randn(batch, vocabulary, device=DEVICE))
-    return logits
-
-
-@pytest.mark.parametrize("vocabulary", [1, 7, 8, 2048, 2049, 32003])
-@pytest.mark.parametrize("batch", [1, 3, 9])
-@pytest.mark.parametrize("dtype", [*DTYPES, "F32"])
-def test_the_likeliest_token_wins_and_the_lowest_of_equals(dtype, batch, vocabulary):
-    logits = padded_logits(batch, vocabulary, DTYPES.get(dtype, torch.float32))
-    choose = Chooser(logits, dtype)
-    for _ in range(3):
-        logits.copy_(torch.randn(batch, vocabulary, device=DEVICE))
-        expected = [int((row == row.max()).nonzero()[0]) for row in logits]
-        assert choose() == expected
-
-
-def test_a_nan_never_wins_over_a_number():
-    logits = torch.full((4, 5000), torch.nan, dtype=torch.bfloat16, device=DEVICE)
-    logits[0, 4000] = -torch.inf
-    logits[1, 17] = logits[1, 3000] = -3.0
-    logits[2] = -0.0
-    logits[2, 77] = 0.0  # no larger than -0
-    assert Chooser(logits, "BF16")() == [4000, 17, 0, 0]
-
-
-def test_steps_fill_the_ring_and_move_the_position():
-    logits = torch.zeros(2, 3000, dtype=torch.float16, device=DEVICE)
-    choose = Chooser(logits, "F16")
-    for step in range(7):
-        logits.zero_()
-        logits[0, 2 * step], logits[1, 2999 - step] = 1.0, 1.0
-        assert choose() == [2 * step, 2999 - step]
-        assert choose.ring[step % 3].tolist() == [2 * step, 2999 - step]
-    assert int(choose.step) == 7 and int(choose.position) == 47
-
-
-@pytest.mark.parametrize("hidden_size", [8, 1152, 4096])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_embedding_rows_are_scaled_as_the_dtype_does(dtype, hidden_size):
-    embedding = random(50, hidden_size, dtype=DTYPES[dtype])
-    tokens = torch.tensor([49, 0, 7], device=DEVICE)
-    for scale in (1.0, float(torch.tensor(33.94).to(DTYPES[dtype]))):
-        hidden = poisoned(3, hidden_size + 8, dtype=DTYPES[dtype])
-        tensors = EmbedTensors(
-            embedding.data_ptr(), tokens.data_ptr(), hidden.data_ptr(), hidden.stride(0)
-        )
-        embed(tensors, hidden_size=hidden_size, batch=3, dtype=dtype, scale=scale)(stream())
-        factor = torch.tensor(scale, dtype=DTYPES[dtype], device=DEVICE)
-        assert torch.equal(hidden[:, :hidden_size], embedding[tokens] * factor)
-        assert hidden[:, hidden_size:].isnan().all()
-
-
-# -- prompts --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("head_norm", ["none", "rms", "rms_plus_one"])
-@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(80, 32), (128, 128), (256, 256)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_prompt_is_turned_and_put_into_the_cache(dtype, head_dim, rotary_dim, head_norm):
-    batch, num_tokens, start, tolerance = 2, 19, 5, 4 * ROUNDING[dtype]
-    shape = replace(
-        SHAPE, dtype=dtype, head_dim=head_dim, rotary_dim=rotary_dim, head_norm=head_norm,
-        batch=batch * num_tokens, capacity=32,
-    )  # fmt: skip
-    case = Case(shape)
-    case.qkv = case.qkv.contiguous()
-    positions = torch.arange(start, start + num_tokens, device=DEVICE).repeat(batch)[:, None]
-    # each (batch, heads, tokens, head_dim)
-    new = [t.unflatten(0, (batch, -1)).transpose(1, 2) for t in case.new_heads(positions)]
-    queries = poisoned(*new[0].shape, dtype=DTYPES[dtype])
-    keys, values = (
-        poisoned(batch, shape.kv_heads, 32, head_dim, dtype=DTYPES[dtype]) for _ in range(2)
-    )
-    has_norm = head_norm != "none"
-    tensors = AttentionTensors(
-        qkv=case.qkv.data_ptr(),
-        qkv_stride=case.qkv.stride(0),
-        cosines=case.cosines.data_ptr(),
-        sines=case.sines.data_ptr(),
-        position=0,
-        keys=keys.data_ptr(),
-        values=values.data_ptr(),
-        out=queries.data_ptr(),
-        out_stride=0,
-        workspace=0,
-        query_norm=case.norms[0].data_ptr() if has_norm else 0,
-        key_norm=case.norms[1].data_ptr() if has_norm else 0,
-    )
-    rotary_rows(
-        replace(shape, batch=batch),
-        tensors,
-        num_tokens=num_tokens,
-        start=start,
-        epsilon=EPSILON,
-        stream=stream(),
-    )
-    limits = {"rtol": tolerance if has_norm else 0, "atol": tolerance if has_norm else 0}
-    written = slice(start, start + num_tokens)
-    torch.testing.assert_close(queries, new[0], **limits)
-    torch.testing.assert_close(keys[:, :, written], new[1], **limits)
-    assert torch.equal(values[:, :, written], new[2])
-    for cache in (keys, values):
-        assert cache[:, :, :start].isnan().all()
-        assert cache[:, :, start + num_tokens :].isnan().all()
-
-
-@pytest.mark.parametrize("plus_one", [False, True])
-@pytest.mark.parametrize("columns", [8, 72, 2048, 5376, 16384, 20480])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_normalized(dtype, columns, plus_one):
-    num_tokens, tolerance = 5, 2 * ROUNDING[dtype]
-    x = random(num_tokens, columns, dtype=DTYPES[dtype], scale=3.0)
-    weight = random(columns, dtype=DTYPES[dtype])
-    out = poisoned(num_tokens, columns, dtype=DTYPES[dtype])
-    norm_rows(
-        Rows(num_tokens, columns, dtype),
-        "rms_plus_one" if plus_one else "rms",
-        NormWeight(weight.data_ptr(), EPSILON),
-        x.data_ptr(),
-        out.data_ptr(),
-        stream(),
-    )
-    expected = normalized(x, weight, plus_one=plus_one)
-    torch.testing.assert_close(out, expected, rtol=tolerance, atol=3 * tolerance)
-    # The sum may differ in its last bit, which few values show.
-    assert (out != expected).float().mean() < 0.05
-
-
-def gelu_tanh(x):
-    return torch.nn.functional.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": gelu_tanh,
-}
-
-
-@pytest.mark.parametrize("kind", ACTIVATIONS)
-@pytest.mark.parametrize("columns", [8, 1408, 14336])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gates_are_rounded_before_they_multiply(dtype, columns, kind):
-    gate, up = (random(3, columns, dtype=DTYPES[dtype], scale=2.0) for _ in range(2))
-    expected = ACTIVATIONS[kind](gate.double()).to(gate.dtype) * up
-    is_near = gate > -3  # far below zero little is left of GELU, and of its exact bits less
-    gated_rows(
-        Rows(3, columns, dtype), kind, gate.data_ptr(), up.data_ptr(), gate.data_ptr(), stream()
-    )
-    torch.testing.assert_close(gate, expected, rtol=2 * ROUNDING[dtype], atol=1e-4)
-    assert (gate != expected)[is_near].float().mean() < 0.01
+        self.keys = self.values = self.out = self.workspace = self.sinks = self.qkv

@@ -16,7 +16,8 @@ from tests.runtime.test_adapters import save_adapter
 
 MODELS = {"tied": "TinyStories-656K-hf", "untied": "tinylm-19m"}
 TOKEN = torch.tensor([[7]])
-# Both heads sum up in float32 and round once: half of bfloat16's last place each.
+# Both heads sum up in float32 and round once, which is half of bfloat16's last place each; an
+# adapter's part is added to that and rounded again.
 ROUNDING = 2.0**-8
 
 
@@ -27,7 +28,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 def with_plain_head(model: Any) -> Any:
     head = model.get_output_embeddings()
-    plain = nn.Linear(1, 1, bias=False)
+    plain = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
     plain.weight = head.weight
     model.set_output_embeddings(plain)
     return model
@@ -38,8 +39,11 @@ def logits(model: Any, tokens: torch.Tensor = TOKEN) -> torch.Tensor:
         return model(input_ids=tokens).logits.float()
 
 
-def assert_rounded_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=ROUNDING / 16)
+def assert_rounded_alike(
+    found: torch.Tensor, expected: torch.Tensor, *, roundings: int = 1
+) -> None:
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error <= roundings * ROUNDING, f"{float(error):.4f} of the largest logit"
 
 
 @pytest.fixture
@@ -93,11 +97,12 @@ def test_adapters_wrap_it(models: Path, tmp_path: Path, products: list[int]) -> 
     found = logits(model)
     assert products == [1]
     plain.load_adapter(str(adapter))
-    assert_rounded_alike(found, logits(plain))
-    assert not torch.allclose(found, logits(load(folder)), rtol=ROUNDING)
+    assert_rounded_alike(found, logits(plain), roundings=2)
+    without = logits(load(folder))
+    assert (found - without).abs().max() > 8 * ROUNDING * without.abs().max()
 
 
-def test_saved_weights_keep_their_names(models: Path, tmp_path: Path) -> None:
+def test_saved_weights_keep_their_names(models: Path) -> None:
     model = load(models / MODELS["tied"])
     names = set(model.state_dict())
     assert names == set(with_plain_head(model).state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,7 @@ class GraphCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _recording_stream(device)
 
     def __call__(
         self, step: Callable[[], Any], *, warm_up: Callable[[], Any], generator: torch.Generator
@@ -76,6 +77,12 @@ class GraphCapture:
             _leave_recording(default, default_state)
             raise CaptureFailed(first_line(error)) from error
         return graph.replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps a workspace of 32 MiB for every stream that it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _leave_recording(default: torch.Generator, state: torch.Tensor) -> None:

@@ -108,11 +108,15 @@ class FusedNetwork(Network):
         Leaves the cache empty.
 
         Raises:
-            CaptureFailed: the logits of a step differ by more than rounding does.
+            CaptureFailed: the kernels do not take such layers on this GPU, or the logits of a step
+                differ by more than rounding does.
         """
         tokens = torch.arange(1, NUM_COMPARED + 1, device=self.device).expand(self._batch, -1)
         expected = self._own_logits(tokens, cache)
-        self._step = _Step(self.model, self._network, cache, self._batch, self._capacity)
+        try:
+            self._step = _Step(self.model, self._network, cache, self._batch, self._capacity)
+        except ValueError as error:  # such as too little shared memory for so many tokens
+            raise CaptureFailed(str(error)) from error
         self._check_steps(tokens, expected, cache)
         try:
             self._prompt = FusedPrompt(self._network, self._step.attention, cache, self._capacity)
@@ -138,7 +142,7 @@ class FusedNetwork(Network):
         return self._step.run(input_ids, positions)
 
     def prefill(self, input_ids: Tensor, start: int, cache: Any, *, in_chunks: bool) -> Tensor:
-        """See `Network.prefill`; a few tokens go through the model, whose products are fused then."""
+        """See `Network.prefill`; a few tokens go through the model, with fused products."""
         few = input_ids.numel() <= MAX_FUSED_TOKENS
         if self._prompt is None or self._step is None or few:
             return super().prefill(input_ids, start, cache, in_chunks=in_chunks)

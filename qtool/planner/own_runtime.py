@@ -1,0 +1,357 @@
+"""What qtool's own runtime takes to generate: the path that it goes, its cache, a prompt in chunks.
+
+The paths are those of `qtool/runtime/decoders` on a GPU; tests hold this module against them:
+
+    fused   the common block on qtool's kernels, over a cache of fixed capacity
+    graph   transformers' own operations, over the same cache
+    eager   the same over buffers that double, where no graph can be made
+
+A prompt goes through in chunks, and only its last position has logits. A decoded token takes less
+than a chunk. On the fused path, in elements per token of a chunk, with W for the weight that is
+dequantized to multiply by it (the last h + q are the hidden state and what attention made before):
+
+    query, key, value   h + (q + 2*kv) + h + q, and W of all three
+    attention           h + (q + 2*kv) + 2*q + h + q, and a float32 per head
+    gate and up         h + 2*i + h + q, and W of one
+    down                h + i + h + q, and W
+
+The other paths are `qtool.planner.activations`, for a chunk that looks at a longer cache.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, NamedTuple, Self
+
+from qtool.architecture import Architecture, AttentionCache, CacheLayer, LatentCache
+from qtool.planner.activations import NO_BUFFER, LayerShape, PrefillPeak, prefill_peak
+from qtool.planner.kv_cache import CacheLayers, cached_tokens, kv_cache_bytes
+from qtool.planner.records import Workload
+from qtool.planner.weights import Weights, piece_rows
+
+Path = Literal["fused", "graph", "eager"]
+
+CAPACITY_STEP: Final = 64  # capacities are multiples of it
+# Types for which transformers has no fixed cache that a graph could use.
+EAGER_TYPES: Final = frozenset(
+    {"deepseek_v32", "deepseek_v4", "falcon_mamba", "glm_moe_dsa", "mamba"}
+)
+# Types whose states take a prompt whole.
+WHOLE_TYPES: Final = frozenset({"deepseek_v32", "falcon_mamba", "glm_moe_dsa", "jamba", "mamba"})
+# Rotary frequencies that depend on the length of the text, so that a long prompt is run whole.
+LENGTH_DEPENDENT_ROTARY: Final = frozenset({"longrope", "dynamic"})
+
+# What the fused kernels take; a refused block goes the graph path.
+FUSED_TYPES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"})
+FUSED_BATCH: Final = 8
+FUSED_ROTARY: Final = frozenset({"default", "linear", "llama3", "yarn"})
+FUSED_COLUMNS: Final = 64  # rows of a weight are whole groups of so many
+LARGEST_GROUP: Final = 8
+LARGEST_HEAD_DIM: Final = 256
+HALF_BYTES: Final = 2
+
+FEW_TOKENS: Final = 32  # up to so many, products read packed bytes
+ATTENTION_STRIPS: Final = 16  # of a cache, whose results the decoding kernel adds up
+FLOAT32_BYTES: Final = 4
+INT64_BYTES: Final = 8
+# Logits of a graph are compared with those of the operations that it was recorded from: three of
+# each in float32, a difference and its absolute values.
+COMPARED_LOGIT_BYTES: Final = 8 * FLOAT32_BYTES
+# transformers' angles of all positions, before half of them are kept: frequencies (half as wide),
+# angles, cosines, and sines before and after they are scaled, all float32.
+ANGLE_COPIES: Final = 4.5
+
+
+class Chunk(NamedTuple):
+    """So many tokens of each of `batch` sequences, in a context of `context`."""
+
+    tokens: int
+    batch: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class FusedBlock:
+    """The widths of the common block, in elements: `layers` are the rows of query, key and value,
+    one number where they are one layer. `window` is the shortest, None without."""
+
+    hidden: int
+    heads: int
+    head_dim: int
+    kv: int
+    mlp: int
+    layers: tuple[int, ...]
+    is_packed: bool
+    window: int | None
+
+    @classmethod
+    def of(
+        cls, architecture: Architecture, config: Mapping[str, Any], weights: Weights
+    ) -> Self | None:
+        """None where the kernels do not take the model's blocks."""
+        cached = set(architecture.cache_layers)
+        if architecture.model_type not in FUSED_TYPES or not cached:
+            return None
+        caches = [layer for layer in cached if isinstance(layer, AttentionCache)]
+        heads, hidden = architecture.num_attention_heads, architecture.hidden_size
+        head_dim, kv_heads = caches[0].head_dim, caches[0].num_kv_heads
+        queries, kv = heads * head_dim, kv_heads * head_dim
+        takes = (
+            (weights.element_bytes, weights.compute_bytes) == (HALF_BYTES, HALF_BYTES)
+            and rotary_type(config) in FUSED_ROTARY
+            and heads % kv_heads == 0
+            and heads // kv_heads <= LARGEST_GROUP
+            and head_dim % 8 == 0
+            and head_dim <= LARGEST_HEAD_DIM
+            and not any(
+                n % FUSED_COLUMNS for n in (hidden, queries, architecture.intermediate_size)
+            )
+        )
+        if not takes:
+            return None
+        is_joined = any(name.endswith("qkv_proj.weight") for name in architecture.tensors)
+        return cls(
+            hidden=hidden,
+            heads=heads,
+            head_dim=head_dim,
+            kv=kv,
+            mlp=architecture.intermediate_size,
+            layers=(queries + 2 * kv,) if is_joined else (queries, kv, kv),
+            is_packed=weights.buffer != NO_BUFFER,
+            window=min((layer.window for layer in caches if layer.window), default=None),
+        )
+
+    def held_bytes(self, batch: int, capacity: int, kinds_of_layers: int) -> int:
+        """What lies there between steps: one token's states, angles, results of attention."""
+        states = self.hidden + sum(self.layers) + self.heads * self.head_dim + self.mlp
+        results = self.heads * ATTENTION_STRIPS * (self.head_dim + 2)
+        angles = kinds_of_layers * capacity * self.head_dim
+        return batch * states * HALF_BYTES + (batch * results + angles) * FLOAT32_BYTES
+
+    def takes_prompts(self, capacity: int) -> bool:
+        """Whether prompts take the fused path too: not where a window hides a part of the cache."""
+        return self.window is None or self.window >= capacity
+
+    def moments(self, tokens: int) -> Iterator[PrefillPeak]:
+        """Of `tokens` that go through at once."""
+        queries = self.heads * self.head_dim
+        alive, made = self.hidden + queries, self.hidden  # and the normed states
+        sums_bytes = tokens * self.heads * FLOAT32_BYTES
+
+        def moment(
+            elements: int, *layers: int, columns: int = 0, more_bytes: int = 0
+        ) -> PrefillPeak:
+            num_bytes = tokens * (alive + made + elements) * HALF_BYTES + more_bytes
+            return PrefillPeak(num_bytes, self._weight_bytes(layers, columns), 0)
+
+        yield moment(sum(self.layers), *self.layers, columns=self.hidden)
+        yield moment(sum(self.layers) + 2 * queries, more_bytes=sums_bytes)
+        yield moment(2 * self.mlp, self.mlp, columns=self.hidden)
+        yield moment(self.mlp, self.hidden, columns=self.mlp)
+
+    def _weight_bytes(self, layers: Sequence[int], columns: int) -> int:
+        """The scratch that layers of so many rows are dequantized into, one after the other; a
+        group of pieces lives until the next is made. A weight that is not packed is copied only
+        where several make a group."""
+        groups: list[list[int]] = []
+        for piece in (rows for layer in layers for rows in piece_rows(layer, columns)):
+            most = piece_rows(sum(layers), columns)[0]
+            if groups and sum(groups[-1]) + piece <= most:
+                groups[-1].append(piece)
+            else:
+                groups.append([piece])
+        sizes = [0, *(sum(g) if self.is_packed or len(g) > 1 else 0 for g in groups)]
+        pairs = zip(sizes, sizes[1:], strict=False)
+        return max((sum(pair) for pair in pairs), default=0) * columns * HALF_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRuntime:
+    """A model on its path.
+
+    `fused` is None where another path is gone. `short_context`: up to which rotary frequencies are
+    the same, None if they always are.
+    """
+
+    path: Path
+    layer: LayerShape
+    weights: Weights
+    fused: FusedBlock | None
+    short_context: int | None
+    takes_chunks: bool
+
+    @classmethod
+    def of(
+        cls,
+        architecture: Architecture,
+        config: Mapping[str, Any],
+        weights: Weights,
+        workload: Workload,
+    ) -> Self:
+        """The path that the runtime goes for the workload's batch and GPUs."""
+        num_parts = workload.gpus if workload.split == "tensor" else 1
+        layer = LayerShape.of(architecture)
+        fused = FusedBlock.of(architecture, config, weights)
+        path: Path = "graph"
+        if workload.gpus > 1 or architecture.model_type in EAGER_TYPES:
+            path = "eager"
+        elif fused is not None and workload.batch <= FUSED_BATCH:
+            path = "fused"
+        is_short_only = rotary_type(config) in LENGTH_DEPENDENT_ROTARY
+        return cls(
+            path=path,
+            layer=layer.cut(num_parts) if num_parts > 1 else layer,
+            weights=replace(weights, buffer=weights.buffer.cut(num_parts)),
+            fused=fused if path == "fused" else None,
+            short_context=_original_context(config) if is_short_only else None,
+            takes_chunks=architecture.model_type not in WHOLE_TYPES,
+        )
+
+    def cache_bytes(self, layers: CacheLayers, workload: Workload) -> int:
+        """Keys and values of `layers` as they are allocated for the workload's context."""
+        growing = self.path == "eager"
+        held: Counter[CacheLayer] = Counter()
+        windows: Counter[CacheLayer] = Counter()
+        for layer, count in layers.items():
+            if growing and isinstance(layer, AttentionCache) and layer.window is not None:
+                windows[layer] += count
+            else:
+                held[_without_window(layer)] += count
+        context = workload.context
+        if growing:
+            room = grown_tokens(context, self._chunk(workload).tokens)
+        else:
+            room = fixed_tokens(context)
+        return sum(
+            kv_cache_bytes(
+                part,
+                context=tokens,
+                batch=workload.batch,
+                element_bytes=self.weights.element_bytes,
+                kv_dtype=workload.kv_dtype,
+            )
+            for part, tokens in ((held, room), (windows, context))
+        )
+
+    def prompt_peak(self, workload: Workload) -> PrefillPeak:
+        """What a prompt that fills the context takes beside the cache, at its largest moment."""
+        return max(self._moments(workload), key=lambda moment: moment.total_bytes)
+
+    def _moments(self, workload: Workload) -> Iterator[PrefillPeak]:
+        """All with what is held meanwhile."""
+        batch, capacity = workload.batch, fixed_tokens(workload.context)
+        held_bytes = batch * workload.context * INT64_BYTES  # the tokens
+        logit_bytes = batch * self.layer.vocabulary * self.weights.element_bytes
+        if self.fused is not None:
+            kinds = self.layer.kinds_of_layers
+            held_bytes += self.fused.held_bytes(batch, capacity, kinds)
+            angles = ANGLE_COPIES * capacity * self.fused.head_dim
+            yield PrefillPeak(held_bytes + int(angles * FLOAT32_BYTES), 0, logit_bytes)
+        step_logits = 0 if self.path == "eager" else logit_bytes  # which a graph makes again
+        if self.path != "eager":
+            compared = batch * self.layer.vocabulary * COMPARED_LOGIT_BYTES
+            yield PrefillPeak(held_bytes, 0, step_logits + compared)
+        for moment in self._prompt_moments(workload):
+            yield PrefillPeak(
+                held_bytes + moment.activations_bytes,
+                moment.dequant_buffer_bytes,
+                step_logits + moment.logits_bytes,
+            )
+
+    def _prompt_moments(self, workload: Workload) -> Iterator[PrefillPeak]:
+        chunk, capacity = self._chunk(workload), fixed_tokens(workload.context)
+        few = workload.batch * workload.context <= FEW_TOKENS
+        if self.fused is not None and self.fused.takes_prompts(capacity) and not few:
+            yield from self.fused.moments(workload.batch * self._fused_chunk(workload))
+            return
+        yield self._operations_peak(chunk)
+
+    def _fused_chunk(self, workload: Workload) -> int:
+        return min(workload.prefill_chunk, workload.context)
+
+    def _operations_peak(self, chunk: Chunk) -> PrefillPeak:
+        """A chunk through transformers' own operations, the last of its prompt."""
+        weights, is_fixed = self.weights, self.path != "eager"
+        reads_packed = chunk.batch * chunk.tokens <= FEW_TOKENS
+        reads_packed &= weights.compute_bytes == HALF_BYTES
+        converts = weights.buffer != NO_BUFFER and weights.compute_bytes != weights.element_bytes
+        capacity = fixed_tokens(chunk.context) if is_fixed else chunk.context
+        windows = [it.window for it in self.layer.cache_layers if isinstance(it, AttentionCache)]
+        hides = is_fixed and any(window and window <= capacity for window in windows)
+        peak = prefill_peak(
+            self.layer,
+            context=chunk.tokens,
+            batch=chunk.batch,
+            element_bytes=weights.element_bytes,
+            buffer=NO_BUFFER if reads_packed else weights.buffer,
+            converted_bytes=weights.compute_bytes if converts else 0,
+            keys=capacity if hides or chunk.tokens < chunk.context else None,
+        )
+        return replace(peak, activations_bytes=peak.activations_bytes + self._tail_bytes(chunk))
+
+    def _tail_bytes(self, chunk: Chunk) -> int:
+        """What sliding layers of a growing cache hold of the last chunk beside their windows."""
+        if self.path != "eager" or chunk.tokens == chunk.context:
+            return 0
+        sliding = Counter(
+            {
+                _without_window(layer): count
+                for layer, count in self.layer.cache_layers.items()
+                if cached_tokens(layer, chunk.context) < chunk.context
+            }
+        )
+        return kv_cache_bytes(
+            sliding,
+            context=chunk.tokens,
+            batch=chunk.batch,
+            element_bytes=self.weights.element_bytes,
+        )
+
+    def _chunk(self, workload: Workload) -> Chunk:
+        context = workload.context
+        is_long = self.short_context is not None and context > self.short_context
+        whole = is_long or not self.takes_chunks
+        tokens = context if whole else min(workload.prefill_chunk, context)
+        return Chunk(tokens, workload.batch, context)
+
+
+def fixed_tokens(context: int) -> int:
+    """The capacity of a fixed cache."""
+    return -(-context // CAPACITY_STEP) * CAPACITY_STEP
+
+
+def grown_tokens(context: int, chunk: int) -> int:
+    """The length of buffers that took `context` tokens chunk by chunk, doubling."""
+    length = max(chunk, CAPACITY_STEP)
+    while length < context:
+        length *= 2
+    return length
+
+
+def rotary_type(config: Mapping[str, Any]) -> str:
+    """The kind of rotary frequencies, of the first kind of layers that has one of its own."""
+    found = _rotary(config)
+    return str(found.get("rope_type") or found.get("type") or "default")
+
+
+def _original_context(config: Mapping[str, Any]) -> int | None:
+    found = _rotary(config).get("original_max_position_embeddings")
+    found = found or config.get("original_max_position_embeddings")
+    found = found or config.get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
+def _rotary(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for fields in (config, config.get("text_config")):
+        for key in ("rope_parameters", "rope_scaling"):
+            found = fields.get(key) if isinstance(fields, Mapping) else None
+            if isinstance(found, Mapping):
+                return found
+    return {}
+
+
+def _without_window(layer: CacheLayer) -> CacheLayer:
+    """Every token is kept, and a latent's."""
+    return replace(layer, window=None) if isinstance(layer, AttentionCache) else layer
