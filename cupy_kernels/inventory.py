@@ -144,7 +144,7 @@ def _of_products(gpu: SharedMemory) -> Iterator[Specialisation]:
                 defines, _, _ = specialise(kind, num_weights, tokens, gpu)
             except ValueError:  # too little shared memory: such models take another path
                 continue
-            purpose = f"{_in_words(kind)} x{num_weights}, {tokens} tokens"
+            purpose = f"{_in_words(kind)} x{num_weights}, tokens {tokens}"
             yield Specialisation("linear_few", tuple(defines.items()), purpose)
 
 
@@ -152,7 +152,7 @@ def _in_words(kind: LinearKind) -> str:
     """The fields that are not the usual ones."""
     usual = LinearKind(kind.format, kind.columns, kind.dtype)
     pairs = ((field.name, getattr(kind, field.name)) for field in fields(kind))
-    unusual = [f"{name} {value}" for name, value in pairs if value != getattr(usual, name)]
+    unusual = [f"{name}={value}" for name, value in pairs if value != getattr(usual, name)]
     return ", ".join([f"{kind.format} {kind.columns} {kind.dtype}", *unusual])
 
 
@@ -172,10 +172,7 @@ def _of_the_decode_step() -> Iterator[Specialisation]:
                     dtype=dtype,
                 )
             )
-    for dtype in DTYPES.values():
-        yield _make("next_token", LOGITS=dtype)
     for dtype in (DTYPES["BF16"], DTYPES["F16"]):
-        yield _make("embed", ACTIVATION=dtype)
         yield _make(
             "argmax_rows", ACTIVATION=dtype, BLOCKS=argmax_rows.BLOCKS, WARPS=argmax_rows.WARPS
         )

@@ -10,12 +10,15 @@ dequantized copy and PyTorch's product, which is the faster one there.
 from __future__ import annotations
 
 import threading
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cupy_kernels import OLDEST_COMPUTE_CAPABILITY
 from qtool.formats.precisions import NESTED_BLOCKSIZE, QuantType
 from qtool.formats.tensors import SourceDtype
 from qtool.runtime.dequantize import dequantize_4bit, dequantize_absmax, dequantize_int8
@@ -92,14 +95,23 @@ def linear_int8(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None = Non
 
 def runs_fused(x: Tensor, columns: int) -> bool:
     """Whether products of this shape and dtype on `x`'s GPU read packed bytes."""
-    if x.device.type != "cuda" or x.dtype not in KERNEL_DTYPES:
+    if x.dtype not in KERNEL_DTYPES or not _has_kernels(x.device):
         return False
-    from cupy_kernels.linear_few import OLDEST_COMPUTE_CAPABILITY
+    from cupy_kernels import linear_few
 
     num_tokens = x.numel() // columns
-    capability = torch.cuda.get_device_capability(x.device)
     fits = num_tokens <= MAX_FUSED_TOKENS and columns % 64 == 0
-    return fits and capability >= OLDEST_COMPUTE_CAPABILITY
+    return (
+        fits and torch.cuda.get_device_capability(x.device) >= linear_few.OLDEST_COMPUTE_CAPABILITY
+    )
+
+
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether our kernels run there; without CuPy PyTorch's own operators dequantize."""
+    if device.type != "cuda" or find_spec("cupy") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= OLDEST_COMPUTE_CAPABILITY
 
 
 # -- 4 bit ----------------------------------------------------------------------------------------
@@ -180,7 +192,7 @@ def _dequantize_rows(
     """Rows of the weight in `dtype` (rows, columns)."""
     absmax, *nested = statistics
     start, stop = rows.start * columns, rows.stop * columns
-    wide = packed.is_cuda and packed.data_ptr() % 16 == 0 and start % 32 == 0
+    wide = _has_kernels(packed.device) and packed.data_ptr() % 16 == 0 and start % 32 == 0
     # A kernel begins with a whole block, and with a whole group of absmax where that is nested.
     step = blocksize if absmax is not None else blocksize * NESTED_BLOCKSIZE
     if wide and start % step == 0 and dtype in SOURCE_DTYPES:
@@ -256,7 +268,8 @@ def _linear_int8_cuda(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None
 
 
 def _dequantize_int8_rows(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
-    if codes.data_ptr() % 16 or codes.shape[1] % 16 or dtype not in SOURCE_DTYPES:
+    misaligned = codes.data_ptr() % 16 or codes.shape[1] % 16
+    if misaligned or dtype not in SOURCE_DTYPES or not _has_kernels(codes.device):
         return dequantize_int8(codes, scb, dtype)
     from cupy_kernels.dequantize_int8_rows import dequantize_int8_rows
 

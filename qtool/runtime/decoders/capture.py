@@ -81,7 +81,7 @@ class GraphCapture:
 
 @cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings: cuBLAS keeps a workspace of 32 MiB for every stream that it has seen."""
+    """One for all recordings: cuBLAS keeps a workspace of 32 MiB for every stream it has seen."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 

@@ -32,6 +32,7 @@ from qtool.runtime.decoders.blocks import (
     PackedRows,
     describe_network,
 )
+from qtool.runtime.decoders.caches import cache_does_not_fit
 from qtool.runtime.decoders.capture import CaptureFailed
 from qtool.runtime.decoders.fused_attention import AttentionLaunches, attention_shape, check_rotary
 from qtool.runtime.decoders.fused_prompt import FusedPrompt
@@ -39,7 +40,7 @@ from qtool.runtime.decoders.graphed import GraphDecoder
 from qtool.runtime.decoders.network import Network
 from qtool.runtime.decoders.protocol import Path, Sampling
 from qtool.runtime.loading import LoadedModel
-from qtool.runtime.products import KERNEL_DTYPES, MAX_FUSED_TOKENS
+from qtool.runtime.products import KERNEL_DTYPES
 
 REASON: Final = "fused kernels, one CUDA graph per token"
 # Of the largest logit: how far fused logits may be from those of transformers' own operations.
@@ -121,6 +122,8 @@ class FusedNetwork(Network):
         try:
             self._prompt = FusedPrompt(self._network, self._step.attention, cache, self._capacity)
             self._check_prompt(tokens, expected[-1])
+        except torch.OutOfMemoryError:
+            raise
         except (NotFusable, RuntimeError) as reason:
             self._prompt, self.prompt_reason = None, str(reason).partition("\n")[0]
         _rewind(cache)
@@ -142,9 +145,8 @@ class FusedNetwork(Network):
         return self._step.run(input_ids, positions)
 
     def prefill(self, input_ids: Tensor, start: int, cache: Any, *, in_chunks: bool) -> Tensor:
-        """See `Network.prefill`; a few tokens go through the model, with fused products."""
-        few = input_ids.numel() <= MAX_FUSED_TOKENS
-        if self._prompt is None or self._step is None or few:
+        """See `Network.prefill`; a single token is a step like any other."""
+        if self._prompt is None or self._step is None or input_ids.shape[1] == 1:
             return super().prefill(input_ids, start, cache, in_chunks=in_chunks)
         return self._run_prompt(input_ids.to(self.device), start, self._chunk)
 
@@ -157,9 +159,8 @@ class FusedNetwork(Network):
     # -- comparing --------------------------------------------------------------------------------
 
     def _own_logits(self, tokens: Tensor, cache: Any) -> list[Tensor]:
-        """Logits of the model's own operations after each of `tokens` but the first."""
+        """Logits of the model's own operations after each of `tokens`."""
         logits = []
-        _rewind(cache)
         for stop in range(1, tokens.shape[1] + 1):
             _rewind(cache)
             logits.append(super().prefill(tokens[:, :stop], 0, cache, in_chunks=False).float())
@@ -185,10 +186,18 @@ class FusedNetwork(Network):
 def make_fused_decoder(
     loaded: LoadedModel, cache: Any, *, capacity: int, batch: int, prefill_chunk: int
 ) -> FusedDecoder:
-    """A decoder over `cache`, whose kernels were compared with the model's own operations."""
+    """A decoder over `cache`, whose kernels were compared with the model's own operations.
+
+    Raises:
+        CaptureFailed: they compute something else, or cannot be recorded.
+        QtoolError: memory, if the cache does not fit.
+    """
     network = FusedNetwork(loaded.model, prefill_chunk, batch=batch, capacity=capacity)
-    with torch.inference_mode():
-        network.prepare(cache)
+    try:
+        with torch.inference_mode():
+            network.prepare(cache)
+    except torch.OutOfMemoryError as error:
+        raise cache_does_not_fit(cache, capacity, network.device) or error from error
     decoder = FusedDecoder(network, cache, capacity=capacity, batch=batch)
     if network.prompt_reason:
         decoder.path_reason = f"{REASON}; prompts on the model's own: {network.prompt_reason}"

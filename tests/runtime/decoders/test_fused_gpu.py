@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: the fused path makes what transformers' operations make, for each kind of model."""
+"""On an NVIDIA GPU: the fused path makes what transformers' operations make, kind by kind."""
 
 from __future__ import annotations
 

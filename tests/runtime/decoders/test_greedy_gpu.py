@@ -1,7 +1,7 @@
 """On an NVIDIA GPU: greedy texts of trained models beside the dequantized model in float32.
 
-A text in 16 bit may part from that in float32 only where it must: where the two likeliest tokens are
-closer than twice the largest error of the logits.
+A text in 16 bit may part from that in float32 only where it must: where the two likeliest tokens
+are closer than twice the largest error of the logits.
 """
 
 from __future__ import annotations
