@@ -68,6 +68,25 @@ def test_console_blocks_show_what_the_commands_print(place):
             assert shape_of(done.stdout) == shape_of(shown), command
 
 
+@pytest.mark.slow
+def test_the_python_example_runs(place):
+    [example] = [
+        block
+        for block in re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+        if "import qtool" in block
+    ]
+    [folder] = re.findall(r'qtool\.load\("(.+?)"\)', example)
+    settings = {"cwd": place, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "timeout": 300}
+    if not (place / folder).exists():
+        quantize = [sys.executable, "-m", "qtool", "quantize", "qtool/demo_model", "-o", folder]
+        subprocess.run(quantize, check=True, **settings)
+    # -P: the clone's own folder `qtool` holds no code
+    command = [sys.executable, "-P", "-c", example]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
 def test_every_verb_of_the_readme_exists():
     from qtool.cli.app import VERBS
 

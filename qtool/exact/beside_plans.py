@@ -58,6 +58,7 @@ def exact_request(model: PlannedModel, plan: MemoryPlan) -> ExactRequest:
         runtime=workload.runtime,
         context=workload.context,
         batch=workload.batch,
+        prefill_chunk=workload.prefill_chunk,
         compute_dtype=dtype,
         lora=LoraAdapters(
             r=tuning.lora_r,

@@ -26,7 +26,7 @@ def run_generate(
         torch.no_grad(),
         GpuFunctions().running(),
         moments.followed(),
-        _watched(cache, moments),
+        watched(cache, moments),
     ):
         moments.phase = "prefill"
         ids = torch.zeros(batch, context, dtype=torch.long, device="meta")
@@ -55,16 +55,16 @@ def _step(model: Any, ids: Tensor, positions: Tensor, cache: DynamicCache, **ste
 
 
 @contextmanager
-def _watched(cache: DynamicCache, moments: Moments) -> Iterator[None]:
+def watched(cache: Any, moments: Moments) -> Iterator[None]:
     """Tell `moments` while the cache stores something."""
     update = cache.update
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def told(*args: Any, **kwargs: Any) -> Any:
         moments.filling_cache = True
         try:
             return update(*args, **kwargs)
         finally:
             moments.filling_cache = False
 
-    cache.update = watched
+    cache.update = told
     yield

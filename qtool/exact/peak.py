@@ -10,6 +10,7 @@ from qtool.errors import QtoolError
 from qtool.exact.generate import run_generate
 from qtool.exact.models import build_model, tensors
 from qtool.exact.moments import Moments
+from qtool.exact.own_runtime import run_own_runtime
 from qtool.exact.records import ExactPeak, ExactRequest
 from qtool.exact.storages import LiveStorages
 from qtool.exact.training import run_training
@@ -53,5 +54,8 @@ def _run(model: Any, storages: LiveStorages, moments: Moments, request: ExactReq
     if request.mode != "generate":
         return run_training(model, storages, moments, request)
     weights_bytes = storages.add(tensors(model), "weights")
-    run_generate(model, storages, moments, context=request.context, batch=request.batch)
+    if request.runtime == "qtool":
+        run_own_runtime(model, storages, moments, request)
+    else:
+        run_generate(model, storages, moments, context=request.context, batch=request.batch)
     return weights_bytes

@@ -46,6 +46,7 @@ class ExactRequest:
         compute_dtype: of activations and unpacked weights where `quant` packs linear layers.
         runtime: whose packed layers: qtool's own, or bitsandbytes' as transformers loads them.
         context: tokens per sequence, `batch` sequences.
+        prefill_chunk: tokens of a prompt that qtool's own runtime runs at once.
         lora: for modes qlora and lora.
         int8_outliers: for bitsandbytes' INT8, the share of a layer's input columns that hold a
             value beyond the threshold 6.0, by the last part of the layer's name ("down_proj"). It
@@ -57,6 +58,7 @@ class ExactRequest:
     runtime: Runtime = "qtool"
     context: int = 4096
     batch: int = 1
+    prefill_chunk: int = 512
     compute_dtype: FloatDtype = "bf16"
     lora: LoraAdapters = LoraAdapters()
     optimizer: Optimizer = "adamw"

@@ -29,7 +29,7 @@ read off runs on the meta device: a heuristic.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Literal, NamedTuple, Self
 
@@ -164,9 +164,10 @@ class LayerShape:
     """What one layer's activations are made of, in elements per token; see the module's text.
 
     `attention` is the largest of the kinds of attention and recurrent layers, `basis` says whether
-    it is counted or read off. `repeated` is per cached position: keys and values with those of a
-    group of heads repeated, 0 without groups. `attention_matrix_bytes` are per pair of tokens, 0
-    where attention is fused; `kept_matrix_bytes` of them stay until the layer's end.
+    it is counted or read off. `attending` is what is alive of a chunk that looks at a longer cache,
+    `repeated` per cached position: keys and values once per head of a group, or from latents.
+    `attention_matrix_bytes` are per pair of tokens, 0 where attention is fused; `kept_matrix_bytes`
+    of them stay until the layer's end.
     """
 
     hidden: int
@@ -174,6 +175,7 @@ class LayerShape:
     mlp: int
     mlp_copies: MlpCopies
     attention: int
+    attending: int
     repeated: int
     rotary: int
     vocabulary: int
@@ -200,7 +202,8 @@ class LayerShape:
             mlp=architecture.intermediate_size,
             mlp_copies=_mlp_copies(architecture),
             attention=max(_attention_elements(architecture), default=0),
-            repeated=max(_repeated_elements(architecture, attention_layers), default=0),
+            attending=3 * architecture.hidden_size + 2 * _query_elements(architecture),
+            repeated=max(_repeated_elements(architecture), default=0),
             rotary=2 * architecture.head_dim * len(kinds_of_layers),  # cosines and sines
             vocabulary=architecture.vocab_size,
             cache_layers=Counter(architecture.cache_layers),
@@ -221,6 +224,7 @@ class LayerShape:
             self,
             mlp=-(-self.mlp // num_gpus),
             attention=whole - (whole - self.attention) // num_gpus,
+            attending=self.attending - (self.attending - whole) // num_gpus * (num_gpus - 1),
             repeated=-(-self.repeated // num_gpus),
             attention_matrix_bytes=-(-self.attention_matrix_bytes // num_gpus),
             kept_matrix_bytes=-(-self.kept_matrix_bytes // num_gpus),
@@ -247,7 +251,7 @@ class LayerShape:
         if self.attention_matrix_bytes:
             return context * (keys or context) * element_bytes * self.kinds_of_layers
         if keys is not None:
-            return context * keys * self.kinds_of_layers
+            return context * keys * self._kinds_of_masks
         return context * context if self._is_masked(context) else 0
 
     def additive_mask_bytes(
@@ -261,8 +265,14 @@ class LayerShape:
         if self.attention_matrix_bytes:
             return 0
         if keys is not None:
-            return batch * context * keys * element_bytes if self.kinds_of_layers else 0
+            return batch * context * keys * element_bytes if self._kinds_of_masks else 0
         return batch * context * context * element_bytes if self._is_masked(context) else 0
+
+    @property
+    def _kinds_of_masks(self) -> int:
+        """Layers with a latent share one."""
+        has_latents = any(isinstance(layer, LatentCache) for layer in self.cache_layers)
+        return self.kinds_of_layers or int(has_latents)
 
     def _is_masked(self, context: int) -> bool:
         windows = (layer.window for layer in self.cache_layers if isinstance(layer, AttentionCache))
@@ -337,8 +347,12 @@ def prefill_peak(
     mlp = elements * layer.mlp
     twice = tokens * converted_bytes * (layer.hidden + layer.mlp)
     matrix = batch * context * (keys or context) * layer.attention_matrix_bytes
-    matrix += batch * (keys or 0) * layer.repeated * element_bytes
     float_mask = layer.additive_mask_bytes(context, batch, element_bytes, keys)
+    scores = elements * layer.attention + matrix + float_mask
+    if keys is not None:
+        repeated = batch * keys * layer.repeated * element_bytes
+        attending = elements * layer.attending + repeated + matrix + float_mask
+        scores = max(elements * layer.attention, attending)
     routed = tokens * layer.routed.peak_bytes(element_bytes) if layer.routed else 0
     logits_bytes = batch * layer.vocabulary * (element_bytes + LOGIT_COPY_BYTES)
     moments = (
@@ -346,7 +360,7 @@ def prefill_peak(
         PrefillPeak(hidden + routed, 0, 0),
         PrefillPeak(hidden + layer.mlp_copies.linear * mlp + twice, buffer.product_bytes, 0),
         PrefillPeak(hidden + mlp + twice, buffer.dequantizing_bytes, 0),
-        PrefillPeak(in_layer + elements * layer.attention + matrix + float_mask, 0, 0),
+        PrefillPeak(in_layer + scores, 0, 0),
         PrefillPeak(in_layer + elements * 2 * layer.hidden, 0, logits_bytes),
         *_int8_moments(layer, tokens, hidden, int8_outliers),
     )
@@ -388,13 +402,20 @@ def _attention_elements(architecture: Architecture) -> Iterator[int]:
             yield hidden + max(4 * queries, queries + 4 * keys)
 
 
-def _repeated_elements(
-    architecture: Architecture, layers: Iterable[AttentionCache]
-) -> Iterator[int]:
+def _query_elements(architecture: Architecture) -> int:
+    """Per token, of the widest kind of layer."""
+    widths = (it.head_dim for it in architecture.cache_layers if isinstance(it, AttentionCache))
+    return architecture.num_attention_heads * max(widths, default=architecture.head_dim)
+
+
+def _repeated_elements(architecture: Architecture) -> Iterator[int]:
     """Per cached position, for each kind of layer."""
-    for layer in set(layers):
-        if layer.num_kv_heads < architecture.num_attention_heads:
-            yield architecture.num_attention_heads * (layer.head_dim + layer.value_head_dim)
+    heads = architecture.num_attention_heads
+    for layer in set(architecture.cache_layers):
+        if isinstance(layer, AttentionCache) and layer.num_kv_heads < heads:
+            yield heads * (layer.head_dim + layer.value_head_dim)
+        elif isinstance(layer, LatentCache):  # keys and values made anew, and keys joined
+            yield heads * (3 * architecture.head_dim - 2 * layer.rope_dim)
 
 
 def _is_counted(layer: CacheLayer) -> bool:

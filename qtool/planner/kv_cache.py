@@ -1,8 +1,8 @@
 """The cache: what the layers keep of every token that attention still looks at, per runtime.
 
-transformers' dynamic cache, which qtool's runtime fills too: full-attention layers keep every
-token, sliding ones the last `window - 1` (the current token brings its own keys along). vLLM hands
-out pages of 16 tokens per layer.
+transformers' dynamic cache: full-attention layers keep every token, sliding ones the last
+`window - 1` (the current token brings its own keys along). vLLM hands out pages of 16 tokens per
+layer. What qtool's own runtime allocates for these tokens is in `own_runtime.py`.
 """
 
 from __future__ import annotations

@@ -168,7 +168,9 @@ class MemoryBudget:
             parts["kv_cache"] = Component(cache_bytes, "exact")
             parts |= self._prompt_parts(self._prompt_peak(self.layer, workload))
         steady_bytes = weights_bytes + cache_bytes + read_back_bytes
-        demand = Demand(parts, weights_bytes, steady_bytes)
+        own = self._own_runtime(workload)
+        lies_there = own is not None and own.path != "eager"  # a cache of fixed capacity
+        demand = Demand(parts, weights_bytes + lies_there * cache_bytes, steady_bytes)
         if steady_bytes > demand.total_bytes:  # reading the cache back takes more than the prompt
             parts |= _decoding(read_back_bytes)
         return demand

@@ -23,9 +23,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Final, Literal, NamedTuple, Self
 
-from qtool.architecture import Architecture, AttentionCache, CacheLayer, LatentCache
+from qtool.architecture import Architecture, AttentionCache, CacheLayer
 from qtool.planner.activations import NO_BUFFER, LayerShape, PrefillPeak, prefill_peak
 from qtool.planner.kv_cache import CacheLayers, cached_tokens, kv_cache_bytes
 from qtool.planner.records import Workload
@@ -48,12 +49,13 @@ FUSED_TYPES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "
 FUSED_BATCH: Final = 8
 FUSED_ROTARY: Final = frozenset({"default", "linear", "llama3", "yarn"})
 FUSED_COLUMNS: Final = 64  # rows of a weight are whole groups of so many
-LARGEST_GROUP: Final = 8
+LARGEST_GROUP: Final = 16
 LARGEST_HEAD_DIM: Final = 256
 HALF_BYTES: Final = 2
 
 FEW_TOKENS: Final = 32  # up to so many, products read packed bytes
-ATTENTION_STRIPS: Final = 16  # of a cache, whose results the decoding kernel adds up
+# Of the largest GPUs: as many blocks, or one for each key head, share the attention of one token.
+MULTIPROCESSORS: Final = 148
 FLOAT32_BYTES: Final = 4
 INT64_BYTES: Final = 8
 # Logits of a graph are compared with those of the operations that it was recorded from: three of
@@ -126,18 +128,21 @@ class FusedBlock:
     def held_bytes(self, batch: int, capacity: int, kinds_of_layers: int) -> int:
         """What lies there between steps: one token's states, angles, results of attention."""
         states = self.hidden + sum(self.layers) + self.heads * self.head_dim + self.mlp
-        results = self.heads * ATTENTION_STRIPS * (self.head_dim + 2)
+        kv_heads = self.kv // self.head_dim
+        blocks = max(MULTIPROCESSORS, batch * kv_heads)
+        results = blocks * (self.heads // kv_heads) * (self.head_dim + 2)
         angles = kinds_of_layers * capacity * self.head_dim
-        return batch * states * HALF_BYTES + (batch * results + angles) * FLOAT32_BYTES
+        return batch * states * HALF_BYTES + (results + angles) * FLOAT32_BYTES
 
     def takes_prompts(self, capacity: int) -> bool:
         """Whether prompts take the fused path too: not where a window hides a part of the cache."""
         return self.window is None or self.window >= capacity
 
-    def moments(self, tokens: int) -> Iterator[PrefillPeak]:
-        """Of `tokens` that go through at once."""
+    def moments(self, tokens: int, *, follows: bool) -> Iterator[PrefillPeak]:
+        """Of `tokens` that go through at once; where they follow others, whose hidden states still
+        lie there."""
         queries = self.heads * self.head_dim
-        alive, made = self.hidden + queries, self.hidden  # and the normed states
+        alive, made = (1 + follows) * self.hidden + queries, self.hidden  # the normed states
         sums_bytes = tokens * self.heads * FLOAT32_BYTES
 
         def moment(
@@ -163,8 +168,7 @@ class FusedBlock:
             else:
                 groups.append([piece])
         sizes = [0, *(sum(g) if self.is_packed or len(g) > 1 else 0 for g in groups)]
-        pairs = zip(sizes, sizes[1:], strict=False)
-        return max((sum(pair) for pair in pairs), default=0) * columns * HALF_BYTES
+        return max((sum(pair) for pair in pairwise(sizes)), default=0) * columns * HALF_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,12 +268,11 @@ class OwnRuntime:
         chunk, capacity = self._chunk(workload), fixed_tokens(workload.context)
         few = workload.batch * workload.context <= FEW_TOKENS
         if self.fused is not None and self.fused.takes_prompts(capacity) and not few:
-            yield from self.fused.moments(workload.batch * self._fused_chunk(workload))
+            tokens = workload.batch * min(workload.prefill_chunk, workload.context)
+            before = workload.context > workload.prefill_chunk
+            yield from self.fused.moments(tokens, follows=before)
             return
         yield self._operations_peak(chunk)
-
-    def _fused_chunk(self, workload: Workload) -> int:
-        return min(workload.prefill_chunk, workload.context)
 
     def _operations_peak(self, chunk: Chunk) -> PrefillPeak:
         """A chunk through transformers' own operations, the last of its prompt."""

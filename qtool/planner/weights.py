@@ -246,12 +246,13 @@ def _add_up(
 
 
 def piece_rows(num_rows: int, columns: int) -> list[int]:
-    """The rows that are dequantized at a time, of a matrix of so many rows and columns."""
+    """The rows that are dequantized at a time, of a matrix of so many rows and columns: the first
+    two of the pieces that are alike, and the rest."""
     most = max(PIECE_ELEMENTS // columns, 1)
     if most >= PIECE_ROWS:
         most -= most % PIECE_ROWS
     full, rest = divmod(num_rows, most)
-    return [most] * full + [rest] * bool(rest)
+    return [most] * min(full, 2) + [rest] * bool(rest)
 
 
 def _buffer(weight: _PackedWeight, compute_bytes: int) -> DequantBuffer:

@@ -169,8 +169,11 @@ def test_a_packed_checkpoint_runs_as_it_is(bench, tmp_path):
     assert bench(model=str(tmp_path / "packed")).quant == "fp4"
     with pytest.raises(QtoolError, match="quantized already"):
         bench(model=str(tmp_path / "packed"), precision="nf4")
-    with pytest.raises(QtoolError, match="--head-quant"):
-        bench(model=str(tmp_path / "packed"), head_precision="nf4")
+    plain, packed = (
+        bench(model=str(tmp_path / "packed"), head_precision=head) for head in (None, "int8")
+    )
+    assert packed.head_quant == "int8"
+    assert packed.runs[0].step_bytes < plain.runs[0].step_bytes
 
 
 def test_progress_adds_up(bench):

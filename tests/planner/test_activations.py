@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qtool.architecture import build_architecture
 from qtool.exact.models import tensors
+from qtool.exact.own_runtime import products_of_a_gpu
 from qtool.exact.peak import exact_peak
 from qtool.exact.records import ExactRequest
 from qtool.exact.storages import LiveStorages
@@ -24,7 +25,7 @@ from qtool.planner.activations import (
     prefill_peak,
 )
 from qtool.planner.kv_cache import kv_cache_bytes
-from qtool.runtime import dequantize, linear
+from qtool.runtime import dequantize, linear, products
 from tests.architecture import families
 from tests.architecture.oracle import build_model
 
@@ -166,7 +167,8 @@ def planned_bytes(config, *, context, batch, element_bytes=2):
 
 def allocated_bytes(config, *, context, batch):
     """What transformers allocates beside the weights."""
-    peak = exact_peak(config, ExactRequest(quant="bf16", context=context, batch=batch))
+    request = ExactRequest(quant="bf16", runtime="transformers", context=context, batch=batch)
+    peak = exact_peak(config, request)
     return peak.allocated_peak_bytes - peak.weights_bytes
 
 
@@ -242,27 +244,30 @@ def test_every_known_decoder_is_compared_or_flagged():
 
 # -- qtool's own packed layers --------------------------------------------------------------------
 
-OUT_FEATURES, IN_FEATURES = 1280, 512
+OUT_FEATURES, IN_FEATURES, MANY_TOKENS = 1280, 512, 33
 
 
-def test_dequantizing_in_the_pieces_and_chunks_that_the_plan_assumes():
+def test_dequantizing_in_the_pieces_that_the_plan_assumes(monkeypatch):
     assert products.MAX_DEQUANTIZED_ELEMENTS == weights.PIECE_ELEMENTS
+    assert products.PIECE_ROWS == weights.PIECE_ROWS
     assert dequantize.CHUNK_ELEMENTS["cuda"] == weights.CHUNK_ELEMENTS
+    for num_rows, columns in ((1280, 512), (28_672, 8192), (8192, 28_672), (3, 1 << 27), (700, 3)):
+        found = [rows.stop - rows.start for rows in products._pieces(num_rows, columns)]
+        planned = weights.piece_rows(num_rows, columns)
+        assert planned[:2] == found[:2] and planned[-1] == found[-1]
 
 
-@pytest.mark.parametrize(("pieces", "chunks"), [(1, 1), (1, 1.5), (1, 16), (4, 16)])
+@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("precision", ["int8", "nf4", "nf4-dq"])
-def test_packed_product_allocates_its_buffer(monkeypatch, precision, pieces, chunks):
-    """One product on the meta device: the planned buffer, the output, and nothing else."""
+def test_packed_product_allocates_its_buffer(monkeypatch, precision, compute_dtype, pieces):
+    """One product of many tokens on the meta device: the planned buffer, the outputs of the
+    pieces, and nothing else."""
     num_elements = OUT_FEATURES * IN_FEATURES
-    chunk = int(num_elements / chunks)
-    for module, name, value in (
-        (products, "MAX_DEQUANTIZED_ELEMENTS", num_elements // pieces),
-        (weights, "PIECE_ELEMENTS", num_elements // pieces),
-        (weights, "CHUNK_ELEMENTS", chunk),
-    ):
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setitem(dequantize.CHUNK_ELEMENTS, "meta", chunk)
+    for module, name in ((products, "MAX_DEQUANTIZED_ELEMENTS"), (weights, "PIECE_ELEMENTS")):
+        monkeypatch.setattr(module, name, num_elements // pieces)
+    for module in (products, weights):
+        monkeypatch.setattr(module, "PIECE_ROWS", 64)
     if precision == "int8":
         layer: Any = linear.Int8Layer(OUT_FEATURES, IN_FEATURES)
     else:
@@ -276,19 +281,17 @@ def test_packed_product_allocates_its_buffer(monkeypatch, precision, pieces, chu
         )
     with torch.device("meta"):
         packed = linear.build_linear(layer, bias=None, compute_dtype=None)
-        inputs = torch.empty(1, IN_FEATURES, dtype=torch.bfloat16)
-        if precision != "int8":
-            dequantize._byte_to_pair("nf4", inputs.device)  # cached: not part of a product
+        inputs = torch.empty(MANY_TOKENS, IN_FEATURES, dtype=compute_dtype)
     storages = LiveStorages()
     existing_bytes = storages.add([*tensors(packed), inputs], "weights")
-    with torch.no_grad(), storages:
+    with torch.no_grad(), storages, products_of_a_gpu():
         packed(inputs)
     found = storages.peak_bytes - existing_bytes
     planned = weights._buffer(
-        weights._PackedWeight((OUT_FEATURES, IN_FEATURES), 2, precision, 64), 2
+        weights._PackedWeight((OUT_FEATURES, IN_FEATURES), 2, precision, 64), compute_dtype.itemsize
     )
-    assert planned.dequantizing_bytes == pytest.approx(found - OUT_FEATURES * 2, rel=0.03)
-    assert planned.product_bytes == num_elements // pieces * 2
+    output_bytes = MANY_TOKENS * OUT_FEATURES * compute_dtype.itemsize + pieces * 512  # rounded up
+    assert planned.product_bytes <= found <= planned.product_bytes + output_bytes
 
 
 # -- measured on a GPU ----------------------------------------------------------------------------

@@ -117,11 +117,11 @@ def after(change, quant, workload):
 @pytest.mark.parametrize(
     ("quant", "gib", "context", "batch", "expected"),
     [
-        ("bf16", 12, 4096, 1, ["int8", "nf4-dq", "2 GPUs", "14 of 32 layers in CPU memory"]),
-        ("bf16", 8, 4096, 1, ["nf4-dq", "4 GPUs", "23 of 32 layers in CPU memory"]),
-        ("nf4-dq", 8, 32_768, 1, ["context", "8 GPUs"]),
-        ("nf4-dq", 12, 4096, 16, ["context", "batch"]),
-        ("bf16", 16, 32_768, 4, []),  # each GPU has the prompt's activations to itself
+        ("bf16", 12, 4096, 1, ["int8", "nf4-dq", "2 GPUs", "12 of 32 layers in CPU memory"]),
+        ("bf16", 8, 4096, 1, ["nf4-dq", "4 GPUs", "22 of 32 layers in CPU memory"]),
+        ("nf4-dq", 8, 32_768, 1, ["context", "2 GPUs", "23 of 32 layers in CPU memory"]),
+        ("nf4-dq", 12, 4096, 16, ["context", "batch", "2 GPUs"]),
+        ("bf16", 16, 32_768, 4, ["4 GPUs"]),
         ("nf4-dq", 2, 4096, 1, []),
     ],
 )

@@ -1,4 +1,4 @@
-"""Prompts through transformers' own models on a GPU: what is handed out is what was planned.
+"""Prompts through transformers' and qtool's runtime on a GPU: what is handed out was planned.
 
 Published widths, few layers, random weights; attention and experts as transformers chooses them.
 """
@@ -70,3 +70,37 @@ def test_prompts_take_what_was_planned(test_data, name, batch, context):
         prefill()
         found = torch.cuda.max_memory_allocated()
     assert planned.allocated_peak_bytes == pytest.approx(found, rel=CASES[name])
+
+
+@pytest.mark.parametrize("context", [128, 4096, 32_768])
+@pytest.mark.parametrize("quant", ["bf16", "int8", "nf4-dq"])
+@pytest.mark.parametrize("name", ["meta-llama--Meta-Llama-3.1-8B", "mlc--phi-3_5"])
+def test_qtool_s_own_runtime_takes_what_was_planned(test_data, name, quant, context):
+    """Weights, cache, prompt in chunks and a few tokens, within 1 %."""
+    import torch
+
+    from qtool.planner.own_runtime import OwnRuntime
+    from qtool.runtime.decoders.choose import choose_decoder
+    from qtool.runtime.decoders.protocol import Sampling
+    from qtool.runtime.random_model import build_random_model
+
+    config = json.loads((test_data / "configs" / name / "config.json").read_text())
+    config = {**config, "num_hidden_layers": NUM_LAYERS, "dtype": "bfloat16"}
+    config.pop("quantization_config", None)
+    asked = Workload(context)
+    planned_model = describe_model(Checkpoint.of_config("bare", config))
+    budget = MemoryBudget.of(planned_model, quant, asked)
+    own = OwnRuntime.of(planned_model.architecture, config, budget.weights, asked)
+
+    torch.cuda.empty_cache()
+    with build_random_model(config, quant, device="cuda") as loaded:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        decoder = choose_decoder(loaded, context)
+        assert decoder.path == own.path
+        ids = torch.randint(0, config["vocab_size"], (1, context - 8))
+        decoder.prefill(ids, 0)
+        list(decoder.decode(Sampling(), 8))
+        found = torch.cuda.max_memory_allocated()
+        decoder.close()
+    assert budget.plan(asked).allocated_peak_bytes == pytest.approx(found, rel=0.01)

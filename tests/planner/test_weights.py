@@ -124,10 +124,10 @@ def test_nf4_dq_is_half_a_byte_per_weight_and_nested_statistics(llama):
 @pytest.mark.parametrize(
     ("dtype", "quant", "bytes_per_weight"),
     [
-        ("BF16", "int8", 2 + 4),  # the weight, and a chunk of it in float32
-        ("BF16", "nf4", 2 + 4 + 2),  # and its indices
+        ("BF16", "int8", 2 + 4),  # the weight, and in training a chunk of it in float32
+        ("BF16", "nf4", 2),
         ("F32", "int8", 4 + 4),
-        ("F32", "nf4", 4 + 4 + 2),  # decoded to float32, then a bfloat16 copy, which is less
+        ("F32", "nf4", 4 + 2),  # decoded to float32, and a bfloat16 copy
     ],
 )
 def test_the_largest_layer_decides_the_buffer(tmp_path, dtype, quant, bytes_per_weight):

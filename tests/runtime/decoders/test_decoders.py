@@ -35,8 +35,6 @@ from tests.runtime.decoders.tiny import (
 
 Make = Callable[..., Decoder]
 MAKERS: dict[str, Make] = {"eager": eager_decoder, "graph": graph_decoder}
-# Around text models that are cases themselves, whose other tests they would repeat.
-WITH_IMAGES = {"qwen3_5", "qwen3_5_moe"}
 ATTENTION = ["llama", "gpt2", "opt", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen2_vl"]
 STARTING_AGAIN = ["mamba", "jamba"]  # recurrent states that take a prompt whole
 WITHOUT_GRAPH = {"deepseek_v4"}
@@ -48,17 +46,8 @@ CASES = [
 ]
 
 
-CASES_OF_TEXT = [(model_type, way) for model_type, way in CASES if model_type not in WITH_IMAGES]
-
-
 @pytest.fixture(params=CASES, ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[str, Make]:
-    model_type, way = request.param
-    return model_type, MAKERS[way]
-
-
-@pytest.fixture(params=CASES_OF_TEXT, ids="-".join)
-def text_case(request: pytest.FixtureRequest) -> tuple[str, Make]:
     model_type, way = request.param
     return model_type, MAKERS[way]
 
@@ -69,8 +58,8 @@ def test_tokens_are_those_of_transformers_loop(case: tuple[str, Make], chunk: in
     assert decode(make(tiny_model(model_type), chunk=chunk), PROMPT) == expected_tokens(model_type)
 
 
-def test_a_prompt_may_start_within_what_is_held(text_case: tuple[str, Make]) -> None:
-    model_type, make = text_case
+def test_a_prompt_may_start_within_what_is_held(case: tuple[str, Make]) -> None:
+    model_type, make = case
     decoder = make(tiny_model(model_type), chunk=3)
     decode(decoder, [*PROMPT[:5], 1, 1, 1])
     # also where can_rewind is False: slower, but right
@@ -79,9 +68,9 @@ def test_a_prompt_may_start_within_what_is_held(text_case: tuple[str, Make]) -> 
 
 
 def test_a_text_that_was_broken_off_goes_on_where_its_reader_stopped(
-    text_case: tuple[str, Make],
+    case: tuple[str, Make],
 ) -> None:
-    model_type, make = text_case
+    model_type, make = case
     decoder = make(tiny_model(model_type), chunk=3)
     begun = break_off(decoder, PROMPT, 5)
     start = len(PROMPT) + 4  # the last token that was read is not in the cache

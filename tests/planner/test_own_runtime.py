@@ -1,0 +1,157 @@
+"""The plan of qtool's own runtime against its code, run and counted on the meta device."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from qtool.architecture import KNOWN_MODEL_TYPES
+from qtool.checkpoint import Checkpoint
+from qtool.exact.peak import exact_peak
+from qtool.exact.records import ExactRequest
+from qtool.planner import own_runtime
+from qtool.planner.memory import MemoryBudget
+from qtool.planner.model import describe_model
+from qtool.planner.records import Workload
+from qtool.planner.reference_models import reference_models
+from qtool.runtime import products
+from qtool.runtime.decoders import caches
+from qtool.runtime.decoders.network import LENGTH_DEPENDENT_ROTARY
+from qtool.runtime.model_config import find_model_class, parse_config
+from tests.architecture import families
+from tests.planner.plans import plan_of
+
+NUM_LAYERS = 4
+NOT_IN_TRANSFORMERS = {"kimi_k2"}
+FUSED = ["meta-llama--Meta-Llama-3.1-8B", "Qwen--Qwen3-8B"]
+GRAPH = {
+    "mlc--phi-3_5": 0.005,  # rotary frequencies that change with the length
+    "mlc--starcoder2": 0.02,
+    "mlc--gemma2_2b": 0.02,  # scores in memory
+    "mlc--gemma3_1b_it": 0.06,  # windows, of two kinds of layers the masks of one
+    "mlc--deepseek_v2_lite": 0.08,  # latents, made into keys and values of the whole cache
+    "Qwen--Qwen3-30B-A3B": 0.01,
+}
+
+
+def few_layers(test_data, name):
+    config = json.loads((test_data / "configs" / name / "config.json").read_text())
+    config = {**config, "num_hidden_layers": NUM_LAYERS, "dtype": "bfloat16"}
+    config.pop("quantization_config", None)
+    if isinstance(config.get("layer_types"), list):
+        config["layer_types"] = config["layer_types"][:NUM_LAYERS]
+    return config
+
+
+def path_and_bytes(config, quant, workload):
+    """The planned path; planned and counted bytes beside the weights."""
+    model = describe_model(Checkpoint.of_config("bare", config))
+    budget = MemoryBudget.of(model, quant, workload)
+    plan = budget.plan(workload)
+    beside = ("weights", "workspace", "runtime_overhead", "allocator")
+    planned = sum(part.bytes for name, part in plan.components.items() if name not in beside)
+    request = ExactRequest(
+        quant=quant,
+        context=workload.context,
+        batch=workload.batch,
+        prefill_chunk=workload.prefill_chunk,
+    )
+    peak = exact_peak(config, request)
+    own = own_runtime.OwnRuntime.of(model.architecture, config, budget.weights, workload)
+    return own.path, planned, peak.allocated_peak_bytes - peak.weights_bytes
+
+
+@pytest.mark.skipif(find_spec("cupy") is None, reason="the fused path needs CuPy")
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload(300, 2),
+        Workload(3000),
+        Workload(3000, 3, prefill_chunk=128),
+        Workload(131_072, prefill_chunk=8192),  # most while angles are made, or the chunk runs
+    ],
+)
+@pytest.mark.parametrize("quant", ["bf16", "int8", "nf4-dq"])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_prompts_allocate_what_is_planned(test_data, name, quant, workload):
+    path, planned, found = path_and_bytes(few_layers(test_data, name), quant, workload)
+    assert path == "fused"
+    assert planned == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize("quant", ["bf16", "nf4-dq"])
+@pytest.mark.parametrize("name", GRAPH)
+def test_other_prompts_allocate_what_is_planned(test_data, name, quant):
+    config = few_layers(test_data, name)
+    for workload in (Workload(300, 2), Workload(3000, 12), Workload(5000)):
+        path, planned, found = path_and_bytes(config, quant, workload)
+        assert path == "graph"
+        assert planned == pytest.approx(found, rel=GRAPH[name]), workload
+
+
+def test_many_sequences_go_another_path(test_data):
+    config = few_layers(test_data, FUSED[0])
+    path, planned, found = path_and_bytes(config, "nf4", Workload(3000, 9))
+    assert path == "graph" and planned == pytest.approx(found, rel=0.005)
+
+
+def test_the_limits_are_the_runtime_s():
+    from qtool.runtime.decoders import blocks
+
+    assert own_runtime.CAPACITY_STEP == caches.CAPACITY_STEP
+    assert own_runtime.FEW_TOKENS == products.MAX_FUSED_TOKENS
+    assert own_runtime.FUSED_TYPES == blocks.MODEL_TYPES
+    assert set(LENGTH_DEPENDENT_ROTARY) == own_runtime.LENGTH_DEPENDENT_ROTARY
+    pytest.importorskip("cupy")
+    from cupy_kernels import decode_attention, linear_few
+    from qtool.runtime.decoders import fused_attention
+
+    assert own_runtime.FUSED_BATCH == linear_few.MAX_TOKENS
+    assert own_runtime.FUSED_ROTARY == fused_attention.STATIC_ROTARY
+    assert own_runtime.LARGEST_GROUP == decode_attention.LARGEST_GROUP
+    assert own_runtime.LARGEST_HEAD_DIM == decode_attention.LARGEST_HEAD_DIM
+
+
+@pytest.mark.parametrize("model_type", sorted(set(KNOWN_MODEL_TYPES) - NOT_IN_TRANSFORMERS))
+def test_caches_are_of_the_kind_that_is_planned(model_type):
+    config = parse_config({"model_type": model_type, **families.TINY[model_type]}, "tiny")
+    with torch.device("meta"):
+        model = find_model_class(config)._from_config(config)
+    fixed = caches.fixed_cache(model.config, 64) if model._can_compile_fullgraph else None
+    assert (fixed is None) == (model_type in own_runtime.EAGER_TYPES)
+    cache = fixed or caches.growing_cache(model.config)
+    takes_chunks = caches.takes_chunks(cache, model.config.model_type)
+    assert takes_chunks == (model_type not in own_runtime.WHOLE_TYPES)
+
+
+def test_a_growing_cache_is_as_long_as_planned():
+    for chunk in (1, 100, 512):
+        layer, length = caches.GrowingLayer(), 0
+        for tokens in (chunk,) * 7:
+            length += tokens
+            layer.update(*(torch.empty(1, 1, tokens, 8, device="meta"),) * 2)
+            room = layer.keys.untyped_storage().nbytes() // (8 * 4)
+            assert room == own_runtime.grown_tokens(length, chunk)
+
+
+def test_a_smaller_chunk_takes_less():
+    model = reference_models()[2].describe()
+    sizes = [
+        plan_of(model, "nf4-dq", context=8192, prefill_chunk=chunk).components["activations"].bytes
+        for chunk in (64, 512, 4096)
+    ]
+    assert sizes == sorted(sizes) and 4 * sizes[0] < sizes[2]
+    others = {plan_of(model, "bf16", runtime="vllm", prefill_chunk=n).peak_bytes for n in (64, 512)}
+    assert len(others) == 1
+
+
+def test_the_cache_is_whole_from_the_start():
+    model = reference_models()[2].describe()
+    sizes = {
+        context: plan_of(model, "nf4", context=context).components["kv_cache"].bytes
+        for context in (1, 64, 65)
+    }
+    assert sizes[1] == sizes[64] == 64 * 131_072 and sizes[65] == 2 * sizes[64]
