@@ -10,6 +10,18 @@ import pytest
 SKIP_REASON = "QTOOL_TEST_DATA is not set"
 
 
+def pytest_configure() -> None:
+    """Processes that run tests side by side share the processors: PyTorch's threads, which wait
+    for each other busily, would else make tests of tiny models ten times as long.
+
+    Before PyTorch is loaded, and for the processes that tests start, too.
+    """
+    num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if num_processes > 1:
+        num_threads = max((os.cpu_count() or 1) // num_processes, 1)
+        os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
+
+
 def data_folder() -> Path | None:
     folder = os.environ.get("QTOOL_TEST_DATA")
     return Path(folder).resolve() if folder else None

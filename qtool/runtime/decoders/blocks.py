@@ -124,9 +124,10 @@ def describe_network(model: Any) -> FusableNetwork:
     gate = GATES.get(getattr(config, "hidden_act", None) or config.hidden_activation)
     if gate is None:
         raise NotFusable("its MLP has another activation")
-    reader = _Reader(config, dtype, plus_one=model_type in PLUS_ONE_TYPES)
     decoder = model.model
     embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    reader = _Reader(config, dtype, device, plus_one=model_type in PLUS_ONE_TYPES)
     first = decoder.layers[0].self_attn
     return FusableNetwork(
         dtype=dtype,
@@ -150,6 +151,7 @@ class _Reader:
 
     config: Any
     dtype: torch.dtype
+    device: torch.device
     plus_one: bool
 
     def block(self, layer: Any, index: int) -> Block:
@@ -173,7 +175,10 @@ class _Reader:
     def rows(self, module: Any, start: int = 0, stop: int | None = None) -> PackedRows:
         """Rows [start, stop) of a linear layer."""
         if not isinstance(module, nn.Linear):
-            raise NotFusable(f"{type(module).__name__} instead of a linear layer")
+            kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
+            raise NotFusable(f"a layer is {kind}")
+        if module.weight.device != self.device:
+            raise NotFusable("a layer lies on another device")
         stop = module.out_features if stop is None else stop
         found = _packed_rows(module, self.dtype, start, stop)
         addresses = (found.weight.weight, found.weight.bias)

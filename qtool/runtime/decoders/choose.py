@@ -23,6 +23,7 @@ from qtool.runtime.loading import LoadedModel
 
 PathChoice = Literal["auto", "fused", "graph", "eager"]
 PATH_VARIABLE: Final = "QTOOL_PATH"
+SPREAD: Final = "the weights are spread over several devices"
 NO_GPU: Final = "CUDA graphs need an NVIDIA GPU"
 
 
@@ -82,6 +83,8 @@ def _make_fused(wish: _Wish, refusals: str) -> Decoder | str:
         return NO_GPU
     if find_spec("cupy") is None:
         return "the fused kernels need CuPy"
+    if _num_devices(wish.loaded.model) > 1:
+        return SPREAD
     from qtool.runtime.decoders.fused import make_fused_decoder, why_not_fused
 
     refusal = why_not_fused(wish.loaded, wish.batch)
@@ -107,7 +110,7 @@ def _make_graphed(wish: _Wish, refusals: str) -> Decoder | str:
     if wish.loaded.device.type != "cuda":
         return NO_GPU
     if _num_devices(model) > 1:
-        return "the weights are spread over several devices"
+        return SPREAD
     cache = fixed_cache(model.config, wish.capacity) if model._can_compile_fullgraph else None
     if cache is None:
         return f"{name} has no static cache in transformers"
