@@ -10,16 +10,20 @@ import pytest
 SKIP_REASON = "QTOOL_TEST_DATA is not set"
 
 
-def pytest_configure() -> None:
+def share_processors() -> None:
     """Processes that run tests side by side share the processors: PyTorch's threads, which wait
     for each other busily, would else make tests of tiny models ten times as long.
 
-    Before PyTorch is loaded, and for the processes that tests start, too.
+    Holds for the processes that tests start, too. To be called before PyTorch is loaded, which
+    the conftest.py of other folders do.
     """
     num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if num_processes > 1:
         num_threads = max((os.cpu_count() or 1) // num_processes, 1)
         os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
+
+
+share_processors()
 
 
 def data_folder() -> Path | None:

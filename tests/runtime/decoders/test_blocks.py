@@ -58,7 +58,7 @@ def test_what_is_not_fused_is_said():
         model.config.model_type = "gemma2"
         describe_network(model)
     with pytest.raises(NotFusable, match="not float32"):
-        describe_network(load(dtype="float32"))
+        describe_network(load(quant="fp32"))
     with pytest.raises(NotFusable, match="another device"):
         model = load()
         model.model.layers[1].mlp.down_proj.to("meta")
