@@ -141,7 +141,13 @@ def generate(
             help="Run prompts in chunks of N tokens: fewer take less memory, more are faster.",
         ),
     ] = 512,
-    path: Annotated[Literal["auto", "fused", "graph", "eager"], typer.Option(hidden=True)] = "auto",
+    path: Annotated[
+        Literal["auto", "fused", "graph", "eager"],
+        typer.Option(
+            rich_help_panel=LOADING_PANEL,
+            help="How to run: auto takes the fastest way that the model and the device allow.",
+        ),
+    ] = "auto",
     config: options.ConfigFile = None,
     json_output: options.Json = False,
     quiet: options.Quiet = False,

@@ -9,11 +9,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Final
 
 import typer
 
 from qtool.errors import EXIT_TERMINATED, QtoolError
 from qtool.report.output import ColorChoice, Output
+
+RUN_AGAIN: Final = "run the command again; `qtool quantize` continues where it stopped"
 
 
 @contextmanager
@@ -44,9 +47,7 @@ def as_qtool_error(error: BaseException) -> QtoolError:
     if isinstance(error, QtoolError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return QtoolError(
-            "interrupted", kind="interrupted", hint="the same command continues where it stopped"
-        )
+        return QtoolError("interrupted", kind="interrupted", hint=RUN_AGAIN)
     if isinstance(error, MemoryError):
         return QtoolError(
             f"out of memory: {error}", kind="memory", hint="close other programs or use less"
@@ -78,6 +79,6 @@ def _raise_terminated(signum: int, frame: FrameType | None) -> None:
     raise QtoolError(
         "terminated",
         kind="interrupted",
-        hint="the same command continues where it stopped",
+        hint=RUN_AGAIN,
         exit_code=EXIT_TERMINATED,
     )

@@ -9,7 +9,7 @@ from qtool.errors import QtoolError
 from qtool.runtime.decoders.choose import DecoderOptions
 from qtool.runtime.decoders.history import CHAT_CAPACITY, History
 from qtool.runtime.generate import GenerateResult, Limits, Sampling, context_limit, generate
-from qtool.runtime.loading import LoadedModel
+from qtool.runtime.loading import LoadedModel, quiet_transformers
 from qtool.runtime.prompts import Conversation, encode_text, has_chat_template
 
 
@@ -50,12 +50,14 @@ def answer(
             )
     sampling, limits = request.sampling, request.limits
     if not uses_chat(loaded, request):
-        prompt_ids = encode_text(loaded.tokenizer, text)
+        with quiet_transformers():
+            prompt_ids = encode_text(loaded.tokenizer, text)
         return generate(loaded, prompt_ids, sampling, limits, write=write, history=history)
     conversation = conversation or Conversation(request.system)
     conversation.ask(text)
     try:
-        prompt_ids = conversation.encode(loaded.tokenizer)
+        with quiet_transformers():
+            prompt_ids = conversation.encode(loaded.tokenizer)
         result = generate(loaded, prompt_ids, sampling, limits, write=write, history=history)
     except QtoolError:
         conversation.messages.pop()  # as if it had not been asked

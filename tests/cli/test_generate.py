@@ -262,7 +262,10 @@ def test_a_terminal_without_prompt_opens_a_chat(chatty: Path) -> None:
         terminal.wait_for(">>> ")
         terminal.type("/help\n")
         assert "/clear" in terminal.wait_for(">>> ")
-        terminal.type("Tim\x03")  # Ctrl-C drops the line
+        terminal.type("Tim")
+        terminal.wait_for("Tim")
+        time.sleep(0.5)  # readline sees a signal before its wait only with the next key
+        terminal.type("\x03")  # Ctrl-C drops the line
         terminal.wait_for(">>> ")
         for _ in range(2):
             terminal.type(PROMPT + "\n")
