@@ -10,8 +10,10 @@ weight are dequantized first. No gradients.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Final
@@ -262,6 +264,27 @@ def _multiply_dequantized(
 
 # ---- Threads ----------------------------------------------------------------------------------
 
+# Threads that products may use although PyTorch's operators run on one; 0 outside of
+# `threads_for_products`.
+_reserved: ContextVar[int] = ContextVar("threads reserved for products", default=0)
+
+
+@contextmanager
+def threads_for_products() -> Iterator[None]:
+    """Run PyTorch's operators on one thread, and products with packed layers on all of its threads.
+
+    For steps of one token: there PyTorch's other threads have next to nothing to do, but spin
+    between operators on the cores that the products need.
+    """
+    num_threads = torch.get_num_threads()
+    token = _reserved.set(num_threads)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+        _reserved.reset(token)
+
 
 def _share_rows(num_rows: int, size: int, multiply: RowMultiplier) -> None:
     """Call `multiply(first, last)` for ranges that cover all rows, on several threads.
@@ -270,7 +293,7 @@ def _share_rows(num_rows: int, size: int, multiply: RowMultiplier) -> None:
     """
     num_threads = num_rows * size // MIN_ELEMENTS_PER_THREAD
     if num_threads > 1:
-        num_threads = min(num_threads, torch.get_num_threads())
+        num_threads = min(num_threads, _reserved.get() or torch.get_num_threads())
     if num_threads <= 1:
         multiply(0, num_rows)
         return

@@ -20,6 +20,7 @@ from qtool.runtime.products_host import (
     linear_bfloat16_host,
     linear_int8_host,
 )
+from tests.runtime.packed_layers import make_layer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OUT = 37
@@ -227,3 +228,29 @@ def unpack(model: nn.Module) -> None:
                 plain.bias = layer.bias
                 setattr(parent, name, plain)
     assert not any(isinstance(m, Linear4bit | LinearInt8) for m in model.modules())
+
+
+def test_products_keep_their_threads_while_pytorch_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    pool = products_host._pool
+
+    def watched(num_threads: int) -> Any:
+        asked.append(num_threads)
+        return pool(num_threads)
+
+    monkeypatch.setattr(products_host, "_pool", watched)
+    monkeypatch.setattr(products_host, "MIN_ELEMENTS_PER_THREAD", 1)
+    layer = make_layer("nf4", 64, 128)
+    x = torch.randn(1, 128, dtype=torch.bfloat16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            expected = layer(x)
+            with products_host.threads_for_products():
+                assert torch.get_num_threads() == 1
+                assert torch.equal(layer(x), expected)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert asked == [1, 1]  # one thread beside the caller's, both times

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from qtool.runtime.decoders.network import Network, check_room
 from qtool.runtime.decoders.protocol import Path, Sampling
 from qtool.runtime.decoders.sampling import choose_tokens, seed_generator
 from qtool.runtime.decoders.transcript import Transcript
+from qtool.runtime.linear import Linear4bit, LinearInt8
+from qtool.runtime.products_host import threads_for_products
 
 
 class EagerDecoder:
@@ -27,6 +30,10 @@ class EagerDecoder:
         self.path_reason = reason
         self.capacity = capacity
         self._network = network
+        on_cpu = network.device.type == "cpu"
+        self._multiplies_packed = on_cpu and any(
+            isinstance(module, Linear4bit | LinearInt8) for module in network.model.modules()
+        )
         self._cache = growing_cache(network.model.config)
         self.can_rewind = can_rewind(self._cache)
         self._in_chunks = takes_chunks(self._cache, network.model.config.model_type)
@@ -74,7 +81,8 @@ class EagerDecoder:
         position = self._transcript.length
         with self._transcript.taking(input_ids, position):
             positions = torch.full_like(input_ids, position)
-            self._logits = self._network.logits(input_ids, positions, self._cache)
+            with threads_for_products() if self._multiplies_packed else nullcontext():
+                self._logits = self._network.logits(input_ids, positions, self._cache)
         return self._choose(sampling)
 
     @torch.inference_mode()
