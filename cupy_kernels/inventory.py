@@ -113,7 +113,6 @@ def shared_memory(target: str) -> SharedMemory:
         block_bytes=block_kib << 10,
         multiprocessor_bytes=multiprocessor_kib << 10,
         multiprocessors=1,
-        compute_capability=int(target.removeprefix("sm_")),
     )
 
 

@@ -169,7 +169,7 @@ class LinearFew:
             plan.tuning.warps * 32,
             plan.shared_bytes,
             arguments,
-            overlap=overlap and plan.can_overlap,
+            overlap=overlap,
         )
         self._max_tokens = max_tokens
 
@@ -230,7 +230,6 @@ class Plan:
     tuning: Tuning
     shared_bytes: int
     num_blocks: int
-    can_overlap: bool
 
     def load(self) -> cupy.RawKernel:
         """The kernel, compiled and loaded."""
@@ -244,7 +243,6 @@ class SharedMemory:
     block_bytes: int
     multiprocessor_bytes: int
     multiprocessors: int
-    compute_capability: int
 
 
 def specialise(
@@ -346,7 +344,6 @@ def _plan_on(kind: LinearKind, num_weights: int, tokens: int, device: int) -> Pl
         tuning=tuning,
         shared_bytes=shared_bytes,
         num_blocks=gpu.multiprocessors * tuning.blocks,
-        can_overlap=gpu.compute_capability >= 90,
     )
 
 
@@ -358,7 +355,6 @@ def _shared_memory(device_id: int) -> SharedMemory:
         block_bytes=device.attributes["MaxSharedMemoryPerBlockOptin"],
         multiprocessor_bytes=device.attributes["MaxSharedMemoryPerMultiprocessor"],
         multiprocessors=device.attributes["MultiProcessorCount"],
-        compute_capability=int(device.compute_capability),
     )
 
 
