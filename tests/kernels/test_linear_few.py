@@ -111,7 +111,7 @@ def test_a_norm_before_eight_tokens_needs_all_columns_at_once(target, columns):
 
 
 def test_a_gpu_with_too_little_shared_memory_is_refused():
-    gpu = SharedMemory(64 << 10, 64 << 10, 40, 75)
+    gpu = SharedMemory(64 << 10, 64 << 10, 40)
     with pytest.raises(ValueError, match="65536 bytes of shared memory are too few"):
         specialise(LinearKind("nf4", 4096, "BF16"), 1, 1, gpu)
 
