@@ -15,37 +15,39 @@ constexpr int WARP_TILE = CHUNKS * CHUNK;
 #define CONCATENATE(a, b) CONCATENATE_(a, b)
 #define CODE_TABLE CONCATENATE(QUANT_TYPE, _code)
 
-// What the scale of a block is read from.
-struct Scales {
+struct Arguments {
+    const uint8* packed;         // (ceil(n/2),)
     const float* absmax;         // float32 (m,), unless nested
-    const uint8* absmax_codes;   // uint8 (m,)
-    const float* nested_absmax;  // float32 (ceil(m/256),)
-    const float* nested_code;    // float32 (256,), the dynamic map
-    float offset;                // the mean that was taken off
-
-    __device__ float of(int64 block) const {
-#if NESTED
-        float nested = nested_absmax[uint64(block) / NESTED_BLOCKSIZE];
-        return flushed_product(nested_code[absmax_codes[block]], nested) + offset;
-#else
-        return absmax[block];
-#endif
-    }
+    const uint8* absmax_codes;   // (m,)
+    const float* nested_absmax;  // (ceil(m/256),)
+    const float* nested_code;    // (256,), the dynamic map
+    const float* nested_offset;  // (), the mean that was taken off
+    TARGET::Bits* target;        // (n,)
+    int64 num_values;            // n
+    int blocksize_log2;
 };
 
-// packed: uint8 (ceil(n/2),), target: (n,). A block has 2^blocksize_log2 values.
-extern "C" __global__ void __launch_bounds__(256) dequantize_4bit(
-    const uint8* __restrict__ packed, int64 num_values, int blocksize_log2,
-    const float* __restrict__ absmax, const uint8* __restrict__ absmax_codes,
-    const float* __restrict__ nested_absmax, const float* __restrict__ nested_code,
-    const float* __restrict__ nested_offset,
-    TARGET::Bits* __restrict__ target) {
+
+// absmax of a block. Nothing writes to what is read here.
+__device__ inline float scale_of(const Arguments& args, int64 block, float offset) {
+#if NESTED
+    float entry = __ldg(args.nested_code + __ldg(args.absmax_codes + block));
+    return flushed_product(entry, __ldg(args.nested_absmax + uint64(block) / NESTED_BLOCKSIZE)) + offset;
+#else
+    return __ldg(args.absmax + block);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(256) dequantize_4bit(const __grid_constant__ Arguments args) {
+    const uint8* __restrict__ packed = args.packed;
+    TARGET::Bits* __restrict__ target = args.target;
+    const int64 num_values = args.num_values;
     int lane = threadIdx.x % WARP;
     int64 warp = int64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
     int64 tile = warp * WARP_TILE + lane * OCTET;
     if (warp * WARP_TILE >= num_values) return;
     float own_entry = CODE_TABLE[lane % 16];
-    Scales scales{absmax, absmax_codes, nested_absmax, nested_code, NESTED ? *nested_offset : 0.0f};
+    const float offset = NESTED ? __ldg(args.nested_offset) : 0.0f;
 
     uint32 codes[CHUNKS];
     float scale[CHUNKS];
@@ -62,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_4bit(
             for (int i = 0; i < OCTET / 2; i++)
                 if (first + 2 * i < num_values) codes[c] |= uint32(packed[first / 2 + i]) << (8 * i);
         }
-        if (whole || first < num_values) scale[c] = scales.of(first >> blocksize_log2);
+        if (whole || first < num_values) scale[c] = scale_of(args, first >> args.blocksize_log2, offset);
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {

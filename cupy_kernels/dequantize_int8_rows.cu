@@ -4,13 +4,20 @@
 #include "source_dtypes.cuh"
 #include "code_tables.cuh"
 
-// codes: int8 (num_rows, row_size), scb: (num_rows,) -> target of the codes' shape. `aligned`: rows
-// are a multiple of eight values, and the arrays 16-byte aligned.
-extern "C" __global__ void __launch_bounds__(256) dequantize_int8_rows(
-    const signed char* __restrict__ codes, int64 num_rows, int64 row_size, bool aligned,
-    const float* __restrict__ scb, TARGET::Bits* __restrict__ target) {
+struct Arguments {
+    const signed char* codes;  // (num_rows, row_size), 16-byte aligned
+    const float* scb;          // (num_rows,)
+    TARGET::Bits* target;      // (num_rows, row_size), 16-byte aligned
+    int64 num_rows, row_size;
+};
+
+extern "C" __global__ void __launch_bounds__(256) dequantize_int8_rows(const __grid_constant__ Arguments args) {
+    const signed char* __restrict__ codes = args.codes;
+    TARGET::Bits* __restrict__ target = args.target;
+    const int64 num_rows = args.num_rows, row_size = args.row_size;
+    const bool aligned = row_size % OCTET == 0;
     for (int64 row = blockIdx.y; row < num_rows; row += gridDim.y) {
-        float scale = scb[row];
+        float scale = __ldg(args.scb + row);
         int64 stride = int64(gridDim.x) * blockDim.x * OCTET;
         for (int64 first = (int64(blockIdx.x) * blockDim.x + threadIdx.x) * OCTET; first < row_size;
              first += stride) {

@@ -12,12 +12,12 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Final
+from typing import Final, get_args
 
-from cupy_kernels import argmax_rows, decode_attention, prompt_rows
+from cupy_kernels import argmax_rows, decode_attention, linear_some, optimizer_8bit, prompt_rows
 from cupy_kernels.decode_attention import HEAD_NORMS, AttentionShape
 from cupy_kernels.launch import DTYPES
-from cupy_kernels.linear_few import NORMS, LinearKind, SharedMemory, specialise
+from cupy_kernels.linear_few import LinearKind, Norm, SharedMemory, specialise
 from cupy_kernels.loader import Compiled, compile_kernel
 from cupy_kernels.quantize_int8_rows import ROW_SHAPES
 from qtool.formats.precisions import BLOCKSIZES
@@ -56,6 +56,20 @@ LINEARS: Final = (
 )
 TOKENS: Final = (1, 8)
 
+# Layers alone, with some tokens.
+SOME_LINEARS: Final = (
+    LinearKind("nf4", 4096, "BF16", nested=True),
+    LinearKind("nf4", 14336, "F16", nested=True),
+    LinearKind("nf4", 1408, "BF16", blocksize=32, nested=True),
+    LinearKind("fp4", 4096, "BF16", blocksize=32),
+    LinearKind("int8", 4096, "BF16"),
+    LinearKind("int8", 1408, "F16"),
+    LinearKind("plain", 4096, "BF16"),
+)
+SOME_ROWS: Final = 4096
+
+NORM_KINDS: Final[tuple[Norm, ...]] = ("rms", "rms_plus_one")
+
 # Query and key heads, sizes of a head, norm of heads, softcap.
 ATTENTIONS: Final = (
     (32, 32, 96, "none", False),
@@ -64,6 +78,9 @@ ATTENTIONS: Final = (
     (8, 1, 128, "none", False),
     (8, 1, 256, "none", False),
     (16, 4, 256, "rms_plus_one", True),
+    (8, 4, 256, "none", True),
+    (8, 4, 256, "rms_plus_one", False),
+    (32, 16, 128, "rms_plus_one", False),
 )
 
 
@@ -101,6 +118,7 @@ def specialisations(target: str) -> Iterator[Specialisation]:
     Kernels of the decode step are left out where they do not run (see `SHARED_KIB`).
     """
     yield from _of_formats()
+    yield from _of_optimizers(8 if target == "sm_75" else 32)
     if target in SHARED_KIB:
         yield from _of_products(shared_memory(target))
         yield from _of_the_decode_step()
@@ -136,6 +154,21 @@ def _of_formats() -> Iterator[Specialisation]:
     yield _make("dequantize_absmax")
 
 
+def _of_optimizers(table_copies: int) -> Iterator[Specialisation]:
+    for algorithm in get_args(optimizer_8bit.Algorithm):
+        yield _make(
+            "optimizer_scalars",
+            ALGORITHM=algorithm.upper(),
+            MAX_GROUPS=optimizer_8bit.MAX_GROUPS,
+        )
+        for dtype in DTYPES:
+            for bits in (8, 32):
+                kind = optimizer_8bit.UpdateKind(algorithm, dtype, bits)
+                defines = optimizer_8bit.specialise(kind, table_copies)
+                yield _make("optimizer_8bit", **defines)
+    yield _make("store_words", MAX_WORDS=optimizer_8bit.MAX_WORDS)
+
+
 def _of_products(gpu: SharedMemory) -> Iterator[Specialisation]:
     for kind, num_weights in LINEARS:
         for tokens in TOKENS:
@@ -145,6 +178,10 @@ def _of_products(gpu: SharedMemory) -> Iterator[Specialisation]:
                 continue
             purpose = f"{_in_words(kind)} x{num_weights}, tokens {tokens}"
             yield Specialisation("linear_few", tuple(defines.items()), purpose)
+    for kind in SOME_LINEARS:
+        for tokens in linear_some.TOKEN_CLASSES:
+            plan = linear_some.specialise(kind, SOME_ROWS, tokens, gpu)
+            yield Specialisation("linear_some", plan.defines, f"{_in_words(kind)}, tokens {tokens}")
 
 
 def _in_words(kind: LinearKind) -> str:
@@ -177,14 +214,10 @@ def _of_the_decode_step() -> Iterator[Specialisation]:
         )
         for gate in ("SILU", "GELU_TANH", "GELU"):
             yield _make("gated_rows", ACTIVATION=dtype, GATE=gate)
-        for norm in ("rms", "rms_plus_one"):
-            yield _make(
-                "norm_rows",
-                ACTIVATION=dtype,
-                NORM=NORMS[norm],
-                COLUMNS=4096,
-                WARPS=prompt_rows.NORM_WARPS,
-            )
+    for name in ("BF16", "F16"):
+        for norm in NORM_KINDS:
+            for added in (False, True):
+                yield _make("norm_rows", **prompt_rows.norm_defines(4096, name, norm, added=added))
 
 
 def _of_attention(shape: AttentionShape) -> Iterator[Specialisation]:

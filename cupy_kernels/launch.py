@@ -134,7 +134,8 @@ class Launch:
         self.arguments = arguments
         self._kernel = kernel  # keeps the module loaded
         self._function = ctypes.c_void_p(kernel.kernel.ptr)
-        _allow_shared_bytes(self._function, shared_bytes)
+        if shared_bytes:
+            _allow_shared_bytes(self._function, shared_bytes)
         self._attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION, 0, (1,))
         self._config = _LaunchConfig(
             (*grid, 1, 1)[:3],
@@ -146,6 +147,10 @@ class Launch:
         )
         self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         self._launch = _driver().cuLaunchKernelEx
+
+    def set_grid(self, *grid: int) -> None:
+        """Take another number of thread blocks."""
+        self._config.grid[:] = (*grid, 1, 1)[:3]
 
     def __call__(self, stream: int) -> None:
         """Queue it on `stream`.

@@ -18,30 +18,18 @@
 #include "source_dtypes.cuh"
 #include "code_tables.cuh"
 #include "products.cuh"
+
+constexpr int LINE = 128;  // bytes of a row that a warp takes at a time
+#include "packed_lines.cuh"
 #include "linear_layers.cuh"
 
-#define NF4 0
-#define FP4 1
-#define INT8 2
-#define PLAIN 3
-
-constexpr bool IS_4BIT = FORMAT == NF4 || FORMAT == FP4;
-constexpr int BITS = IS_4BIT ? 4 : FORMAT == INT8 ? 8 : 16;
-
 constexpr int THREADS = WARPS * WARP;
-constexpr int FRAGMENT_ROWS = 16;
 constexpr int TILE = FRAGMENT_ROWS * FRAGMENTS;  // rows that a warp takes at a time
 // Rows of gate come first in a fragment, then as many of up, so that each output's two sums are in one warp.
 constexpr int HALF_ROWS = FRAGMENT_ROWS / 2;
-constexpr int LINE = 128;                        // bytes of a row that a warp takes at a time
-constexpr int CHUNK = LINE * 8 / BITS;           // the same in columns
-constexpr int BLOCK = 64;                        // columns that the fragments of a lane quad cover
-constexpr int BLOCKS = CHUNK / BLOCK;
-constexpr int UNITS = BLOCK / UNIT;              // scales of a row in a block
 constexpr int64 ROW_BYTES = int64(COLUMNS) * BITS / 8;
 constexpr int PARTIAL = TILE * TOKENS;           // sums of a tile
 constexpr int STAGE_BYTES = TILE * LINE;
-constexpr int PARTS = LINE / 16;                 // 16-byte copies per row
 constexpr int COPY_ROWS = WARP / PARTS;          // rows that a warp copies at once
 constexpr bool WHOLE_CHUNKS = COLUMNS % CHUNK == 0;
 
@@ -50,13 +38,10 @@ __device__ constexpr int chunks_of(int slice) {
     return slice + 1 < NUM_SLICES ? SLICE / CHUNK : (COLUMNS - (NUM_SLICES - 1) * SLICE + CHUNK - 1) / CHUNK;
 }
 
-// -- shared memory. 4 bit: a table of 256 pairs of values, of which each lane has a copy in its own bank.
-// Entries are 256 bytes apart, of which they take 128, so that a byte of codes is the second byte of an entry's
-// address and the lane the first: one instruction makes an address. The gaps between them hold the
-// dynamic map of nested absmax, sums, and the activations of a single token. Other formats have lines without
-// a table between.
-constexpr int LINE_STRIDE = IS_4BIT ? 2 * LINE : LINE;
-constexpr int FIRST_LINE = IS_4BIT ? LINE : 0;
+// -- shared memory. 4 bit: the table, whose gaps hold the dynamic map of nested absmax, sums, and the activations of
+// a single token. Other formats have lines without a table between.
+constexpr int LINE_STRIDE = IS_4BIT ? ENTRY_STRIDE : LINE;
+constexpr int FIRST_LINE = IS_4BIT ? GAP : 0;
 constexpr int LINES_BYTES = 256 * LINE_STRIDE;
 
 __device__ inline float& line_float(uint8* shared, uint32 index) {
@@ -64,70 +49,6 @@ __device__ inline float& line_float(uint8* shared, uint32 index) {
 }
 
 #include "linear_cursor.cuh"
-
-// Both values of byte `i` of `word`, the first in the lower half. With the table's address written into
-// the instruction there is nothing to add.
-__device__ inline uint32 look_up(uint32 word, int i, uint32 lane_offset) {
-    uint32 pair;
-    asm("ld.shared.b32 %0, [%1+%2];"
-        : "=r"(pair)
-        : "r"(__byte_perm(word, lane_offset, 0x5504 | i << 4)), "n"(DYNAMIC_SHARED_ADDRESS));
-    return pair;
-}
-
-__device__ inline void fill_table(uint8* shared) {
-    const int lane = threadIdx.x % WARP;
-    const float own = (FORMAT == FP4 ? fp4_code : nf4_code)[lane % 16];
-#pragma unroll
-    for (int i = threadIdx.x / WARP; i < 256 / 4; i += WARPS) {  // eight lanes fill an entry
-        int byte = i * 4 + lane / 8;
-        float first = __shfl_sync(FULL_WARP, own, byte >> 4);
-        uint32 pair = ACTIVATION::narrow_pair(first, __shfl_sync(FULL_WARP, own, byte & 15));
-        *reinterpret_cast<uint4*>(shared + byte * LINE_STRIDE + lane % 8 * 16) =
-            make_uint4(pair, pair, pair, pair);
-    }
-}
-
-// Where 16 bytes of a row lie in its line, so that rows that are read together are in different banks.
-__device__ inline int part_position(int row, int part) {
-    if (IS_4BIT) return (part / 2 ^ (row & 3)) * 2 + part % 2;
-    if (FORMAT == INT8) return (part / 4 ^ (row & 1)) * 4 + part % 4;
-    return part ^ (row & 1);
-}
-
-// The 16 values of a block that lane `member` of a quad has of the row at `line`, as eight pairs.
-__device__ inline void read_pairs(const uint8* line, int row, int block, int member, uint32 lane_offset,
-                                  uint32 (&pairs)[8]) {
-    auto at = [&](int part) { return line + part_position(row, part) * 16; };
-    if constexpr (IS_4BIT) {
-        uint32 words[2];
-        if constexpr (UNIT == 64) {
-            uint2 both = *reinterpret_cast<const uint2*>(at(block * 2 + member / 2) + member % 2 * 8);
-            words[0] = both.x;
-            words[1] = both.y;
-        } else {
-            words[0] = *reinterpret_cast<const uint32*>(at(block * 2) + member * 4);
-            words[1] = *reinterpret_cast<const uint32*>(at(block * 2 + 1) + member * 4);
-        }
-#pragma unroll
-        for (int i = 0; i < 8; i++) pairs[i] = look_up(words[i / 4], i % 4, lane_offset);
-    } else if constexpr (FORMAT == INT8) {
-        uint4 words = *reinterpret_cast<const uint4*>(at(block * 4 + member));
-        widen_int8<ACTIVATION>(words.x, pairs[0], pairs[1]);
-        widen_int8<ACTIVATION>(words.y, pairs[2], pairs[3]);
-        widen_int8<ACTIVATION>(words.z, pairs[4], pairs[5]);
-        widen_int8<ACTIVATION>(words.w, pairs[6], pairs[7]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint4 words = *reinterpret_cast<const uint4*>(at(member * 2 + i));
-            pairs[4 * i] = words.x;
-            pairs[4 * i + 1] = words.y;
-            pairs[4 * i + 2] = words.z;
-            pairs[4 * i + 3] = words.w;
-        }
-    }
-}
 
 // absmax of the blocks of a lane quad's rows, loaded one chunk ahead; lane `member` has those of block `member`.
 struct Scales {
@@ -175,6 +96,26 @@ struct Scales {
 #endif
     }
 };
+
+// Activations of the chunks that are this warp's, if each of its tiles gives it the same ones.
+template <class Place>
+__device__ inline void load_own_chunks(const Bits* x, Place place) {
+    constexpr int CHUNK_OCTETS = CHUNK / OCTET, COUNT = chunks_of(0) / WARPS * CHUNK_OCTETS;
+    constexpr int LANE_COUNT = (COUNT + WARP - 1) / WARP;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    auto octet_of = [&](int i) {
+        int own = i * WARP + lane;
+        return (own / CHUNK_OCTETS * WARPS + warp) * CHUNK_OCTETS + own % CHUNK_OCTETS;
+    };
+    uint4 held[LANE_COUNT];
+#pragma unroll
+    for (int i = 0; i < LANE_COUNT; i++)
+        if (i * WARP + lane < COUNT) held[i] = __ldcg(reinterpret_cast<const uint4*>(x) + octet_of(i));
+#pragma unroll
+    for (int i = 0; i < LANE_COUNT; i++)
+        if (i * WARP + lane < COUNT) *place(octet_of(i), 0) = held[i];
+    __syncwarp();
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     const __grid_constant__ Arguments args) {
@@ -247,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     Cursor now = Cursor::first(tiles);
     Scales scales;
     if (IS_4BIT && !now.done(tiles)) scales.load(args, now, group, member);
-    if (IS_4BIT) fill_table(shared);
+    if (IS_4BIT) fill_table<WARPS>(shared);
 #if NESTED
     for (int i = threadIdx.x; i < NUM_WEIGHTS * 256; i += THREADS)
         line_float(shared, i) = __ldg(args.weights[i / 256].nested_code + i % 256);
@@ -255,6 +196,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     float offsets[NUM_WEIGHTS];  // of nested absmax
 #pragma unroll
     for (int i = 0; i < NUM_WEIGHTS; i++) offsets[i] = NESTED ? __ldg(args.weights[i].nested_offset) : 0.0f;
+    // Where a warp has the same chunks of all tiles, it loads their activations itself, and no warp waits
+    // for another between the launch before and its first products.
+    constexpr bool OWN_X = TOKENS == 1 && NORM == 0 && NUM_SLICES == 1 && WHOLE_CHUNKS && chunks_of(0) % WARPS == 0;
+    if (OWN_X) __syncthreads();  // the table is filled
     wait_for_prerequisites();
 
     // Fragments read [block of 64][half][token][member][8 columns].
@@ -269,7 +214,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     for (int pass = 0; pass * PASS < tiles.count; pass++) {
         const int pass_end = min((pass + 1) * PASS, tiles.count);
         for (int slice = 0; slice < NUM_SLICES; slice++) {
-            if (NUM_SLICES > 1 || pass == 0) {
+            if constexpr (OWN_X) {
+                if (pass == 0) load_own_chunks(args.x, place);
+            } else if (NUM_SLICES > 1 || pass == 0) {
                 if (NUM_SLICES > 1 && slice + pass > 0) __syncthreads();
                 activations.load(args.x, args.x_stride, args.num_tokens, slice * SLICE, args.norm_weight,
                                  args.epsilon, scratch, place);

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from cupy_kernels.launch import Launch, ceil_div, cuda_dtype
 from cupy_kernels.loader import load_kernel
@@ -151,10 +151,10 @@ class LinearFew:
     ) -> None:
         _check(kind, weights, max_tokens, norm)
         plan = _plan(kind, len(weights), _token_class(max_tokens))
-        arguments = _arguments_type(len(weights))()
+        arguments = arguments_type(len(weights))()
         first_tile = 0
         for target, weight in zip(arguments.weights, weights, strict=True):
-            _fill(target, weight)
+            fill_weight(target, weight)
             target.first_tile = first_tile
             first_tile += ceil_div(weight.rows, _FRAGMENT_ROWS)
         if kind.epilogue == "gated":  # half of a tile's rows are gate's
@@ -176,7 +176,7 @@ class LinearFew:
     def set_weights(self, weights: Sequence[LinearWeight]) -> None:
         """Take other layers of the same shapes."""
         for target, weight in zip(self._launch.arguments.weights, weights, strict=True):
-            _fill(target, weight)
+            fill_weight(target, weight)
 
     def queue(self, tokens: Tokens, stream: int) -> None:
         """Queue the products of `tokens` on `stream`.
@@ -201,6 +201,12 @@ class LinearFew:
 def compile_for(kind: LinearKind, num_weights: int, max_tokens: int) -> None:
     """Have the kernel in the cache and loaded."""
     _plan(kind, num_weights, _token_class(max_tokens)).load()
+
+
+def holds_all_columns(kind: LinearKind, max_tokens: int) -> bool:
+    """Whether the activations of all columns fit into shared memory at once, on the current GPU."""
+    slice_columns = dict(_plan(kind, 1, _token_class(max_tokens)).defines)["SLICE"]
+    return int(slice_columns) >= kind.columns
 
 
 # -- how a kernel is specialised ------------------------------------------------------------------
@@ -337,7 +343,7 @@ def _plan(kind: LinearKind, num_weights: int, tokens: int) -> Plan:
 
 @cache
 def _plan_on(kind: LinearKind, num_weights: int, tokens: int, device: int) -> Plan:
-    gpu = _shared_memory(device)
+    gpu = shared_memory(device)
     defines, tuning, shared_bytes = specialise(kind, num_weights, tokens, gpu)
     return Plan(
         defines=tuple(defines.items()),
@@ -347,7 +353,8 @@ def _plan_on(kind: LinearKind, num_weights: int, tokens: int, device: int) -> Pl
     )
 
 
-def _shared_memory(device_id: int) -> SharedMemory:
+def shared_memory(device_id: int) -> SharedMemory:
+    """Of a GPU by its number."""
     import cupy
 
     device = cupy.cuda.Device(device_id)
@@ -359,7 +366,9 @@ def _shared_memory(device_id: int) -> SharedMemory:
 
 
 @cache
-def _arguments_type(num_weights: int) -> type[ctypes.Structure]:
+def arguments_type(num_weights: int) -> type[ctypes.Structure]:
+    """`Arguments` of linear_layers.cuh, of so many layers."""
+
     class Arguments(ctypes.Structure):
         _fields_ = (
             ("weights", _Weight * num_weights),
@@ -377,7 +386,8 @@ def _arguments_type(num_weights: int) -> type[ctypes.Structure]:
     return Arguments
 
 
-def _fill(target: _Weight, weight: LinearWeight) -> None:
+def fill_weight(target: Any, weight: LinearWeight) -> None:
+    """Set one of `weights` of an `arguments_type`, all but its results."""
     target.packed, target.rows = weight.weight, weight.rows
     target.absmax = weight.absmax or None
     target.absmax_codes = weight.absmax_codes or None

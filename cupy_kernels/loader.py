@@ -60,6 +60,16 @@ def load_kernel(name: str, *, cooperative: bool = False, **defines: str | int) -
     return _load(name, tuple(defines.items()), cooperative, _target())
 
 
+def load_kernel_of_one_architecture(name: str, **defines: str | int) -> cupy.RawKernel:
+    """`load_kernel` where instructions are used that later GPUs do not have: for sm_90a, say."""
+    return _load(name, tuple(defines.items()), False, f"{_target()}a")
+
+
+def compiles_for(target: str) -> bool:
+    """Whether kernels of the current device are compiled for `target`."""
+    return _target() == target
+
+
 def compile_kernel(name: str, defines: Defines, target: str) -> Compiled:
     """Compile for `target`: sm_90 gives machine code, compute_90 PTX.
 

@@ -1,22 +1,19 @@
 """Launches norm_rows.cu, rotary_rows.cu and gated_rows.cu: a prompt beside its products.
 
-Addresses as integers; kernels are only queued, on `stream`.
+Norms that are added belong to a step of one token as well.
+
+Each is made once and queued again and again, by one thread at a time. Addresses are integers.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 from cupy_kernels.decode_attention import HEAD_NORMS, AttentionShape, AttentionTensors
 from cupy_kernels.launch import Launch, ceil_div, cuda_dtype
 from cupy_kernels.linear_few import NORMS, Gate, Norm, NormWeight
 from cupy_kernels.loader import load_kernel
-
-if TYPE_CHECKING:
-    import cupy
 
 NORM_WARPS: Final = 8
 ROTARY_WARPS: Final = 4
@@ -60,85 +57,98 @@ class _RotaryArguments(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """How many tokens, of how many values of what dtype (BF16 or F16)."""
+class NormRows:
+    """The RMS norm of rows of `columns` values of `dtype` (BF16 or F16).
 
-    tokens: int
-    columns: int
-    dtype: str
-
-
-def norm_rows(rows: Rows, kind: Norm, norm: NormWeight, x: int, out: int, stream: int) -> None:
-    """The RMS norm of (tokens, columns) at `x`, to `out`."""
-    kernel = _kernel(
-        "norm_rows",
-        ACTIVATION=cuda_dtype(rows.dtype),
-        NORM=NORMS[kind],
-        COLUMNS=rows.columns,
-        WARPS=NORM_WARPS,
-    )
-    arguments = _NormArguments(x, norm.weight, out, norm.epsilon)
-    Launch(kernel, (rows.tokens,), NORM_WARPS * 32, 0, arguments, overlap=False)(stream)
-
-
-def gated_rows(rows: Rows, gate_kind: Gate, gate: int, up: int, out: int, stream: int) -> None:
-    """act(gate) * up, (tokens, columns) each; `out` may be `gate`."""
-    kernel = _kernel("gated_rows", ACTIVATION=cuda_dtype(rows.dtype), GATE=gate_kind.upper())
-    count = rows.tokens * rows.columns
-    arguments = _GatedArguments(gate, up, out, count)
-    grid = (ceil_div(count, _GATED_THREADS * _OCTET),)
-    Launch(kernel, grid, _GATED_THREADS, 0, arguments, overlap=False)(stream)
-
-
-def rotary_rows(
-    shape: AttentionShape,
-    tensors: AttentionTensors,
-    *,
-    num_tokens: int,
-    start: int,
-    epsilon: float,
-    stream: int,
-) -> None:
-    """Heads of `num_tokens` tokens a sequence, from position `start` on.
-
-    `tensors.qkv` is (batch, tokens, (heads + 2 * kv_heads) * head_dim), contiguous; queries go to
-    `tensors.out` (batch, heads, tokens, head_dim), keys and values into their caches.
+    Args:
+        added: to what is at `out`, instead of stored there.
+        overlap: begin while the launch before still runs (see `Launch`).
     """
-    kernel = _kernel(
-        "rotary_rows",
-        ACTIVATION=cuda_dtype(shape.dtype),
-        HEAD_DIM=shape.head_dim,
-        ROTARY_DIM=shape.rotary_dim,
-        HEAD_NORM=HEAD_NORMS[shape.head_norm],
-        WARPS=ROTARY_WARPS,
-    )
-    arguments = _RotaryArguments(
-        qkv=tensors.qkv,
-        cosines=tensors.cosines,
-        sines=tensors.sines,
-        queries=tensors.out,
-        keys=tensors.keys,
-        values=tensors.values,
-        query_norm=tensors.query_norm or None,
-        key_norm=tensors.key_norm or None,
-        epsilon=epsilon,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        capacity=shape.capacity,
-        start=start,
-    )
-    groups = ceil_div(shape.heads + 2 * shape.kv_heads, ROTARY_WARPS)
-    grid = (num_tokens, groups, shape.batch)
-    Launch(kernel, grid, ROTARY_WARPS * 32, 0, arguments, overlap=False)(stream)
+
+    def __init__(
+        self, columns: int, dtype: str, kind: Norm, *, added: bool = False, overlap: bool = False
+    ) -> None:
+        defines = norm_defines(columns, dtype, kind, added=added)
+        kernel = load_kernel("norm_rows", cooperative=False, **defines)
+        arguments = _NormArguments()
+        self._launch = Launch(kernel, (1,), NORM_WARPS * 32, 0, arguments, overlap=overlap)
+
+    def queue(self, num_rows: int, norm: NormWeight, x: int, out: int, stream: int) -> None:
+        """Of (num_rows, columns) at `x`, to `out`; both 16-byte aligned."""
+        arguments = self._launch.arguments
+        arguments.x, arguments.out = x, out
+        arguments.weight, arguments.epsilon = norm.weight, norm.epsilon
+        self._launch.set_grid(num_rows)
+        self._launch(stream)
 
 
-def _kernel(name: str, **defines: str | int) -> cupy.RawKernel:
-    import cupy
+def norm_defines(columns: int, dtype: str, kind: Norm, *, added: bool) -> dict[str, str | int]:
+    """The macros of norm_rows.cu."""
+    return {
+        "ACTIVATION": cuda_dtype(dtype),
+        "NORM": NORMS[kind],
+        "COLUMNS": columns,
+        "WARPS": NORM_WARPS,
+        "ADDED": int(added),
+    }
 
-    return _kernel_on(name, tuple(defines.items()), cupy.cuda.Device().id)
+
+class GatedRows:
+    """act(gate) * up of values of `dtype` (BF16 or F16)."""
+
+    def __init__(self, dtype: str, gate: Gate) -> None:
+        kernel = load_kernel("gated_rows", ACTIVATION=cuda_dtype(dtype), GATE=gate.upper())
+        self._launch = Launch(kernel, (1,), _GATED_THREADS, 0, _GatedArguments(), overlap=False)
+
+    def queue(self, count: int, gate: int, up: int, out: int, stream: int) -> None:
+        """Of `count` values, a multiple of 8; `out` may be `gate`."""
+        arguments = self._launch.arguments
+        arguments.gate, arguments.up, arguments.out, arguments.count = gate, up, out, count
+        self._launch.set_grid(ceil_div(count, _GATED_THREADS * _OCTET))
+        self._launch(stream)
 
 
-@cache
-def _kernel_on(name: str, defines: tuple[tuple[str, Any], ...], device: int) -> cupy.RawKernel:
-    return load_kernel(name, **dict(defines))
+class RotaryRows:
+    """Heads of a prompt's tokens: norms, rotary embedding, keys and values into their caches.
+
+    Args:
+        tensors: `qkv` and `out` are not looked at.
+        epsilon: of the heads' norms.
+    """
+
+    def __init__(self, shape: AttentionShape, tensors: AttentionTensors, *, epsilon: float) -> None:
+        kernel = load_kernel(
+            "rotary_rows",
+            ACTIVATION=cuda_dtype(shape.dtype),
+            HEAD_DIM=shape.head_dim,
+            ROTARY_DIM=shape.rotary_dim,
+            HEAD_NORM=HEAD_NORMS[shape.head_norm],
+            WARPS=ROTARY_WARPS,
+        )
+        arguments = _RotaryArguments(
+            cosines=tensors.cosines,
+            sines=tensors.sines,
+            keys=tensors.keys,
+            values=tensors.values,
+            query_norm=tensors.query_norm or None,
+            key_norm=tensors.key_norm or None,
+            epsilon=epsilon,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            capacity=shape.capacity,
+        )
+        self._groups = ceil_div(shape.heads + 2 * shape.kv_heads, ROTARY_WARPS)
+        self._batch = shape.batch
+        self._launch = Launch(kernel, (1,), ROTARY_WARPS * 32, 0, arguments, overlap=False)
+
+    def queue(self, qkv: int, queries: int, *, num_tokens: int, start: int, stream: int) -> None:
+        """Of `num_tokens` tokens a sequence, from position `start` on.
+
+        Args:
+            qkv: (batch, tokens, (heads + 2 * kv_heads) * head_dim), contiguous.
+            queries: (batch, heads, tokens, head_dim), filled.
+        """
+        arguments = self._launch.arguments
+        arguments.qkv, arguments.queries, arguments.start = qkv, queries, start
+        self._launch.set_grid(num_tokens, self._groups, self._batch)
+        self._launch(stream)

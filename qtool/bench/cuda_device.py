@@ -18,7 +18,7 @@ from qtool.bench.contenders import Run, Sample
 from qtool.bench.operations import BLOCKSIZE, Operation, Shape, stored_bytes, value_bytes
 from qtool.bench.random_weights import STANDARD_DEVIATION
 from qtool.bench.weights import Array, Weight, allocate_weight, num_weights
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.formats.codebooks import dynamic_map
 from qtool.formats.tensors import SourceDtype
 
@@ -147,7 +147,7 @@ class CudaDevice:
         return quantize_twice
 
     def _bind_dequantize_4bit(self, operation: Operation, weight: Weight) -> Callable[[], object]:
-        from cupy_kernels.dequantize_4bit import NestedAbsmax, dequantize_4bit
+        from cupy_kernels.dequantize_4bit import Dequantize4bit, NestedAbsmax
 
         stored = weight.four_bit[operation.precision]
         absmax: int | NestedAbsmax = _at(stored.absmax)
@@ -158,36 +158,26 @@ class CudaDevice:
                 _at(self._dynamic_map),
                 _at(stored.offset),
             )
-        return partial(
-            dequantize_4bit,
+        launch = Dequantize4bit(
             _at(stored.packed),
             weight.source.size,
             absmax,
             operation.format.quant_type,
             BLOCKSIZE,
             weight.dtype,
-            _at(weight.restored),
-            DEFAULT_STREAM,
         )
+        return partial(launch.queue, _at(weight.restored), DEFAULT_STREAM)
 
     def _bind_int8(self, operation: Operation, weight: Weight) -> Callable[[], object]:
-        from cupy_kernels.dequantize_int8_rows import dequantize_int8_rows
+        from cupy_kernels.dequantize_int8_rows import DequantizeInt8Rows
         from cupy_kernels.quantize_int8_rows import quantize_int8_rows
 
         assert weight.int8 is not None
         num_rows, row_size = weight.shape
         codes, scb = _at(weight.int8.codes), _at(weight.int8.scb)
         if operation.direction == "dequantize":
-            return partial(
-                dequantize_int8_rows,
-                codes,
-                num_rows,
-                row_size,
-                scb,
-                weight.dtype,
-                _at(weight.restored),
-                DEFAULT_STREAM,
-            )
+            launch = DequantizeInt8Rows(codes, num_rows, row_size, scb, weight.dtype)
+            return partial(launch.queue, _at(weight.restored), DEFAULT_STREAM)
         return partial(
             quantize_int8_rows,
             _at(weight.source),
@@ -230,5 +220,9 @@ def _require_memory(num_bytes: int) -> None:
             f"the weights to measure need {num_bytes >> 20:,} MiB of GPU memory, "
             f"{free_bytes >> 20:,} MiB are free",
             kind="memory",
-            hint="take a smaller --shape, or end what else runs on the GPU (nvidia-smi lists it)",
+            hint=(
+                "take a smaller ",
+                Option("shape"),
+                ", or end what else runs on the GPU (nvidia-smi lists it)",
+            ),
         )

@@ -1,0 +1,33 @@
+// A barrier of warps on which to arrive and to wait are two things (mbarrier, from Ampere on).
+#pragma once
+
+// One arrival of each of `count` warps ends a phase. By one thread, before the block synchronizes.
+__device__ inline void init_barrier(uint64* barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(uint32(__cvta_generic_to_shared(barrier))), "r"(count)
+                 : "memory");
+}
+
+// What the warp wrote before is visible to who waits for the phase.
+__device__ inline void arrive(uint64* barrier) {
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) {
+        uint64 state;
+        asm volatile("mbarrier.arrive.shared.b64 %0, [%1];"
+                     : "=l"(state)
+                     : "r"(uint32(__cvta_generic_to_shared(barrier)))
+                     : "memory");
+    }
+}
+
+// Until the phase has ended; phases alternate between 0 and 1.
+__device__ inline void wait_for_phase(uint64* barrier, uint32 phase) {
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "again:\n"
+        "mbarrier.test_wait.parity.shared.b64 ended, [%0], %1;\n"
+        "@!ended bra again;\n"
+        "}" ::"r"(uint32(__cvta_generic_to_shared(barrier))),
+        "r"(phase)
+        : "memory");
+}

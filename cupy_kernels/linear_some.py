@@ -1,0 +1,343 @@
+"""Launches linear_some.cu: products of some tokens, up to 64, with a linear layer."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Final
+
+from cupy_kernels.launch import Launch, ceil_div, cuda_dtype
+from cupy_kernels.linear_few import (
+    LinearKind,
+    LinearWeight,
+    SharedMemory,
+    Tokens,
+    arguments_type,
+    fill_weight,
+    fits,
+    shared_memory,
+)
+from cupy_kernels.loader import (
+    compiles_for,
+    load_kernel,
+    load_kernel_of_one_architecture,
+)
+
+if TYPE_CHECKING:
+    import cupy
+
+TOKEN_CLASSES: Final = (8, 16, 32, 64)  # that kernels are made for
+MAX_TOKENS: Final = TOKEN_CLASSES[-1]
+
+# As in the .cu
+_BITS: Final = {"nf4": 4, "fp4": 4, "int8": 8, "plain": 16}
+_FRAGMENT_ROWS: Final = 16
+_BLOCK: Final = 64
+_LINE_BYTES: Final = 128
+_TABLE_LINES: Final = 256
+_MAP_LINES: Final = 8
+_X_BUFFERS: Final = 3
+_RESERVED_SHARED_BYTES: Final = 1024  # that the driver takes of each thread block's
+
+# For warps to count arrivals in, whatever the layer: four bytes for each warp with rows of its own.
+COUNTER_BYTES: Final = 1 << 14
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        ("layers", arguments_type(1)),
+        ("partials", ctypes.c_void_p),
+        ("arrived", ctypes.c_void_p),
+        ("units", ctypes.c_int),
+        ("longer", ctypes.c_int),
+    )
+
+
+class LinearSome:
+    """A launch for a given layer, to be queued again and again.
+
+    Args:
+        kind: without a norm, a residual or a gate.
+        max_tokens: the most tokens that `queue` will be given, up to 64.
+        overlap: begin while the launch before still runs (see `Launch`).
+        plan: another one than `specialise` makes.
+
+    Attributes:
+        sum_bytes: what `queue` wants for sums.
+
+    Raises:
+        ValueError: more tokens than the kernel takes, or a kind that does not fit.
+    """
+
+    def __init__(
+        self,
+        kind: LinearKind,
+        weight: LinearWeight,
+        *,
+        max_tokens: int,
+        overlap: bool = True,
+        plan: Plan | None = None,
+    ) -> None:
+        plan = plan or _plan(kind, weight.rows, max_tokens)
+        arguments = _Arguments()
+        fill_weight(arguments.layers.weights[0], weight)
+        arguments.layers.blocksize_log2 = kind.blocksize.bit_length() - 1
+        arguments.units, arguments.longer = divmod(plan.num_units, plan.num_blocks)
+        self._launch = Launch(
+            plan.load(),
+            (plan.num_blocks,),
+            plan.tuning.warps * 32,
+            plan.shared_bytes,
+            arguments,
+            overlap=overlap,
+        )
+        self._max_tokens = max_tokens
+        self.sum_bytes = plan.sum_bytes
+
+    def set_weight(self, weight: LinearWeight) -> None:
+        """Take another layer of the same shape."""
+        fill_weight(self._launch.arguments.layers.weights[0], weight)
+
+    def queue(self, tokens: Tokens, stream: int, *, counters: int, sums: int) -> None:
+        """Queue the products of `tokens` on `stream`.
+
+        Launches share both buffers as long as none runs beside another.
+
+        Args:
+            counters: address of COUNTER_BYTES bytes, zero before the first launch and after each.
+            sums: address of `sum_bytes` bytes, 16-byte aligned, of whatever contents.
+
+        Raises:
+            ValueError: more tokens than the launch was made for.
+        """
+        if not 0 < tokens.count <= self._max_tokens:
+            raise ValueError(f"{tokens.count} tokens, the launch takes {self._max_tokens}")
+        arguments = self._launch.arguments
+        layers = arguments.layers
+        layers.weights[0].out = tokens.outs[0]
+        layers.weights[0].out_stride = tokens.out_strides[0]
+        layers.x, layers.x_stride = tokens.x, tokens.x_stride
+        layers.num_tokens = tokens.count
+        arguments.arrived, arguments.partials = counters, sums
+        self._launch(stream)
+
+
+def compile_for(kind: LinearKind, rows: int, max_tokens: int) -> None:
+    """Have the kernel in the cache and loaded."""
+    _plan(kind, rows, max_tokens).load()
+
+
+# -- how a kernel is specialised ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Shape of a thread block.
+
+    Attributes:
+        row_warps: warps with rows of their own.
+        column_warps: warps that share rows and take turns in their chunks.
+        fragments: of 16 rows that a warp has.
+        stages: of a warp's ring.
+        line_bytes: of a row that a warp takes at a time.
+        step_values: activations between two meetings of the warps, tokens times columns.
+        blocks: thread blocks per multiprocessor.
+        unroll: blocks of 64 columns that the compiler interleaves.
+        warpgroups: four warps multiply together, as those of Hopper can; 4-bit weights in blocks of
+            64 or more, and a multiple of four warps with rows of their own.
+    """
+
+    row_warps: int
+    column_warps: int
+    fragments: int
+    stages: int
+    line_bytes: int = 128
+    step_values: int = 4096
+    blocks: int = 1
+    unroll: int = 1
+    warpgroups: bool = False
+
+    @property
+    def warps(self) -> int:
+        """Of a thread block."""
+        return self.row_warps * self.column_warps
+
+    @property
+    def rows(self) -> int:
+        """Of a tile."""
+        return self.row_warps * self.fragments * _FRAGMENT_ROWS
+
+
+# What was fastest on an H200, the best for large layers first (docs/kernels.md). With 32 tokens a
+# longer step is worth more than a third stage.
+TUNINGS: Final[dict[int, tuple[Tuning, ...]]] = {
+    8: (
+        Tuning(7, 2, 2, 2, step_values=2048),
+        Tuning(8, 1, 2, 3, step_values=2048, unroll=4),
+    ),
+    16: (Tuning(8, 1, 2, 3, unroll=2),),
+    32: (Tuning(8, 1, 2, 2, step_values=8192, unroll=2), Tuning(8, 1, 2, 2)),
+    64: (Tuning(8, 1, 2, 3),),
+}
+
+# Of GPUs with 99 KiB of shared memory.
+SMALL_TUNINGS: Final = (Tuning(4, 1, 2, 2), Tuning(4, 1, 1, 2))
+
+# Where warps multiply in groups (Hopper), instead of the others; with fewer tokens it does not pay.
+GROUP_TUNINGS: Final[dict[int, tuple[Tuning, ...]]] = {
+    32: (Tuning(16, 1, 1, 2, step_values=8192, warpgroups=True),),
+    64: (
+        Tuning(12, 1, 1, 3, step_values=8192, warpgroups=True),
+        Tuning(8, 1, 1, 3, step_values=16384, warpgroups=True),
+    ),
+}
+
+# Another tuning than the first is taken where the busiest thread block has so much less to do.
+_TOLERANCE: Final = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A specialisation of the kernel, with its launch's shape.
+
+    Attributes:
+        num_units: units of work of the launch, which its thread blocks share.
+        sum_bytes: of each thread block's sums of its first tile and of its last.
+        block_values: weights of the busiest thread block.
+    """
+
+    defines: tuple[tuple[str, str | int], ...]
+    tuning: Tuning
+    shared_bytes: int
+    num_units: int
+    num_blocks: int
+    sum_bytes: int
+    block_values: int
+
+    def load(self) -> cupy.RawKernel:
+        """The kernel, compiled and loaded."""
+        if self.tuning.warpgroups:
+            return load_kernel_of_one_architecture("linear_some", **dict(self.defines))
+        return load_kernel("linear_some", cooperative=False, **dict(self.defines))
+
+
+def specialise(
+    kind: LinearKind, rows: int, tokens: int, gpu: SharedMemory, *, has_warpgroups: bool = False
+) -> Plan:
+    """How a product is computed on a GPU.
+
+    Args:
+        tokens: one of TOKEN_CLASSES.
+        has_warpgroups: kernels are compiled for Hopper.
+
+    Raises:
+        ValueError: the GPU has too little shared memory.
+    """
+    groups = GROUP_TUNINGS.get(tokens, ()) if has_warpgroups and multiplies_in_groups(kind) else ()
+    for tunings in (groups, TUNINGS[tokens], SMALL_TUNINGS):
+        plans = (plan_with(tuning, kind, rows, tokens, gpu) for tuning in tunings)
+        best = _best([plan for plan in plans if plan is not None])
+        if best is not None:
+            return best
+    raise ValueError(
+        f"{gpu.block_bytes} bytes of shared memory are too few for products of {tokens} tokens"
+    )
+
+
+def _best(plans: Sequence[Plan]) -> Plan | None:
+    """The first, or one after it that fills the GPU much better."""
+    best: Plan | None = None
+    for plan in plans:
+        if best is None or plan.block_values < _TOLERANCE * best.block_values:
+            best = plan
+    return best
+
+
+def multiplies_in_groups(kind: LinearKind) -> bool:
+    """Whether there is a kernel of warpgroups for it."""
+    return _BITS[kind.format] == 4 and kind.blocksize > 32
+
+
+def plan_with(
+    tuning: Tuning, kind: LinearKind, rows: int, tokens: int, gpu: SharedMemory
+) -> Plan | None:
+    """The plan with a given shape of thread blocks, where they have room."""
+    bits = _BITS[kind.format]
+    line_bytes = max(tuning.line_bytes, _BLOCK * bits // 8)
+    chunk = line_bytes * 8 // bits
+    step_columns = min(max(tuning.step_values // tokens, _BLOCK), chunk)
+    shared_bytes = _shared_bytes(tuning, kind, tokens, line_bytes, step_columns)
+    limit = min(gpu.block_bytes, gpu.multiprocessor_bytes // tuning.blocks - _RESERVED_SHARED_BYTES)
+    if shared_bytes > limit:
+        return None
+    chunks = ceil_div(kind.columns, chunk)
+    num_units = ceil_div(rows, tuning.rows) * ceil_div(chunks, tuning.column_warps)
+    block_units = ceil_div(num_units, gpu.multiprocessors * tuning.blocks)
+    num_blocks = ceil_div(num_units, block_units)
+    defines: dict[str, str | int] = {
+        "ACTIVATION": cuda_dtype(kind.dtype),
+        "FORMAT": kind.format.upper(),
+        "NESTED": int(kind.nested),
+        "UNIT": 32 if kind.blocksize == 32 and bits == 4 else _BLOCK,
+        "LINE": line_bytes,
+        "TOKENS": tokens,
+        "COLUMNS": kind.columns,
+        "EPILOGUE": 0,
+        "NUM_WEIGHTS": 1,
+        "ROW_WARPS": tuning.row_warps,
+        "COLUMN_WARPS": tuning.column_warps,
+        "FRAGMENTS": tuning.fragments,
+        "STAGES": tuning.stages,
+        "X_COLUMNS": step_columns,
+        "UNROLL": min(tuning.unroll, step_columns // _BLOCK),
+        "MIN_BLOCKS": tuning.blocks,
+        "WARPGROUPS": int(tuning.warpgroups),
+    }
+    return Plan(
+        defines=tuple(defines.items()),
+        tuning=tuning,
+        shared_bytes=shared_bytes,
+        num_units=num_units,
+        num_blocks=num_blocks,
+        sum_bytes=num_blocks * 2 * tuning.rows * tokens * 4,
+        block_values=block_units * tuning.rows * tuning.column_warps * chunk,
+    )
+
+
+def _shared_bytes(
+    tuning: Tuning, kind: LinearKind, tokens: int, line_bytes: int, step_columns: int
+) -> int:
+    """Table; activations, dynamic map and barrier; rings; sums of column warps."""
+    is_4bit = _BITS[kind.format] == 4
+    table_bytes = _TABLE_LINES * 2 * _LINE_BYTES if is_4bit else 0
+    lines = _X_BUFFERS * tuning.column_warps * step_columns // _BLOCK * tokens
+    lines += (_MAP_LINES if kind.nested else 0) + 1
+    in_gaps = is_4bit and lines <= _TABLE_LINES
+    ring_bytes = tuning.column_warps * tuning.rows * line_bytes * tuning.stages
+    sum_bytes = (tuning.column_warps - 1) * tuning.rows * tokens * 4
+    return table_bytes + (0 if in_gaps else lines * _LINE_BYTES) + ring_bytes + sum_bytes
+
+
+def _plan(kind: LinearKind, rows: int, max_tokens: int) -> Plan:
+    import cupy
+
+    _check(kind, max_tokens)
+    tokens = next(size for size in TOKEN_CLASSES if size >= max_tokens)
+    return _plan_on(kind, rows, tokens, cupy.cuda.Device().id)
+
+
+@cache
+def _plan_on(kind: LinearKind, rows: int, tokens: int, device: int) -> Plan:
+    has_warpgroups = compiles_for("sm_90")
+    return specialise(kind, rows, tokens, shared_memory(device), has_warpgroups=has_warpgroups)
+
+
+def _check(kind: LinearKind, max_tokens: int) -> None:
+    if not 1 <= max_tokens <= MAX_TOKENS:
+        raise ValueError(f"{max_tokens} tokens, the kernel takes 1 to {MAX_TOKENS}")
+    if not fits(kind):
+        raise ValueError(f"{kind.columns} columns are no multiple of {_BLOCK}")
+    if kind.norm != "none" or kind.epilogue != "bias":
+        raise ValueError("the kernel takes a layer alone: no norm, no residual, no gate")

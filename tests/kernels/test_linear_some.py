@@ -1,0 +1,120 @@
+"""How linear_some.cu is specialised for a GPU's shared memory: pure arithmetic, without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from cupy_kernels.inventory import SHARED_KIB
+from cupy_kernels.linear_few import LinearKind, LinearWeight, SharedMemory
+from cupy_kernels.linear_some import (
+    COUNTER_BYTES,
+    GROUP_TUNINGS,
+    TOKEN_CLASSES,
+    TUNINGS,
+    LinearSome,
+    Tuning,
+    multiplies_in_groups,
+    plan_with,
+    specialise,
+)
+
+BITS = {"NF4": 4, "FP4": 4, "INT8": 8, "PLAIN": 16}
+FORMATS = [("nf4", 64, True), ("nf4", 32, True), ("fp4", 4096, False), ("int8", 64, False)]
+COLUMNS = (64, 192, 1408, 4096, 28672)
+ROWS = (16, 1000, 4096, 128256)
+RESERVED_BYTES = 1024  # of shared memory, for each thread block
+MOST_MULTIPROCESSORS = 160
+
+
+@pytest.fixture(params=itertools.product(SHARED_KIB, (1, 40, 132, MOST_MULTIPROCESSORS)))
+def gpu(request):
+    target, multiprocessors = request.param
+    block_kib, multiprocessor_kib = SHARED_KIB[target]
+    return SharedMemory(block_kib << 10, multiprocessor_kib << 10, multiprocessors)
+
+
+def plans(gpu):
+    """All kinds, which every GPU takes."""
+    formats = [*FORMATS, ("plain", 64, False)]
+    for (fmt, blocksize, nested), columns, rows, tokens, groups in itertools.product(
+        formats, COLUMNS, ROWS, TOKEN_CLASSES, (False, True)
+    ):
+        kind = LinearKind(fmt, columns, "BF16", blocksize, nested=nested)
+        if not groups or gpu.block_bytes == 227 << 10:
+            plan = specialise(kind, rows, tokens, gpu, has_warpgroups=groups)
+            yield kind, rows, tokens, plan
+
+
+def test_shared_memory_holds_all_parts_and_the_gpu_has_it(gpu):
+    """The layout in linear_some.cu, in numbers."""
+    for kind, _, tokens, plan in plans(gpu):
+        defines = dict(plan.defines)
+        has_table = BITS[defines["FORMAT"]] == 4
+        warps = defines["ROW_WARPS"] * defines["COLUMN_WARPS"]
+        lines = 3 * defines["COLUMN_WARPS"] * defines["X_COLUMNS"] // 64 * tokens
+        lines += 8 * defines["NESTED"] + 1
+        in_gaps = has_table and lines <= 256
+        rings = warps * defines["STAGES"] * defines["FRAGMENTS"] * 16 * defines["LINE"]
+        column_sums = (defines["COLUMN_WARPS"] - 1) * plan.tuning.rows * tokens * 4
+        parts = (256 * 256 * has_table, 0 if in_gaps else lines * 128, rings, column_sums)
+        assert sum(parts) == plan.shared_bytes, kind
+        blocks = plan.tuning.blocks
+        assert plan.shared_bytes <= gpu.block_bytes
+        assert blocks * (plan.shared_bytes + RESERVED_BYTES) <= gpu.multiprocessor_bytes
+
+
+def test_steps_are_whole_blocks_of_a_line(gpu):
+    for kind, _, _, plan in plans(gpu):
+        defines = dict(plan.defines)
+        columns = defines["LINE"] * 8 // BITS[defines["FORMAT"]]
+        assert columns % defines["X_COLUMNS"] == 0 and defines["X_COLUMNS"] % 64 == 0, kind
+
+
+def test_thread_blocks_share_all_units_and_have_room_for_their_sums(gpu):
+    for kind, rows, tokens, plan in plans(gpu):
+        defines, tuning = dict(plan.defines), plan.tuning
+        columns = defines["LINE"] * 8 // BITS[defines["FORMAT"]] * tuning.column_warps
+        tiles = -(-rows // (tuning.row_warps * tuning.fragments * 16))
+        assert plan.num_units == tiles * -(-kind.columns // columns)
+        assert 1 <= plan.num_blocks <= min(gpu.multiprocessors * tuning.blocks, plan.num_units)
+        assert plan.num_blocks * tuning.row_warps * 4 <= COUNTER_BYTES
+        assert plan.sum_bytes == plan.num_blocks * 2 * tuning.rows * tokens * 4
+
+
+def test_warps_that_multiply_in_groups_are_whole_groups():
+    for tuning in itertools.chain(*TUNINGS.values(), *GROUP_TUNINGS.values()):
+        assert not tuning.warpgroups or tuning.row_warps % 4 == 0
+    assert not any(tuning.warpgroups for tuning in itertools.chain(*TUNINGS.values()))
+    assert not multiplies_in_groups(LinearKind("nf4", 4096, "BF16", 32))
+    assert not multiplies_in_groups(LinearKind("int8", 4096, "BF16"))
+
+
+def test_a_tuning_without_room_makes_no_plan():
+    gpu = SharedMemory(99 << 10, 100 << 10, 84)
+    assert plan_with(Tuning(8, 1, 2, 3), LinearKind("nf4", 4096, "BF16"), 4096, 16, gpu) is None
+
+
+def test_a_gpu_with_too_little_shared_memory_is_refused():
+    gpu = SharedMemory(64 << 10, 64 << 10, 40)
+    with pytest.raises(ValueError, match="65536 bytes of shared memory are too few for products"):
+        specialise(LinearKind("nf4", 4096, "BF16"), 4096, 16, gpu)
+
+
+KIND = LinearKind("nf4", 4096, "BF16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "max_tokens", "message"),
+    [
+        (KIND, 0, "0 tokens, the kernel takes 1 to 64"),
+        (KIND, 65, "65 tokens, the kernel takes 1 to 64"),
+        (LinearKind("int8", 100, "BF16"), 16, "100 columns are no multiple of 64"),
+        (LinearKind("nf4", 4096, "BF16", norm="rms"), 16, "a layer alone"),
+        (LinearKind("nf4", 4096, "BF16", epilogue="residual"), 16, "a layer alone"),
+    ],
+)
+def test_launches_that_the_kernel_does_not_take(kind, max_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        LinearSome(kind, LinearWeight(256, 1 << 20), max_tokens=max_tokens)
