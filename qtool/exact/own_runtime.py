@@ -7,9 +7,9 @@ own operations over qtool's caches, whose packed layers make what they make on a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +32,6 @@ from qtool.runtime.decoders.caches import (
 from qtool.runtime.decoders.network import Network
 from qtool.runtime.products_host import NestedAbsmax
 
-LAUNCHES: Final = ("norm_rows", "gated_rows", "dequantize_4bit", "dequantize_int8_rows", "_stream")
-
 
 def run_own_runtime(
     model: Any, storages: LiveStorages, moments: Moments, request: ExactRequest
@@ -41,6 +39,8 @@ def run_own_runtime(
     """Take up `batch` prompts of `context` tokens chunk by chunk, on the path that a GPU goes."""
     capacity = -(-request.context // CAPACITY_STEP) * CAPACITY_STEP
     fixed = fixed_cache(model.config, capacity) if model._can_compile_fullgraph else None
+    if fixed is not None:
+        fixed.layers = [_counted(layer) for layer in fixed.layers]
     with (
         storages,
         torch.no_grad(),
@@ -51,13 +51,14 @@ def run_own_runtime(
         moments.phase = "prefill"
         ids = torch.zeros(request.batch, request.context, dtype=torch.long, device="meta")
         moments.filling_cache = True
-        prompt = None if fixed is None else _fused_prompt(model, fixed, request.batch, capacity)
+        held = None if fixed is None else _fused_path(model, fixed, request.batch, capacity)
         moments.filling_cache = False
+        prompt, _attention, buffers = held or (None, None, None)
         if prompt is not None and ids.numel() > products.MAX_FUSED_TOKENS:
-            _run_fused(prompt, ids, request.prefill_chunk)
+            _run_fused(prompt, buffers, ids, request.prefill_chunk)
         else:
             _run_operations(model, fixed, ids, moments, request.prefill_chunk)
-        del prompt
+        del held, prompt, _attention, buffers
 
 
 def _run_operations(
@@ -66,8 +67,6 @@ def _run_operations(
     """The model's own, over the fixed cache where there is one."""
     network = Network(model, chunk, device=torch.device("meta"))
     cache = fixed or growing_cache(model.config)
-    if fixed is not None:
-        fixed.layers = [_counted(layer) for layer in fixed.layers]
     in_chunks = takes_chunks(cache, model.config.model_type)
     in_chunks = in_chunks and not network.wants_whole(ids.shape[1])
     with watched(cache, moments):
@@ -99,8 +98,9 @@ def _counted(layer: Any) -> Any:
 # -- the fused path -------------------------------------------------------------------------------
 
 
-def _fused_prompt(model: Any, cache: Any, batch: int, capacity: int) -> Any | None:
-    """What runs prompts there, with all that it holds; None where the block is not fused."""
+def _fused_path(model: Any, cache: Any, batch: int, capacity: int) -> tuple[Any, ...] | None:
+    """What runs prompts there, if anything does, attention and buffers of a step; None where the
+    block is not fused."""
     if find_spec("cupy") is None:
         return None
     from qtool.runtime.decoders import fused_attention
@@ -130,24 +130,24 @@ def _fused_prompt(model: Any, cache: Any, batch: int, capacity: int) -> Any | No
     with _replaced(fused_attention, "workspace_bytes", _do_nothing):
         attention = AttentionLaunches(model, network, cache, batch, capacity)
     try:
-        prompt = FusedPrompt(network, attention, cache, capacity)
+        prompt = FusedPrompt(network, _NoLaunches(), cache, capacity)
     except NotFusable:
-        return None
-    return prompt, _make_buffers(network, batch)
+        prompt = None
+    return prompt, attention, _make_buffers(network, batch)
 
 
-def _run_fused(prompt_and_buffers: Any, ids: Tensor, chunk: int) -> None:
-    from qtool.runtime.decoders import fused_attention, fused_prompt
+def _run_fused(prompt: Any, buffers: Any, ids: Tensor, chunk: int) -> None:
+    for start in range(0, ids.shape[1], chunk):
+        hidden = prompt.run(ids[:, start : start + chunk], start)
+    buffers.hidden.copy_(hidden)
+    buffers.logits.clone()
 
-    prompt, buffers = prompt_and_buffers
-    with ExitStack() as launches:
-        for name in LAUNCHES:
-            launches.enter_context(_replaced(fused_prompt, name, _do_nothing))
-        launches.enter_context(_replaced(fused_attention.AttentionLaunches, "take_up", _do_nothing))
-        for start in range(0, ids.shape[1], chunk):
-            hidden = prompt.run(ids[:, start : start + chunk], start)
-        buffers.hidden.copy_(hidden)
-        buffers.logits.clone()
+
+class _NoLaunches:
+    """In the place of `fused_prompt.Launches`: launches write into what is there already."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _do_nothing
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> int:

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Final, Literal, NamedTuple, Self
 
 from qtool.architecture import Architecture, AttentionCache, CacheLayer
@@ -45,7 +44,22 @@ WHOLE_TYPES: Final = frozenset({"deepseek_v32", "falcon_mamba", "glm_moe_dsa", "
 LENGTH_DEPENDENT_ROTARY: Final = frozenset({"longrope", "dynamic"})
 
 # What the fused kernels take; a refused block goes the graph path.
-FUSED_TYPES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"})
+FUSED_TYPES: Final = frozenset(
+    {
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "llama",
+        "mistral",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    }
+)
+# Whose scores are capped, unless the config says otherwise.
+CAPPED_TYPES: Final = frozenset({"gemma2"})
 FUSED_BATCH: Final = 8
 FUSED_ROTARY: Final = frozenset({"default", "linear", "llama3", "yarn"})
 FUSED_COLUMNS: Final = 64  # rows of a weight are whole groups of so many
@@ -53,7 +67,7 @@ LARGEST_GROUP: Final = 16
 LARGEST_HEAD_DIM: Final = 256
 HALF_BYTES: Final = 2
 
-FEW_TOKENS: Final = 32  # up to so many, products read packed bytes
+FEW_TOKENS: Final = 64  # up to so many, products read packed bytes
 # Of the largest GPUs: as many blocks, or one for each key head, share the attention of one token.
 MULTIPROCESSORS: Final = 148
 FLOAT32_BYTES: Final = 4
@@ -61,9 +75,10 @@ INT64_BYTES: Final = 8
 # Logits of a graph are compared with those of the operations that it was recorded from: three of
 # each in float32, a difference and its absolute values.
 COMPARED_LOGIT_BYTES: Final = 8 * FLOAT32_BYTES
-# transformers' angles of all positions, before half of them are kept: frequencies (half as wide),
-# angles, cosines, and sines before and after they are scaled, all float32.
+# transformers' angles of some positions at a time, before half of them are kept: frequencies (half
+# as wide), angles, cosines, and sines before and after they are scaled, all float32.
 ANGLE_COPIES: Final = 4.5
+ANGLE_POSITIONS: Final = 8192
 
 
 class Chunk(NamedTuple):
@@ -77,7 +92,8 @@ class Chunk(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class FusedBlock:
     """The widths of the common block, in elements: `layers` are the rows of query, key and value,
-    one number where they are one layer. `window` is the shortest, None without."""
+    one number where they are one layer. `num_angles`: for how many kinds of layers there are
+    rotary angles. `adds_norms`: what is added to the hidden state is normed before."""
 
     hidden: int
     heads: int
@@ -86,7 +102,9 @@ class FusedBlock:
     mlp: int
     layers: tuple[int, ...]
     is_packed: bool
-    window: int | None
+    num_angles: int
+    adds_norms: bool
+    caps_scores: bool
 
     @classmethod
     def of(
@@ -107,13 +125,17 @@ class FusedBlock:
             and heads // kv_heads <= LARGEST_GROUP
             and head_dim % 8 == 0
             and head_dim <= LARGEST_HEAD_DIM
+            and not _text_config(config).get("use_bidirectional_attention")
             and not any(
                 n % FUSED_COLUMNS for n in (hidden, queries, architecture.intermediate_size)
             )
         )
         if not takes:
             return None
-        is_joined = any(name.endswith("qkv_proj.weight") for name in architecture.tensors)
+        is_joined, adds_norms = (
+            any(name.endswith(f"{part}.weight") for name in architecture.tensors)
+            for part in ("qkv_proj", "post_feedforward_layernorm")
+        )
         return cls(
             hidden=hidden,
             heads=heads,
@@ -122,34 +144,34 @@ class FusedBlock:
             mlp=architecture.intermediate_size,
             layers=(queries + 2 * kv,) if is_joined else (queries, kv, kv),
             is_packed=weights.buffer != NO_BUFFER,
-            window=min((layer.window for layer in caches if layer.window), default=None),
+            num_angles=_num_angles(architecture, config),
+            adds_norms=adds_norms,
+            caps_scores=_caps_scores(architecture, config),
         )
 
-    def held_bytes(self, batch: int, capacity: int, kinds_of_layers: int) -> int:
+    def held_bytes(self, batch: int, capacity: int) -> int:
         """What lies there between steps: one token's states, angles, results of attention."""
-        states = self.hidden + sum(self.layers) + self.heads * self.head_dim + self.mlp
+        states = (1 + self.adds_norms) * self.hidden
+        states += sum(self.layers) + self.heads * self.head_dim + self.mlp
         kv_heads = self.kv // self.head_dim
         blocks = max(MULTIPROCESSORS, batch * kv_heads)
         results = blocks * (self.heads // kv_heads) * (self.head_dim + 2)
-        angles = kinds_of_layers * capacity * self.head_dim
+        angles = self.num_angles * capacity * self.head_dim
         return batch * states * HALF_BYTES + (results + angles) * FLOAT32_BYTES
 
-    def takes_prompts(self, capacity: int) -> bool:
-        """Whether prompts take the fused path too: not where a window hides a part of the cache."""
-        return self.window is None or self.window >= capacity
-
-    def moments(self, tokens: int, *, follows: bool) -> Iterator[PrefillPeak]:
-        """Of `tokens` that go through at once; where they follow others, whose hidden states still
-        lie there."""
+    def moments(self, tokens: int) -> Iterator[PrefillPeak]:
+        """Of `tokens` that go through at once."""
         queries = self.heads * self.head_dim
-        alive, made = (1 + follows) * self.hidden + queries, self.hidden  # the normed states
+        states = 2 * self.hidden  # before and after the norm
         sums_bytes = tokens * self.heads * FLOAT32_BYTES
 
         def moment(
             elements: int, *layers: int, columns: int = 0, more_bytes: int = 0
         ) -> PrefillPeak:
-            num_bytes = tokens * (alive + made + elements) * HALF_BYTES + more_bytes
-            return PrefillPeak(num_bytes, self._weight_bytes(layers, columns), 0)
+            num_bytes = tokens * (states + elements) * HALF_BYTES + more_bytes
+            reads_packed = self.is_packed and tokens <= FEW_TOKENS
+            weight_bytes = 0 if reads_packed else self._weight_bytes(layers, columns)
+            return PrefillPeak(num_bytes, weight_bytes, 0)
 
         yield moment(sum(self.layers), *self.layers, columns=self.hidden)
         yield moment(sum(self.layers) + 2 * queries, more_bytes=sums_bytes)
@@ -157,9 +179,8 @@ class FusedBlock:
         yield moment(self.mlp, self.hidden, columns=self.mlp)
 
     def _weight_bytes(self, layers: Sequence[int], columns: int) -> int:
-        """The scratch that layers of so many rows are dequantized into, one after the other; a
-        group of pieces lives until the next is made. A weight that is not packed is copied only
-        where several make a group."""
+        """The scratch that layers of so many rows are dequantized into, one group of pieces after
+        the other. A weight that is not packed is copied only where several make a group."""
         groups: list[list[int]] = []
         for piece in (rows for layer in layers for rows in piece_rows(layer, columns)):
             most = piece_rows(sum(layers), columns)[0]
@@ -167,8 +188,8 @@ class FusedBlock:
                 groups[-1].append(piece)
             else:
                 groups.append([piece])
-        sizes = [0, *(sum(g) if self.is_packed or len(g) > 1 else 0 for g in groups)]
-        return max((sum(pair) for pair in pairwise(sizes)), default=0) * columns * HALF_BYTES
+        sizes = [sum(group) for group in groups if self.is_packed or len(group) > 1]
+        return max(sizes, default=0) * columns * HALF_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,9 +270,8 @@ class OwnRuntime:
         held_bytes = batch * workload.context * INT64_BYTES  # the tokens
         logit_bytes = batch * self.layer.vocabulary * self.weights.element_bytes
         if self.fused is not None:
-            kinds = self.layer.kinds_of_layers
-            held_bytes += self.fused.held_bytes(batch, capacity, kinds)
-            angles = ANGLE_COPIES * capacity * self.fused.head_dim
+            held_bytes += self.fused.held_bytes(batch, capacity)
+            angles = ANGLE_COPIES * min(capacity, ANGLE_POSITIONS) * self.fused.head_dim
             yield PrefillPeak(held_bytes + int(angles * FLOAT32_BYTES), 0, logit_bytes)
         step_logits = 0 if self.path == "eager" else logit_bytes  # which a graph makes again
         if self.path != "eager":
@@ -265,14 +285,14 @@ class OwnRuntime:
             )
 
     def _prompt_moments(self, workload: Workload) -> Iterator[PrefillPeak]:
-        chunk, capacity = self._chunk(workload), fixed_tokens(workload.context)
+        chunk = self._chunk(workload)
         few = workload.batch * workload.context <= FEW_TOKENS
-        if self.fused is not None and self.fused.takes_prompts(capacity) and not few:
+        if self.fused is not None and not self.fused.caps_scores and not few:
             tokens = workload.batch * min(workload.prefill_chunk, workload.context)
-            before = workload.context > workload.prefill_chunk
-            yield from self.fused.moments(tokens, follows=before)
+            yield from self.fused.moments(tokens)
             return
         yield self._operations_peak(chunk)
+        yield self._head_peak(chunk)
 
     def _operations_peak(self, chunk: Chunk) -> PrefillPeak:
         """A chunk through transformers' own operations, the last of its prompt."""
@@ -293,6 +313,15 @@ class OwnRuntime:
             keys=capacity if hides or chunk.tokens < chunk.context else None,
         )
         return replace(peak, activations_bytes=peak.activations_bytes + self._tail_bytes(chunk))
+
+    def _head_peak(self, chunk: Chunk) -> PrefillPeak:
+        """Multiplying by a head that is packed in memory: as many rows as there are sequences."""
+        weights = self.weights
+        reads_packed = chunk.batch <= FEW_TOKENS and weights.element_bytes == HALF_BYTES
+        buffer_bytes = 0 if reads_packed else weights.head_buffer_bytes
+        states_bytes = chunk.batch * chunk.tokens * self.layer.hidden * weights.element_bytes
+        logit_bytes = chunk.batch * self.layer.vocabulary * weights.element_bytes
+        return PrefillPeak(states_bytes, buffer_bytes, logit_bytes)
 
     def _tail_bytes(self, chunk: Chunk) -> int:
         """What sliding layers of a growing cache hold of the last chunk beside their windows."""
@@ -318,6 +347,30 @@ class OwnRuntime:
         whole = is_long or not self.takes_chunks
         tokens = context if whole else min(workload.prefill_chunk, context)
         return Chunk(tokens, workload.batch, context)
+
+
+def _num_angles(architecture: Architecture, config: Mapping[str, Any]) -> int:
+    """Kinds of layers by windows, and those that turn nothing: every fourth of SmolLM3's."""
+    layers = architecture.cache_layers
+    kinds = [isinstance(layer, AttentionCache) and layer.window is None for layer in layers]
+    if architecture.model_type != "smollm3":
+        return len(set(kinds))
+    interval = config.get("no_rope_layer_interval") or 4
+    default = [(index + 1) % interval for index in range(len(kinds))]
+    turns = config.get("no_rope_layers") or default
+    return len({kind if turn else None for kind, turn in zip(kinds, turns, strict=False)})
+
+
+def _caps_scores(architecture: Architecture, config: Mapping[str, Any]) -> bool:
+    """Whether attention caps its scores, which PyTorch's does not do for prompts."""
+    if architecture.model_type not in CAPPED_TYPES:
+        return False
+    return bool(_text_config(config).get("attn_logit_softcapping", True))
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get("text_config")
+    return found if isinstance(found, Mapping) else config
 
 
 def fixed_tokens(context: int) -> int:

@@ -9,22 +9,23 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from qtool.architecture import Architecture
+from qtool.architecture import Architecture, ModelTensor
 from qtool.formats.bitsandbytes import QuantizedWeight, packed_layouts
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 from qtool.formats.tensors import DTYPE_BITS, TensorLayout
 from qtool.planner.activations import NO_BUFFER, DequantBuffer
-from qtool.planner.inventory import Inventory, Place, TensorGroup, place_of, take_inventory
+from qtool.planner.inventory import AFTER, Inventory, Place, TensorGroup, place_of, take_inventory
 from qtool.planner.kv_cache import Runtime
 from qtool.planner.stored_formats import StoredFormat
 
 CAST_DTYPES: Final = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FLOAT_DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16"})
 
+FLOATS: Final = {2: "BF16", 4: "F32"}  # by their bytes
 COMPUTE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 # How qtool's packed linear layers multiply more than a few tokens (tests hold these against the
@@ -43,8 +44,9 @@ class Weights:
     `checkpoint_bytes` is the sum of the tensors in its files, `device_bytes` what lies on the
     device when it runs, by `place_bytes`; `split_bytes` is the part that tensor parallelism
     divides, the rest every GPU holds. Computing one token reads `read_per_token_bytes`; `buffer` is
-    the most that multiplying by a packed weight takes beside. Activations have `element_bytes`,
-    products with packed weights are computed in `compute_bytes`.
+    the most that multiplying by a packed weight takes beside, an output head packed in memory
+    apart: that takes `head_buffer_bytes`, and `more_before_bytes` more until it is packed.
+    Activations have `element_bytes`, products with packed weights are computed in `compute_bytes`.
     """
 
     checkpoint_bytes: int
@@ -55,6 +57,8 @@ class Weights:
     buffer: DequantBuffer
     element_bytes: int
     compute_bytes: int
+    head_buffer_bytes: int = 0
+    more_before_bytes: int = 0
 
 
 class _PackedWeight(NamedTuple):
@@ -153,6 +157,29 @@ def packed_weights(
         for group, count in take_inventory(others, architecture).items()
     ]
     return _add_up(stocks, element_bytes, compute_bytes, runtime)
+
+
+def with_packed_head(weights: Weights, head: ModelTensor, precision: QuantizedPrecision) -> Weights:
+    """The same with the output head packed once it is loaded, as `generate --head-quant` does.
+
+    A head that is tied to the embedding gets bytes of its own, since the embedding stays.
+    """
+    fmt = QuantFormat(precision)
+    layout = TensorLayout(head.name, FLOATS[weights.element_bytes], head.shape)
+    packed_bytes = _device_bytes(packed_layouts(layout, fmt))
+    replaced_bytes = 0 if head.tied_to else layout.num_bytes
+    place_bytes = Counter(weights.place_bytes)
+    place_bytes[AFTER] += packed_bytes - replaced_bytes
+    rows, columns = head.shape
+    return replace(
+        weights,
+        device_bytes=weights.device_bytes + packed_bytes - replaced_bytes,
+        place_bytes=place_bytes,
+        split_bytes=weights.split_bytes + packed_bytes - replaced_bytes,
+        read_per_token_bytes=weights.read_per_token_bytes + packed_bytes - layout.num_bytes,
+        head_buffer_bytes=piece_rows(rows, columns)[0] * columns * weights.element_bytes,
+        more_before_bytes=max(replaced_bytes - packed_bytes, 0),
+    )
 
 
 # -- one group ------------------------------------------------------------------------------------
@@ -257,7 +284,7 @@ def piece_rows(num_rows: int, columns: int) -> list[int]:
 
 def _buffer(weight: _PackedWeight, compute_bytes: int) -> DequantBuffer:
     """What multiplying by the weight takes: a piece of it as it was before it was packed, and once
-    more where products are computed in another dtype. A piece lives until the next is made."""
+    more where products are computed in another dtype."""
     columns = weight.shape[-1]
     pieces = piece_rows(math.prod(weight.shape[:-1]), columns)
     piece = pieces[0] * columns
@@ -265,9 +292,8 @@ def _buffer(weight: _PackedWeight, compute_bytes: int) -> DequantBuffer:
         product_bytes = piece * compute_bytes
         values_bytes = min(piece, CHUNK_ELEMENTS) * FLOAT32_BYTES
         return DequantBuffer(product_bytes + values_bytes, product_bytes)
-    before_bytes = sum(pieces[1:2]) * columns * weight.decoded_bytes
     converted_bytes = piece * compute_bytes if compute_bytes != weight.decoded_bytes else 0
-    num_bytes = piece * weight.decoded_bytes + max(before_bytes, converted_bytes)
+    num_bytes = piece * weight.decoded_bytes + converted_bytes
     return DequantBuffer(num_bytes, num_bytes)
 
 

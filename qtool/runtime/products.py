@@ -3,13 +3,14 @@
     y = linear_4bit(x, packed, absmax, quant_type="nf4", blocksize=64, out_features=4096, ...)
 
 They run on the current stream, may be captured in CUDA graphs and compiled by torch.compile, and
-have a gradient for x. A few tokens go through a kernel that reads the packed bytes; many through a
+have a gradient for x. Up to 64 tokens go through kernels that read the packed bytes; more through a
 dequantized copy and PyTorch's product, which is the faster one there.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Final, cast
@@ -29,9 +30,8 @@ from qtool.runtime.products_host import NestedAbsmax, linear_4bit_host, linear_i
 # beyond it (the MLP of a 70B model) are multiplied in several pieces of whole rows.
 MAX_DEQUANTIZED_ELEMENTS: Final = 1 << 26
 PIECE_ROWS: Final = 256
-# Tokens that go through the fused kernel, MAX_TOKENS of the kernel's at a time; more are faster
-# with the weight dequantized.
-MAX_FUSED_TOKENS: Final = 32
+# Tokens that go through the fused kernels; more are faster with the weight dequantized.
+MAX_FUSED_TOKENS: Final = 64
 KERNEL_DTYPES: Final[dict[torch.dtype, SourceDtype]] = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
@@ -170,14 +170,13 @@ def _linear_4bit_cuda(
             blocksize=blocksize,
             nested=absmax is None,
         )
-        return _multiply_few(x, kind, out_features, (packed, *statistics), bias)
-    pieces = []
-    for rows in _pieces(out_features, columns):
-        weight = _dequantize_rows(
-            packed, statistics, rows, columns, quant_type, blocksize, getattr(torch, weight_dtype)
-        )
-        pieces.append(_multiply_rows(x, weight, bias, rows))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+        return _multiply_packed(x, kind, out_features, (packed, *statistics), bias)
+    dtype = getattr(torch, weight_dtype)
+
+    def make_weight(rows: slice) -> Tensor:
+        return _dequantize_rows(packed, statistics, rows, columns, quant_type, blocksize, dtype)
+
+    return _multiply_in_pieces(x, make_weight, out_features, bias)
 
 
 def _dequantize_rows(
@@ -259,12 +258,12 @@ def _linear_int8_cuda(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None
         from cupy_kernels.linear_few import LinearKind
 
         kind = LinearKind("int8", columns, KERNEL_DTYPES[x.dtype])
-        return _multiply_few(x, kind, out_features, (codes, scb, None, None, None, None), bias)
-    pieces = [
-        _multiply_rows(x, _dequantize_int8_rows(codes[rows], scb[rows], x.dtype), bias, rows)
-        for rows in _pieces(out_features, columns)
-    ]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+        return _multiply_packed(x, kind, out_features, (codes, scb, None, None, None, None), bias)
+
+    def make_weight(rows: slice) -> Tensor:
+        return _dequantize_int8_rows(codes[rows], scb[rows], x.dtype)
+
+    return _multiply_in_pieces(x, make_weight, out_features, bias)
 
 
 def _dequantize_int8_rows(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
@@ -299,47 +298,38 @@ class _Launches(threading.local):
 _launches = _Launches()
 
 
-def _multiply_few(
+def _multiply_packed(
     x: Tensor,
     kind: Any,
     out_features: int,
     tensors: tuple[Tensor | None, ...],
     bias: Tensor | None,
 ) -> Tensor:
-    from cupy_kernels.linear_few import MAX_TOKENS, LinearWeight, Tokens
+    from cupy_kernels.linear_few import LinearWeight
 
     rows = x.reshape(-1, kind.columns)
     if rows.stride(-1) != 1 or rows.data_ptr() % 16 or rows.stride(0) % 8:
         rows = rows.contiguous()
     out = torch.empty(rows.shape[0], out_features, dtype=x.dtype, device=x.device)
-    if rows.shape[0] == 0:
-        return out.view(*x.shape[:-1], out_features)
-    weight = LinearWeight(
-        out_features, *(0 if t is None else t.data_ptr() for t in (*tensors, bias))
-    )
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-        for start in range(0, rows.shape[0], MAX_TOKENS):
-            some, target = rows[start : start + MAX_TOKENS], out[start : start + MAX_TOKENS]
-            launch = _launch_for(kind, weight, some)
-            addresses = (target.data_ptr(),)
-            tokens = Tokens(
-                some.shape[0], some.data_ptr(), some.stride(0), addresses, (out_features,)
-            )
-            launch.queue(tokens, stream)
+    if rows.shape[0]:
+        weight = LinearWeight(
+            out_features, *(0 if t is None else t.data_ptr() for t in (*tensors, bias))
+        )
+        with torch.cuda.device(x.device):
+            _launch_for(kind, weight, rows).queue(rows, out)
     return out.view(*x.shape[:-1], out_features)
 
 
 def _launch_for(kind: Any, weight: Any, rows: Tensor) -> Any:
     """This thread's launch for such layers and so many tokens, with the addresses of `weight`."""
-    from cupy_kernels.linear_few import LinearFew
+    from qtool.runtime.packed_products import PackedProduct, tokens_of_kernel
 
-    max_tokens = 1 << (rows.shape[0] - 1).bit_length()
+    max_tokens = tokens_of_kernel(rows.shape[0])
     key = (kind, weight.rows, max_tokens, rows.device)
     launch = _launches.by_key.get(key)
     if launch is None:
-        launch = _launches.by_key[key] = LinearFew(kind, [weight], max_tokens=max_tokens)
-    launch.set_weights([weight])
+        launch = _launches.by_key[key] = PackedProduct(kind, weight, max_tokens)
+    launch.set_weight(weight)
     return launch
 
 
@@ -350,8 +340,23 @@ def _pieces(out_features: int, columns: int) -> list[slice]:
     return [slice(row, min(row + step, out_features)) for row in range(0, out_features, step)]
 
 
-def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
-    return functional.linear(x, weight.to(x.dtype), None if bias is None else bias[rows])
+def _multiply_in_pieces(
+    x: Tensor, make_weight: Callable[[slice], Tensor], out_features: int, bias: Tensor | None
+) -> Tensor:
+    """x @ weight.T + bias, of whose rows `make_weight` makes so many at a time that they fit."""
+    columns = x.shape[-1]
+    pieces = _pieces(out_features, columns)
+    if len(pieces) == 1:
+        return functional.linear(x, make_weight(pieces[0]).to(x.dtype), bias)
+    tokens = x.reshape(-1, columns)
+    out = tokens.new_empty(tokens.shape[0], out_features)
+    for rows in pieces:
+        # No name for a weight, so that it is gone before the next is made.
+        if bias is None:
+            torch.mm(tokens, make_weight(rows).to(x.dtype).t(), out=out[:, rows])
+        else:
+            torch.addmm(bias[rows], tokens, make_weight(rows).to(x.dtype).t(), out=out[:, rows])
+    return out.view(*x.shape[:-1], out_features)
 
 
 def _make_output(x: Tensor, out_features: int) -> Tensor:

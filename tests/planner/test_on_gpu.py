@@ -97,6 +97,8 @@ def test_qtool_s_own_runtime_takes_what_was_planned(test_data, name, quant, cont
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         decoder = choose_decoder(loaded, context)
+        if "no graph of" in decoder.path_reason:  # depends on the version of transformers
+            pytest.skip(decoder.path_reason)
         assert decoder.path == own.path
         ids = torch.randint(0, config["vocab_size"], (1, context - 8))
         decoder.prefill(ids, 0)

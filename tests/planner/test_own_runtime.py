@@ -24,14 +24,18 @@ from qtool.runtime.model_config import find_model_class, parse_config
 from tests.architecture import families
 from tests.planner.plans import plan_of
 
-NUM_LAYERS = 4
-NOT_IN_TRANSFORMERS = {"kimi_k2"}
-FUSED = ["meta-llama--Meta-Llama-3.1-8B", "Qwen--Qwen3-8B"]
-GRAPH = {
-    "mlc--phi-3_5": 0.005,  # rotary frequencies that change with the length
-    "mlc--starcoder2": 0.02,
+# Of fused types, with more sequences than the kernels take.
+MANY = {
+    "meta-llama--Meta-Llama-3.1-8B": 0.005,
     "mlc--gemma2_2b": 0.02,  # scores in memory
     "mlc--gemma3_1b_it": 0.06,  # windows, of two kinds of layers the masks of one
+}
+NUM_LAYERS = 4
+NOT_IN_TRANSFORMERS = {"kimi_k2"}
+FUSED = ["meta-llama--Meta-Llama-3.1-8B", "Qwen--Qwen3-8B", "mirror--medgemma-27b-it"]
+GRAPH = {
+    "mlc--phi-3_5": 0.005,  # rotary frequencies that change with the length
+    "mlc--starcoder2": 0.03,
     "mlc--deepseek_v2_lite": 0.08,  # latents, made into keys and values of the whole cache
     "Qwen--Qwen3-30B-A3B": 0.01,
 }
@@ -71,7 +75,7 @@ def path_and_bytes(config, quant, workload):
         Workload(300, 2),
         Workload(3000),
         Workload(3000, 3, prefill_chunk=128),
-        Workload(131_072, prefill_chunk=8192),  # most while angles are made, or the chunk runs
+        Workload(131_072, prefill_chunk=8192),
     ],
 )
 @pytest.mark.parametrize("quant", ["bf16", "int8", "nf4-dq"])
@@ -80,6 +84,18 @@ def test_fused_prompts_allocate_what_is_planned(test_data, name, quant, workload
     path, planned, found = path_and_bytes(few_layers(test_data, name), quant, workload)
     assert path == "fused"
     assert planned == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.skipif(find_spec("cupy") is None, reason="the fused path needs CuPy")
+@pytest.mark.parametrize("quant", ["int8", "nf4-dq"])
+def test_chunks_of_few_tokens_are_not_dequantized(test_data, quant):
+    """What is left are angles, which the count leaves out, and the cache."""
+    config = few_layers(test_data, "meta-llama--Meta-Llama-3.1-8B")
+    few, more = Workload(3000, 2, prefill_chunk=32), Workload(3000, 2, prefill_chunk=33)
+    path, planned, found = path_and_bytes(config, quant, few)
+    assert path == "fused" and planned == pytest.approx(found, rel=0.03)
+    weight_bytes = 4096 * 14336 * 2  # of the largest layer, in floating point
+    assert path_and_bytes(config, quant, more)[1] - planned > 0.9 * weight_bytes
 
 
 @pytest.mark.parametrize("quant", ["bf16", "nf4-dq"])
@@ -92,10 +108,39 @@ def test_other_prompts_allocate_what_is_planned(test_data, name, quant):
         assert planned == pytest.approx(found, rel=GRAPH[name]), workload
 
 
-def test_many_sequences_go_another_path(test_data):
-    config = few_layers(test_data, FUSED[0])
+@pytest.mark.parametrize("name", MANY)
+def test_many_sequences_go_another_path(test_data, name):
+    config = few_layers(test_data, name)
     path, planned, found = path_and_bytes(config, "nf4", Workload(3000, 9))
-    assert path == "graph" and planned == pytest.approx(found, rel=0.005)
+    assert path == "graph" and planned == pytest.approx(found, rel=MANY[name])
+
+
+@pytest.mark.skipif(find_spec("cupy") is None, reason="the fused path needs CuPy")
+@pytest.mark.parametrize("quant", ["bf16", "nf4-dq"])
+def test_prompts_of_capped_scores_go_through_operations(test_data, quant):
+    """The rest of the fused path is there, its angles above all, which the count leaves out."""
+    config = few_layers(test_data, "mlc--gemma2_2b")
+    for workload in (Workload(300, 2), Workload(5000)):
+        path, planned, found = path_and_bytes(config, quant, workload)
+        assert path == "fused"
+        assert planned == pytest.approx(found, rel=0.02)
+    uncapped = {**config, "attn_logit_softcapping": None}
+    path, planned, found = path_and_bytes(uncapped, quant, Workload(5000))
+    assert path == "fused"
+    assert planned == pytest.approx(found, rel=0.02)
+    assert planned < 0.7 * path_and_bytes(config, quant, Workload(5000))[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_angles"),
+    [({}, 2), ({"no_rope_layers": [1] * 8}, 1), ({"no_rope_layer_interval": 9}, 1)],
+)
+def test_layers_that_turn_nothing_have_angles_of_their_own(changes, num_angles):
+    config = {"model_type": "smollm3", "num_hidden_layers": 8, "dtype": "bfloat16"} | changes
+    model = describe_model(Checkpoint.of_config("bare", config))
+    weights = MemoryBudget.of(model, "nf4", Workload(100)).weights
+    block = own_runtime.FusedBlock.of(model.architecture, config, weights)
+    assert block is not None and block.num_angles == num_angles
 
 
 def test_the_limits_are_the_runtime_s():
@@ -111,6 +156,7 @@ def test_the_limits_are_the_runtime_s():
 
     assert own_runtime.FUSED_BATCH == linear_few.MAX_TOKENS
     assert own_runtime.FUSED_ROTARY == fused_attention.STATIC_ROTARY
+    assert own_runtime.ANGLE_POSITIONS == fused_attention.ANGLE_POSITIONS
     assert own_runtime.LARGEST_GROUP == decode_attention.LARGEST_GROUP
     assert own_runtime.LARGEST_HEAD_DIM == decode_attention.LARGEST_HEAD_DIM
 

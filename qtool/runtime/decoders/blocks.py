@@ -15,12 +15,36 @@ import torch
 from torch import Tensor, nn
 
 from cupy_kernels.linear_few import Format, Gate, LinearKind, LinearWeight, fits
+from cupy_kernels.linear_few import Norm as NormKind
 from qtool.runtime.linear import Linear4bit, LinearInt8
 from qtool.runtime.products import KERNEL_DTYPES
 
-# Types whose blocks are exactly: norm, attention, residual, norm, gated MLP, residual.
-MODEL_TYPES: Final = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"})
-PLUS_ONE_TYPES: Final = frozenset({"gemma"})  # whose norms hold the weight less one
+# Types whose blocks are exactly: norm, attention, residual, norm, gated MLP, residual; and where
+# what is added goes through a norm of its own (Gemma 2 and 3), these too.
+MODEL_TYPES: Final = frozenset(
+    {
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "llama",
+        "mistral",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    }
+)
+# Whose norms hold the weight less one.
+PLUS_ONE_TYPES: Final = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
+# Which types look at which cap; the config of others may hold it and nobody asks.
+SCORE_SOFTCAP_TYPES: Final = frozenset({"gemma2"})
+LOGIT_SOFTCAP_TYPES: Final = frozenset({"gemma2", "gemma3_text"})
+# Where the config names the MLP's activation; others may hold that name and nobody asks.
+ACTIVATION_NAMES: Final = {"gemma2": "hidden_activation", "gemma3_text": "hidden_activation"}
+# Older transformers scale the embeddings of these outside of the embedding.
+SCALED_EMBEDDING_TYPES: Final = frozenset({"gemma", "gemma2"})
+UNTURNED: Final = "no rotary embedding"  # in the place of a layer's type
 GATES: Final[dict[str, Gate]] = {
     "silu": "silu",
     "swish": "silu",
@@ -57,10 +81,19 @@ class Norm:
     epsilon: float
     plus_one: bool
 
+    @property
+    def kind(self) -> NormKind:
+        """What the kernels call it."""
+        return "rms_plus_one" if self.plus_one else "rms"
+
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """What attention does beside its products; window 0 sees everything, softcap 0 caps nothing."""
+    """What attention does beside its products; window 0 sees everything, softcap 0 caps nothing.
+
+    Args:
+        layer_type: whose rotary angles it takes; UNTURNED where it takes none.
+    """
 
     layer_type: str
     scale: float
@@ -72,15 +105,28 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One decoder block; `query_key_value` holds one or three layers, `gate_up` two."""
+    """One decoder block.
+
+    Args:
+        query_key_value: one or three layers.
+        output_norm: of what `output` makes, before it is added to the hidden state; or None.
+        down_norm: the same of `down`.
+    """
 
     attention_norm: Norm
     query_key_value: tuple[PackedRows, ...]
     attention: Attention
     output: PackedRows
+    output_norm: Norm | None
     mlp_norm: Norm
     gate_up: tuple[PackedRows, PackedRows]
     down: PackedRows
+    down_norm: Norm | None
+
+    @property
+    def has_added_norms(self) -> bool:
+        """Whether anything is normed before it is added to the hidden state."""
+        return self.output_norm is not None or self.down_norm is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,21 +159,26 @@ def describe_network(model: Any) -> FusableNetwork:
     Raises:
         NotFusable: what they do not do.
     """
-    config = model.config
-    model_type = config.model_type
+    model_type = model.config.model_type
     if model_type not in MODEL_TYPES:
         raise NotFusable(f"{model_type} blocks have no fused kernels")
+    config = model.config.get_text_config()
     dtype = model.get_input_embeddings().weight.dtype
     if dtype not in KERNEL_DTYPES:
         name = str(dtype).removeprefix("torch.")
         raise NotFusable(f"fused kernels compute in bfloat16 or float16, not {name}")
-    gate = GATES.get(getattr(config, "hidden_act", None) or config.hidden_activation)
+    gate = GATES.get(getattr(config, ACTIVATION_NAMES.get(config.model_type, "hidden_act")))
     if gate is None:
         raise NotFusable("its MLP has another activation")
-    decoder = model.model
+    decoder = text_decoder(model)
     embedding = model.get_input_embeddings()
-    device = embedding.weight.device
-    reader = _Reader(config, dtype, device, plus_one=model_type in PLUS_ONE_TYPES)
+    reader = _Reader(
+        config,
+        dtype,
+        embedding.weight.device,
+        plus_one=model_type in PLUS_ONE_TYPES,
+        takes_added_norms=True,
+    )
     first = decoder.layers[0].self_attn
     return FusableNetwork(
         dtype=dtype,
@@ -141,8 +192,15 @@ def describe_network(model: Any) -> FusableNetwork:
         blocks=tuple(reader.block(layer, index) for index, layer in enumerate(decoder.layers)),
         final_norm=reader.norm(decoder.norm),
         head=reader.rows(model.get_output_embeddings()),
-        logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        logit_softcap=_softcap(
+            config, "final_logit_softcapping", model_type in LOGIT_SOFTCAP_TYPES
+        ),
     )
+
+
+def text_decoder(model: Any) -> Any:
+    """What runs the blocks: beside a vision tower it lies one level deeper."""
+    return getattr(model.model, "language_model", model.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,18 +211,33 @@ class _Reader:
     dtype: torch.dtype
     device: torch.device
     plus_one: bool
+    takes_added_norms: bool = False
 
     def block(self, layer: Any, index: int) -> Block:
         attention, mlp = layer.self_attn, layer.mlp
+        mlp_norm, output_norm, down_norm = self._norms_around_mlp(layer)
         return Block(
             attention_norm=self.norm(layer.input_layernorm),
             query_key_value=self._query_key_value(attention),
             attention=self._attention(attention, index),
             output=self.rows(attention.o_proj),
-            mlp_norm=self.norm(layer.post_attention_layernorm),
+            output_norm=output_norm,
+            mlp_norm=mlp_norm,
             gate_up=self._gate_up(mlp),
             down=self.rows(mlp.down_proj),
+            down_norm=down_norm,
         )
+
+    def _norms_around_mlp(self, layer: Any) -> tuple[Norm, Norm | None, Norm | None]:
+        """Before the MLP; of what attention adds; of what the MLP adds."""
+        behind_attention = self.norm(layer.post_attention_layernorm)
+        before_mlp = getattr(layer, "pre_feedforward_layernorm", None)
+        if before_mlp is None:  # then the name says only where it stands
+            return behind_attention, None, None
+        if not self.takes_added_norms:
+            raise NotFusable("it has norms of what attention and MLP add")
+        behind_mlp = self.norm(layer.post_feedforward_layernorm)
+        return self.norm(before_mlp), behind_attention, behind_mlp
 
     def norm(self, module: Any) -> Norm:
         epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
@@ -206,6 +279,8 @@ class _Reader:
         return gate, up
 
     def _attention(self, module: Any, index: int) -> Attention:
+        if not getattr(module, "is_causal", True):
+            raise NotFusable("its attention sees later tokens")
         layer_types = getattr(self.config, "layer_types", None)
         layer_type = layer_types[index] if layer_types else "full_attention"
         window = getattr(self.config, "sliding_window", None) or 0
@@ -215,10 +290,15 @@ class _Reader:
         elif layer_type != "sliding_attention":
             raise NotFusable(f"{layer_type} has no fused kernel")
         query_norm, key_norm = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
+        has_softcap = self.config.model_type in SCORE_SOFTCAP_TYPES
+        softcap = _softcap(self.config, "attn_logit_softcapping", has_softcap)
+        # Before 5.23 transformers gave Gemma 2 to PyTorch's attention, which knows no cap.
+        if softcap and getattr(self.config, "_attn_implementation", None) == "sdpa":
+            raise NotFusable("this version of transformers leaves out the cap of its scores")
         return Attention(
-            layer_type=layer_type,
+            layer_type=layer_type if getattr(module, "use_rope", True) else UNTURNED,
             scale=float(module.scaling),
-            softcap=float(getattr(module, "attn_logit_softcapping", None) or 0.0),
+            softcap=softcap,
             window=window,
             query_norm=None if query_norm is None else self.norm(query_norm),
             key_norm=None if key_norm is None else self.norm(key_norm),
@@ -294,6 +374,11 @@ def _int8_rows(
 def _embedding_scale(config: Any, module: Any, dtype: torch.dtype) -> float | None:
     """What embeddings are multiplied by, rounded as the model rounds it."""
     scale = getattr(module, "embed_scale", None)
-    if scale is None and config.model_type == "gemma":
-        scale = config.hidden_size**0.5  # older transformers multiply outside of the embedding
+    if scale is None and config.model_type in SCALED_EMBEDDING_TYPES:
+        scale = config.hidden_size**0.5
     return None if scale is None else float(torch.as_tensor(scale).to(dtype))
+
+
+def _softcap(config: Any, name: str, applies: bool) -> float:
+    """What `config` caps under this name, 0 for nothing."""
+    return float((applies and getattr(config, name, None)) or 0.0)

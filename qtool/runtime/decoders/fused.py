@@ -2,8 +2,9 @@
 
 The cache is the one of the graph path. A step of one token is the embedding, then per block (norm,
 query, key and value), (rotary embedding, cache update, attention), (output, residual), (norm, gate
-and up, activation), (down, residual), and at last (norm, head). Each launch begins to load its
-weights while the one before still works. Before use all is compared with transformers' operations.
+and up, activation), (down, residual), and at last (norm, head). A norm of what output or down adds
+needs all of it, and takes a launch of its own behind. Each launch begins to load its weights while
+the one before still works. Before use all is compared with transformers' operations.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cupy_kernels.linear_few import (
     NormWeight,
     Tokens,
 )
+from cupy_kernels.prompt_rows import NormRows
 from qtool.runtime.decoders.blocks import (
     Block,
     FusableNetwork,
@@ -32,15 +34,15 @@ from qtool.runtime.decoders.blocks import (
     PackedRows,
     describe_network,
 )
-from qtool.runtime.decoders.caches import cache_does_not_fit
+from qtool.runtime.decoders.caches import CAPACITY_STEP, cache_does_not_fit, fixed_cache
 from qtool.runtime.decoders.capture import CaptureFailed
 from qtool.runtime.decoders.fused_attention import AttentionLaunches, attention_shape, check_rotary
-from qtool.runtime.decoders.fused_prompt import FusedPrompt
+from qtool.runtime.decoders.fused_prompt import FusedPrompt, PromptLaunches, check_windows
 from qtool.runtime.decoders.graphed import GraphDecoder
 from qtool.runtime.decoders.network import Network
 from qtool.runtime.decoders.protocol import Path, Sampling
 from qtool.runtime.loading import LoadedModel
-from qtool.runtime.products import KERNEL_DTYPES
+from qtool.runtime.products import KERNEL_DTYPES, MAX_FUSED_TOKENS
 
 REASON: Final = "fused kernels, one CUDA graph per token"
 # Of the largest logit: how far fused logits may be from those of transformers' own operations.
@@ -113,14 +115,17 @@ class FusedNetwork(Network):
                 differ by more than rounding does.
         """
         tokens = torch.arange(1, NUM_COMPARED + 1, device=self.device).expand(self._batch, -1)
-        expected = self._own_logits(tokens, cache)
+        expected = self._own_logits(tokens)
+        self._make_room(cache)
         try:
             self._step = _Step(self.model, self._network, cache, self._batch, self._capacity)
         except ValueError as error:  # such as too little shared memory for so many tokens
             raise CaptureFailed(str(error)) from error
         self._check_steps(tokens, expected, cache)
         try:
-            self._prompt = FusedPrompt(self._network, self._step.attention, cache, self._capacity)
+            check_windows(self._network, self._capacity)
+            launches = PromptLaunches(self._network, self._step.attention)
+            self._prompt = FusedPrompt(self._network, launches, cache, self._capacity)
             self._check_prompt(tokens, expected[-1])
         except torch.OutOfMemoryError:
             raise
@@ -158,13 +163,25 @@ class FusedNetwork(Network):
 
     # -- comparing --------------------------------------------------------------------------------
 
-    def _own_logits(self, tokens: Tensor, cache: Any) -> list[Tensor]:
-        """Logits of the model's own operations after each of `tokens`."""
+    def _own_logits(self, tokens: Tensor) -> list[Tensor]:
+        """Logits of the model's own operations after each of `tokens`.
+
+        Over a small cache: those operations copy all of it for each query head.
+        """
+        cache = fixed_cache(self.model.config, CAPACITY_STEP)
         logits = []
         for stop in range(1, tokens.shape[1] + 1):
             _rewind(cache)
             logits.append(super().prefill(tokens[:, :stop], 0, cache, in_chunks=False).float())
         return logits
+
+    def _make_room(self, cache: Any) -> None:
+        """Allocate keys and values."""
+        network = self._network
+        shape = (self._batch, network.num_kv_heads, 1, network.head_dim)
+        like = torch.empty(shape, dtype=network.dtype, device=self.device)
+        for layer in cache.layers:
+            layer.lazy_initialization(like, like)
 
     def _check_steps(self, tokens: Tensor, expected: list[Tensor], cache: Any) -> None:
         assert self._step is not None
@@ -177,8 +194,10 @@ class FusedNetwork(Network):
                 raise CaptureFailed(f"fused kernels give other logits at token {at}")
 
     def _check_prompt(self, tokens: Tensor, expected: Tensor) -> None:
-        """In one chunk, and in two, of which the second sees the first."""
-        for chunk in (tokens.shape[1], tokens.shape[1] - 2):
+        """In one chunk through dequantized layers, and in two through packed ones."""
+        assert self._prompt is not None
+        for chunk, packed in ((tokens.shape[1], 0), (tokens.shape[1] - 2, MAX_FUSED_TOKENS)):
+            self._prompt.max_packed_tokens = packed
             if not _are_near(self._run_prompt(tokens, 0, chunk), expected):
                 raise NotFusable("a prompt gives other logits there")
 
@@ -219,12 +238,17 @@ def _rewind(cache: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Buffers:
-    """What flows between launches, (batch, size) each."""
+    """What flows between launches, (batch, size) each.
+
+    Args:
+        added: what is normed before it is added to `hidden`; None where nothing is.
+    """
 
     hidden: Tensor
     query_key_value: Tensor
     attended: Tensor
     gated: Tensor
+    added: Tensor | None
     logits: Tensor
 
 
@@ -291,9 +315,9 @@ class _Step:
                 block.query_key_value, buffers.hidden, buffers.query_key_value, block.attention_norm
             )
             yield self.attention.launch(index, buffers.query_key_value, buffers.attended)
-            yield self._added(block.output, buffers.attended)
+            yield from self._added(block.output, buffers.attended, block.output_norm)
             yield self._gated(block)
-            yield self._added(block.down, buffers.gated)
+            yield from self._added(block.down, buffers.gated, block.down_norm)
         yield from self._products(
             (network.head,), buffers.hidden, buffers.logits, network.final_norm
         )
@@ -312,9 +336,22 @@ class _Step:
             for layer, place in zip(layers, places, strict=True):
                 yield self._launch((layer,), x, (place,), norm)
 
-    def _added(self, layer: PackedRows, x: Tensor) -> Queue:
-        """A layer whose result is added to the hidden state."""
-        return self._launch((layer,), x, (self._buffers.hidden,), None, epilogue="residual")
+    def _added(self, layer: PackedRows, x: Tensor, norm: Norm | None) -> Iterator[Queue]:
+        """A layer whose result, or the norm of it, is added to the hidden state."""
+        if norm is None:
+            yield self._launch((layer,), x, (self._buffers.hidden,), None, epilogue="residual")
+            return
+        added = self._buffers.added
+        assert added is not None
+        yield self._launch((layer,), x, (added,), None)
+        yield self._norm_added(norm, added)
+
+    def _norm_added(self, norm: Norm, x: Tensor) -> Queue:
+        dtype = KERNEL_DTYPES[self._network.dtype]
+        launch = NormRows(x.shape[1], dtype, norm.kind, added=True, overlap=True)
+        weight = NormWeight(norm.weight.data_ptr(), norm.epsilon)
+        addresses = x.data_ptr(), self._buffers.hidden.data_ptr()
+        return lambda stream: launch.queue(self._batch, weight, *addresses, stream)
 
     def _gated(self, block: Block) -> Queue:
         out = (self._buffers.gated, self._buffers.gated)
@@ -333,7 +370,7 @@ class _Step:
     ) -> Queue:
         kind = replace(layers[0].kind, epilogue=epilogue, gate=self._network.gate)
         if norm is not None:
-            kind = replace(kind, norm="rms_plus_one" if norm.plus_one else "rms")
+            kind = replace(kind, norm=norm.kind)
         launch = LinearFew(
             kind,
             [layer.weight for layer in layers],
@@ -355,6 +392,7 @@ class _Step:
 
 def _make_buffers(network: FusableNetwork, batch: int) -> _Buffers:
     first = network.blocks[0]
+    has_added_norms = any(block.has_added_norms for block in network.blocks)
 
     def make(size: int) -> Tensor:
         return torch.empty(batch, size, dtype=network.dtype, device=network.embedding.device)
@@ -364,5 +402,6 @@ def _make_buffers(network: FusableNetwork, batch: int) -> _Buffers:
         query_key_value=make(sum(layer.weight.rows for layer in first.query_key_value)),
         attended=make(network.num_heads * network.head_dim),
         gated=make(first.gate_up[0].weight.rows),
+        added=make(network.hidden_size) if has_added_norms else None,
         logits=make(network.head.weight.rows),
     )

@@ -16,10 +16,18 @@ from cupy_kernels.decode_attention import (
     why_not,
     workspace_bytes,
 )
-from cupy_kernels.prompt_rows import rotary_rows
-from qtool.runtime.decoders.blocks import Attention, FusableNetwork, NotFusable
+from cupy_kernels.prompt_rows import RotaryRows
+from qtool.runtime.decoders.blocks import (
+    UNTURNED,
+    Attention,
+    FusableNetwork,
+    NotFusable,
+    text_decoder,
+)
 from qtool.runtime.products import KERNEL_DTYPES
 
+# Positions whose angles are made at a time: transformers makes them several times over.
+ANGLE_POSITIONS: Final = 8192
 # Rotary embeddings whose angles depend on the position alone.
 STATIC_ROTARY: Final = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -49,6 +57,7 @@ class AttentionLaunches:
         self._workspace = torch.zeros(
             workspace_bytes(self._shape), dtype=torch.uint8, device=device
         )
+        self._rotary: dict[int, RotaryRows] = {}  # by block, made when it is first needed
 
     def launch(self, index: int, query_key_value: Tensor, out: Tensor) -> Callable[[int], None]:
         """A launch of block `index` for one token, (batch, size) each."""
@@ -70,12 +79,18 @@ class AttentionLaunches:
             queries: (batch, heads, n, head_dim), filled; keys and values go to the cache, at
                 positions from `start` on.
         """
-        rotary_rows(
-            self._shape,
-            self._tensors(index, query_key_value, queries),
+        launch = self._rotary.get(index)
+        if launch is None:
+            launch = self._rotary[index] = RotaryRows(
+                self._shape,
+                self._tensors(index, query_key_value, queries),
+                epsilon=_epsilon(self._network.blocks[index].attention),
+            )
+        launch.queue(
+            query_key_value.data_ptr(),
+            queries.data_ptr(),
             num_tokens=queries.shape[2],
             start=start,
-            epsilon=_epsilon(self._network.blocks[index].attention),
             stream=torch.cuda.current_stream(queries.device).cuda_stream,
         )
 
@@ -129,7 +144,7 @@ def attention_shape(
 
 def check_rotary(model: Any) -> None:
     """Raise NotFusable if angles depend on more than the position."""
-    kinds = model.model.rotary_emb.rope_type
+    kinds = text_decoder(model).rotary_emb.rope_type
     for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
         if kind not in STATIC_ROTARY:
             raise NotFusable(f"{kind} rotary embedding changes with the length of the text")
@@ -156,17 +171,28 @@ def _rotary_dim(model: Any, layer_type: str) -> int:
 def _angles(
     model: Any, layer_type: str, capacity: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines float32 (capacity, rotary_dim / 2), rounded as the model rounds them."""
-    positions = torch.arange(capacity)[None]
-    cosines, sines = _call_rotary(model, layer_type, positions, dtype)
-    half = cosines.shape[-1] // 2
-    return tuple(t[0, :, :half].float().contiguous() for t in (cosines, sines))  # type: ignore[return-value]
+    """Cosines and sines float32 (capacity, rotary_dim / 2), rounded as the model rounds them.
+
+    Of layers that are not turned, those of no angle: what they turn stays as it is.
+    """
+    device = model.get_input_embeddings().weight.device
+    half = _rotary_dim(model, layer_type) // 2
+    angles = torch.empty(2, capacity, half, device=device)
+    if layer_type == UNTURNED:
+        angles[0], angles[1] = 1, 0
+        return angles[0], angles[1]
+    for start in range(0, capacity, ANGLE_POSITIONS):
+        positions = torch.arange(start, min(start + ANGLE_POSITIONS, capacity))[None]
+        found = _call_rotary(model, layer_type, positions, dtype)
+        for kept, made in zip(angles, found, strict=True):
+            kept[start : start + ANGLE_POSITIONS].copy_(made[0, :, :half])
+    return angles[0], angles[1]
 
 
 def _call_rotary(
     model: Any, layer_type: str, positions: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    rotary = model.model.rotary_emb
+    rotary = text_decoder(model).rotary_emb
     device = model.get_input_embeddings().weight.device
     like = torch.empty(0, dtype=dtype, device=device)
     call: Any = partial(rotary, like, positions.to(device))

@@ -1,39 +1,107 @@
 """A prompt through the common decoder block: PyTorch's products and attention, our kernels between.
 
 Each packed layer is dequantized into one scratch buffer, out of which PyTorch multiplies at once,
-while the second-level cache still holds most of it. Nothing waits for the device, and a block takes
-some twenty launches, so that the host stays ahead of it.
+while the second-level cache still holds most of it; up to 64 tokens are multiplied straight from
+the packed bytes. Nothing waits for the device, and what can be made ready is made once, so that the
+host stays ahead of a block's twenty launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cupy_kernels.dequantize_4bit import NestedAbsmax, dequantize_4bit
-from cupy_kernels.dequantize_int8_rows import dequantize_int8_rows
+from cupy_kernels.dequantize_4bit import Dequantize4bit, NestedAbsmax
+from cupy_kernels.dequantize_int8_rows import DequantizeInt8Rows
 from cupy_kernels.linear_few import NormWeight
-from cupy_kernels.prompt_rows import Rows, gated_rows, norm_rows
+from cupy_kernels.prompt_rows import GatedRows, NormRows
 from qtool.runtime.decoders.blocks import Block, FusableNetwork, Norm, NotFusable, PackedRows
 from qtool.runtime.decoders.fused_attention import AttentionLaunches
-from qtool.runtime.products import KERNEL_DTYPES, MAX_DEQUANTIZED_ELEMENTS, PIECE_ROWS
+from qtool.runtime.packed_products import PackedProduct, tokens_of_kernel
+from qtool.runtime.products import (
+    KERNEL_DTYPES,
+    MAX_DEQUANTIZED_ELEMENTS,
+    MAX_FUSED_TOKENS,
+    PIECE_ROWS,
+)
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Rows [start, stop) of a layer, that are dequantized at a time."""
+class Launches(Protocol):
+    """What runs between PyTorch's operators."""
+
+    def norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
+        """The RMS norm of the rows of x, to `out`."""
+        ...
+
+    def add_norm(self, x: Tensor, norm: Norm, hidden: Tensor) -> None:
+        """The RMS norm of the rows of x, added to `hidden`."""
+        ...
+
+    def gate(self, gate: Tensor, up: Tensor) -> None:
+        """act(gate) * up, to `gate`."""
+        ...
+
+    def take_up(self, block: int, query_key_value: Tensor, queries: Tensor, start: int) -> None:
+        """See `AttentionLaunches.take_up`."""
+        ...
+
+    def dequantize(self, piece: Piece, target: int) -> None:
+        """The rows of `piece`, to the address `target`."""
+        ...
+
+    def multiply(self, layer: PackedRows, x: Tensor, out: Tensor) -> None:
+        """Few tokens' product with a packed layer, and its bias, to `out`."""
+        ...
+
+
+@dataclass(slots=True)
+class Piece:
+    """Rows [start, stop) of a layer that are dequantized at a time, and the launch that does it."""
 
     layer: PackedRows
     start: int
     stop: int
+    launch: Dequantize4bit | DequantizeInt8Rows | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows it has."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """Layers side by side: pieces that are dequantized together, and the bias of all, or None."""
+
+    layers: tuple[PackedRows, ...]
+    groups: tuple[tuple[Piece, ...], ...]
+    num_rows: int
+    bias: Tensor | None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether all layers are."""
+        return all(layer.plain is None for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockProducts:
+    query_key_value: _Product
+    output: _Product
+    gate: _Product
+    up: _Product
+    down: _Product
 
 
 class FusedPrompt:
     """Runs prompts over a cache of `FixedLayer`s.
+
+    Attributes:
+        max_packed_tokens: up to how many are multiplied without dequantizing.
 
     Raises:
         NotFusable: attention that PyTorch's fused one does not do, or a layer that cannot be
@@ -41,14 +109,18 @@ class FusedPrompt:
     """
 
     def __init__(
-        self, network: FusableNetwork, attention: AttentionLaunches, cache: Any, capacity: int
+        self, network: FusableNetwork, launches: Launches, cache: Any, capacity: int
     ) -> None:
         self._network = network
-        self._attention = attention
+        self._launches = launches
         self._layers = cache.layers
         for block in network.blocks:
-            _check(block, capacity)
-        self._dtype = KERNEL_DTYPES[network.dtype]
+            _check(block)
+        # Windows that the cache does not exceed hide nothing.
+        windows = [block.attention.window for block in network.blocks]
+        self._windows = [window if window < capacity else 0 for window in windows]
+        self._products = [_products_of(block) for block in network.blocks]
+        self.max_packed_tokens = MAX_FUSED_TOKENS
 
     def run(self, input_ids: Tensor, start: int) -> Tensor:
         """Take up tokens int64 (batch, n) at positions from `start` on.
@@ -56,106 +128,221 @@ class FusedPrompt:
         Returns:
             The hidden state of each sequence's last token, before the final norm (batch, hidden).
         """
-        network = self._network
+        network, launches = self._network, self._launches
         batch, num_tokens = input_ids.shape
         hidden = torch.embedding(network.embedding, input_ids.reshape(-1))
         if network.embedding_scale is not None:
             hidden *= network.embedding_scale
-        for index, block in enumerate(network.blocks):
-            normed = self._norm(hidden, block.attention_norm)
-            attended = self._attend(index, block, normed, batch, start)
-            self._add_product(block.output, attended, hidden)
-            self._norm(hidden, block.mlp_norm, out=normed)
-            self._add_product(block.down, self._gate(block, normed), hidden)
-        return hidden.view(batch, num_tokens, -1)[:, -1]
+        normed = torch.empty_like(hidden)
+        for index, (block, products) in enumerate(zip(network.blocks, self._products, strict=True)):
+            launches.norm(hidden, block.attention_norm, normed)
+            self._add_attention(index, products, normed, hidden, start)
+            launches.norm(hidden, block.mlp_norm, normed)
+            self._add_mlp(block, products, normed, hidden)
+        # A copy: nothing of the other tokens lives on.
+        return hidden.view(batch, num_tokens, -1)[:, -1].clone()
 
-    def _norm(self, x: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
-        out = torch.empty_like(x) if out is None else out
-        kind = "rms_plus_one" if norm.plus_one else "rms"
-        weight = NormWeight(norm.weight.data_ptr(), norm.epsilon)
-        rows = Rows(x.shape[0], x.shape[1], self._dtype)
-        norm_rows(rows, kind, weight, x.data_ptr(), out.data_ptr(), _stream(x))  # type: ignore[arg-type]
-        return out
+    def _add_attention(
+        self, index: int, products: _BlockProducts, normed: Tensor, hidden: Tensor, start: int
+    ) -> None:
+        query_key_value = self._product(products.query_key_value, normed)
+        attended = self._attend(index, query_key_value, start)
+        norm = self._network.blocks[index].output_norm
+        self._add_product(products.output, attended, hidden, norm, normed)
 
-    def _attend(self, index: int, block: Block, normed: Tensor, batch: int, start: int) -> Tensor:
+    def _add_mlp(
+        self, block: Block, products: _BlockProducts, normed: Tensor, hidden: Tensor
+    ) -> None:
+        gate = self._product(products.gate, normed)
+        self._launches.gate(gate, self._product(products.up, normed))
+        self._add_product(products.down, gate, hidden, block.down_norm, normed)
+
+    def _attend(self, index: int, query_key_value: Tensor, start: int) -> Tensor:
         """Attention of all tokens (batch * n, heads * head_dim)."""
         network, layer = self._network, self._layers[index]
-        num_tokens = normed.shape[0] // batch
-        query_key_value = self._products(block.query_key_value, normed)
-        queries = normed.new_empty(batch, network.num_heads, num_tokens, network.head_dim)
-        self._attention.take_up(index, query_key_value, queries, start)
+        batch = layer.keys.shape[0]
+        num_tokens = query_key_value.shape[0] // batch
+        queries = query_key_value.new_empty(batch, network.num_heads, num_tokens, network.head_dim)
+        self._launches.take_up(index, query_key_value, queries, start)
         stop = start + num_tokens
-        # Causal with the last query at the last key, which is what the operator itself does; its
-        # public face would not take fewer queries than keys.
-        attended = torch.ops.aten._scaled_dot_product_flash_attention(
+        attended = flash_attention(
             queries,
             layer.keys[:, :, :stop],
             layer.values[:, :, :stop],
-            0.0,
-            True,
-            scale=block.attention.scale,
-        )[0]
-        return cast(Tensor, attended).transpose(1, 2).reshape(batch * num_tokens, -1)
-
-    def _gate(self, block: Block, normed: Tensor) -> Tensor:
-        gate = self._products(block.gate_up[:1], normed)
-        up = self._products(block.gate_up[1:], normed)
-        rows = Rows(gate.shape[0], gate.shape[1], self._dtype)
-        addresses = (gate.data_ptr(), up.data_ptr(), gate.data_ptr())
-        gated_rows(rows, self._network.gate, *addresses, _stream(gate))
-        return gate
+            scale=network.blocks[index].attention.scale,
+            window=self._windows[index],
+        )
+        return attended.reshape(batch * num_tokens, -1)
 
     # -- products ---------------------------------------------------------------------------------
 
-    def _products(self, layers: Sequence[PackedRows], x: Tensor) -> Tensor:
-        """Layers side by side (n, rows of all)."""
-        out = x.new_empty(x.shape[0], sum(layer.weight.rows for layer in layers))
-        start = 0
-        for pieces in _groups(layers):
-            weight = self._dequantize(pieces, x)
-            place = out[:, start : start + weight.shape[0]]
-            torch.mm(x, weight.t(), out=place)
-            start += weight.shape[0]
-        biases = [layer.bias for layer in layers]
-        if any(bias is not None for bias in biases):
-            out += torch.cat([bias for bias in biases if bias is not None])
+    def _reads_packed(self, product: _Product, x: Tensor) -> bool:
+        return product.is_packed and x.shape[0] <= self.max_packed_tokens
+
+    def _product(self, product: _Product, x: Tensor) -> Tensor:
+        """x @ weight.T + bias (n, rows of all layers)."""
+        if len(product.groups) == 1 and not self._reads_packed(product, x):
+            out = x.mm(self._dequantize(product.groups[0], x).t())
+            return out if product.bias is None else out.add_(product.bias)
+        return self._product_to(product, x, x.new_empty(x.shape[0], product.num_rows))
+
+    def _product_to(self, product: _Product, x: Tensor, out: Tensor) -> Tensor:
+        if self._reads_packed(product, x):
+            start = 0
+            for layer in product.layers:
+                self._launches.multiply(layer, x, out[:, start : start + layer.weight.rows])
+                start += layer.weight.rows
+            return out
+        for pieces, place in _places(product, out):
+            torch.mm(x, self._dequantize(pieces, x).t(), out=place)
+        if product.bias is not None:
+            out += product.bias
         return out
 
-    def _add_product(self, layer: PackedRows, x: Tensor, hidden: Tensor) -> None:
-        start = 0
-        for pieces in _groups([layer]):
-            weight = self._dequantize(pieces, x)
-            hidden[:, start : start + weight.shape[0]].addmm_(x, weight.t())
-            start += weight.shape[0]
-        if layer.bias is not None:
-            hidden += layer.bias
+    def _add_product(
+        self, product: _Product, x: Tensor, hidden: Tensor, norm: Norm | None, scratch: Tensor
+    ) -> None:
+        """Add it, or the norm of it, to `hidden`; `scratch` is as large."""
+        if norm is not None:
+            self._launches.add_norm(self._product_to(product, x, scratch), norm, hidden)
+            return
+        if self._reads_packed(product, x):
+            hidden += self._product_to(product, x, scratch)
+            return
+        for pieces, place in _places(product, hidden):
+            place.addmm_(x, self._dequantize(pieces, x).t())
+        if product.bias is not None:
+            hidden += product.bias
 
-    def _dequantize(self, pieces: Sequence[_Piece], x: Tensor) -> Tensor:
+    def _dequantize(self, pieces: Sequence[Piece], x: Tensor) -> Tensor:
         """The rows of all pieces, one after the other, in the dtype of `x`."""
         first = pieces[0]
         if first.layer.plain is not None and len(pieces) == 1:
             return first.layer.plain[first.start : first.stop]
         columns = x.shape[1]
-        weight = x.new_empty(sum(piece.stop - piece.start for piece in pieces), columns)
+        weight = x.new_empty(sum(piece.num_rows for piece in pieces), columns)
         start = 0
         for piece in pieces:
-            target = weight[start : start + piece.stop - piece.start]
             if piece.layer.plain is not None:
+                target = weight[start : start + piece.num_rows]
                 target.copy_(piece.layer.plain[piece.start : piece.stop])
             else:
-                _launch_dequantize(piece, target, self._dtype)
-            start += target.shape[0]
+                target_bytes = start * columns * weight.itemsize
+                self._launches.dequantize(piece, weight.data_ptr() + target_bytes)
+            start += piece.num_rows
         return weight
 
 
-def _launch_dequantize(piece: _Piece, target: Tensor, dtype: str) -> None:
+def flash_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int
+) -> Tensor:
+    """Causal attention with the last query at the last key: PyTorch's kernel.
+
+    The operator's public face takes neither fewer queries than keys nor a window.
+
+    Args:
+        queries: (batch, heads, n, head_dim).
+        keys: (batch, kv_heads, m, head_dim), and `values`; m >= n.
+        window: tokens that are visible, a query's own among them; 0 for all.
+
+    Returns:
+        (batch, n, heads, head_dim).
+    """
+    attended: Tensor = torch.ops.aten._flash_attention_forward(
+        queries.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        None,
+        None,
+        queries.shape[2],
+        keys.shape[2],
+        0.0,
+        True,
+        False,
+        scale=scale,
+        window_size_left=window - 1 if window else None,
+        window_size_right=0 if window else None,
+    )[0]
+    return attended
+
+
+def check_windows(network: FusableNetwork, capacity: int) -> None:
+    """See that `flash_attention` has windows, if one is shorter than a cache of `capacity` tokens.
+
+    The few tokens that a network is compared over do not show it.
+
+    Raises:
+        NotFusable: it looks beyond them, as a build of PyTorch without windows does.
+    """
+    if not any(0 < block.attention.window < capacity for block in network.blocks):
+        return
+    size, window, num_keys, num_queries = network.head_dim, 2, 8, 4
+    positions = torch.arange(num_keys, dtype=network.dtype, device=network.embedding.device)
+    values = positions[:, None].expand(1, 1, -1, size).contiguous()
+    keys = torch.zeros_like(values)
+    found = flash_attention(keys[:, :, :num_queries], keys, values, scale=1.0, window=window)
+    # Equal scores: the mean of a token's own position and the one before.
+    expected = (positions[-num_queries:] - 0.5)[:, None, None]
+    if not torch.allclose(found, expected.expand_as(found), atol=0.1):
+        raise NotFusable("PyTorch's flash attention knows no windows here")
+
+
+class PromptLaunches:
+    """`Launches` on the GPU. All are made when they are first needed, and used by one thread."""
+
+    def __init__(self, network: FusableNetwork, attention: AttentionLaunches) -> None:
+        self._dtype = KERNEL_DTYPES[network.dtype]
+        self._device = network.embedding.device
+        kind, size = network.final_norm.kind, network.hidden_size
+        self._norm = NormRows(size, self._dtype, kind)
+        has_added = any(block.has_added_norms for block in network.blocks)
+        self._added_norm = NormRows(size, self._dtype, kind, added=True) if has_added else None
+        self._gate = GatedRows(self._dtype, network.gate)
+        self.take_up = attention.take_up
+        self._products: dict[tuple[int, int], PackedProduct] = {}  # by weight and tokens
+
+    def norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
+        """See `Launches.norm`."""
+        weight = NormWeight(norm.weight.data_ptr(), norm.epsilon)
+        self._norm.queue(x.shape[0], weight, x.data_ptr(), out.data_ptr(), self._stream)
+
+    def add_norm(self, x: Tensor, norm: Norm, hidden: Tensor) -> None:
+        """See `Launches.add_norm`."""
+        assert self._added_norm is not None
+        weight = NormWeight(norm.weight.data_ptr(), norm.epsilon)
+        self._added_norm.queue(x.shape[0], weight, x.data_ptr(), hidden.data_ptr(), self._stream)
+
+    def gate(self, gate: Tensor, up: Tensor) -> None:
+        """See `Launches.gate`."""
+        address = gate.data_ptr()
+        self._gate.queue(gate.numel(), address, up.data_ptr(), address, self._stream)
+
+    def dequantize(self, piece: Piece, target: int) -> None:
+        """See `Launches.dequantize`."""
+        if piece.launch is None:
+            piece.launch = _dequantize_launch(piece, self._dtype)
+        piece.launch.queue(target, self._stream)
+
+    def multiply(self, layer: PackedRows, x: Tensor, out: Tensor) -> None:
+        """See `Launches.multiply`."""
+        key = layer.weight.weight, tokens_of_kernel(x.shape[0])
+        launch = self._products.get(key)
+        if launch is None:
+            launch = self._products[key] = PackedProduct(layer.kind, layer.weight, x.shape[0])
+        launch.queue(x, out)
+
+    @property
+    def _stream(self) -> int:
+        stream: int = torch.cuda.current_stream(self._device).cuda_stream
+        return stream
+
+
+def _dequantize_launch(piece: Piece, dtype: str) -> Dequantize4bit | DequantizeInt8Rows:
     kind, weight = piece.layer.kind, piece.layer.weight
-    first, stream = piece.start * kind.columns, _stream(target)
-    num_rows, columns = target.shape
+    first = piece.start * kind.columns
     if kind.format == "int8":
         codes, scb = weight.weight + first, weight.absmax + piece.start * 4
-        dequantize_int8_rows(codes, num_rows, columns, scb, dtype, target.data_ptr(), stream)
-        return
+        return DequantizeInt8Rows(codes, piece.num_rows, kind.columns, scb, dtype)
     block = first // kind.blocksize
     absmax: int | NestedAbsmax = weight.absmax + block * 4
     if kind.nested:
@@ -165,43 +352,66 @@ def _launch_dequantize(piece: _Piece, target: Tensor, dtype: str) -> None:
             weight.nested_quant_map,
             weight.nested_offset,
         )
-    dequantize_4bit(
+    return Dequantize4bit(
         weight.weight + first // 2,
-        num_rows * columns,
+        piece.num_rows * kind.columns,
         absmax,
         kind.format,
         kind.blocksize,
         dtype,
-        target.data_ptr(),
-        stream,
     )
 
 
-def _groups(layers: Sequence[PackedRows]) -> Iterator[list[_Piece]]:
+def _products_of(block: Block) -> _BlockProducts:
+    gate, up = block.gate_up
+    return _BlockProducts(
+        query_key_value=_product_of(block.query_key_value),
+        output=_product_of([block.output]),
+        gate=_product_of([gate]),
+        up=_product_of([up]),
+        down=_product_of([block.down]),
+    )
+
+
+def _product_of(layers: Sequence[PackedRows]) -> _Product:
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return _Product(
+        layers=tuple(layers),
+        groups=tuple(tuple(group) for group in _groups(layers)),
+        num_rows=sum(layer.weight.rows for layer in layers),
+        bias=torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None,
+    )
+
+
+def _places(product: _Product, out: Tensor) -> Iterator[tuple[tuple[Piece, ...], Tensor]]:
+    """What is dequantized together, with the columns of `out` that are its own."""
+    start = 0
+    for pieces in product.groups:
+        stop = start + sum(piece.num_rows for piece in pieces)
+        yield pieces, out[:, start:stop]
+        start = stop
+
+
+def _groups(layers: Sequence[PackedRows]) -> Iterator[list[Piece]]:
     """Pieces that are dequantized together, in order: no more elements than one buffer has."""
     columns = layers[0].kind.columns
     most = max(MAX_DEQUANTIZED_ELEMENTS // columns // PIECE_ROWS * PIECE_ROWS, PIECE_ROWS)
-    group: list[_Piece] = []
+    group: list[Piece] = []
     for layer in layers:
         for start in range(0, layer.weight.rows, most):
-            piece = _Piece(layer, start, min(start + most, layer.weight.rows))
-            if sum(p.stop - p.start for p in group) + piece.stop - piece.start > most:
+            piece = Piece(layer, start, min(start + most, layer.weight.rows))
+            if sum(p.num_rows for p in group) + piece.num_rows > most:
                 yield group
                 group = []
             group.append(piece)
     yield group
 
 
-def _check(block: Block, capacity: int) -> None:
-    if block.attention.softcap or 0 < block.attention.window < capacity:
-        raise NotFusable("PyTorch's fused attention has no such mask")
+def _check(block: Block) -> None:
+    if block.attention.softcap:
+        raise NotFusable("PyTorch's flash attention caps no scores")
     layers = (*block.query_key_value, block.output, *block.gate_up, block.down)
     for layer in layers:
         elements = layer.weight.rows * layer.kind.columns
         if elements > MAX_DEQUANTIZED_ELEMENTS and layer.kind.columns % layer.kind.blocksize:
             raise NotFusable("a large layer whose rows share blocks")
-
-
-def _stream(tensor: Tensor) -> int:
-    stream: int = torch.cuda.current_stream(tensor.device).cuda_stream
-    return stream

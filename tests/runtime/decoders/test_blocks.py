@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("cupy", exc_type=ImportError)
 
-from qtool.runtime.decoders.blocks import NotFusable, describe_network
+from qtool.runtime.decoders.blocks import UNTURNED, NotFusable, _Reader, describe_network
 from qtool.runtime.decoders.fused_attention import attention_shape, check_rotary
 from qtool.runtime.random_model import build_random_model
 from tests.runtime.decoders.common_blocks import BASE, MODELS
+
+ADDED_NORMS = {"gemma2", "gemma3", "gemma3_text"}
 
 
 def load(name="llama", quant="nf4-dq", **changes):
@@ -24,7 +28,7 @@ def load(name="llama", quant="nf4-dq", **changes):
 def test_every_part_is_found_where_the_model_has_it(name, quant):
     model = load(name, quant)
     network = describe_network(model)
-    config = model.config
+    config = model.config.get_text_config()
     assert len(network.blocks) == config.num_hidden_layers
     block = network.blocks[-1]
     rows = sum(layer.weight.rows for layer in block.query_key_value)
@@ -36,10 +40,47 @@ def test_every_part_is_found_where_the_model_has_it(name, quant):
     assert network.head.kind.format == "plain"
     assert network.head.weight.rows == config.vocab_size
     shape = attention_shape(network, model, batch=1, capacity=64)
-    assert shape.head_norm == ("rms" if name == "qwen3" else "none")
+    head_norms = {"qwen3": "rms", "gemma3": "rms_plus_one", "gemma3_text": "rms_plus_one"}
+    assert shape.head_norm == head_norms.get(name, "none")
+    assert shape.has_softcap == (name == "gemma2")
     assert shape.rotary_dim == network.head_dim
-    assert (block.attention.window > 0) == ("window" in name)
-    assert (network.embedding_scale is not None) == (name == "gemma")
+    assert (block.attention.window > 0) == ("window" in name or name in ADDED_NORMS)
+    assert (network.embedding_scale is not None) == ("gemma" in name)
+    assert network.gate == ("gelu_tanh" if "gemma" in name else "silu")
+    assert {block.has_added_norms for block in network.blocks} == {name in ADDED_NORMS}
+    norms = [block.attention_norm, block.mlp_norm, block.output_norm, block.down_norm]
+    assert len({id(norm.weight) for norm in norms if norm}) == (4 if name in ADDED_NORMS else 2)
+
+
+def test_layers_differ_where_the_config_says_so():
+    blocks = describe_network(load("gemma3_text")).blocks
+    assert [block.attention.layer_type for block in blocks] == MODELS["gemma3_text"]["layer_types"]
+    assert [block.attention.window for block in blocks] == [24, 0, 24]
+    first, second, third = describe_network(load("smollm3")).blocks
+    assert first.attention == third.attention
+    assert second.attention == replace(first.attention, layer_type=UNTURNED)
+
+
+def test_caps_are_those_that_the_type_looks_at():
+    caps = {"attn_logit_softcapping": 7.0, "final_logit_softcapping": 9.0}
+
+    def found(name):
+        network = describe_network(load(name, **caps))
+        return network.blocks[0].attention.softcap, network.logit_softcap
+
+    assert found("gemma2") == (7, 9)
+    assert found("gemma3_text") == (0, 9)
+    assert found("llama") == (0, 0)
+    text = MODELS["gemma3"]["text_config"] | caps
+    network = describe_network(load("gemma3", text_config=text))
+    assert network.logit_softcap == 0
+
+
+def test_a_step_without_added_norms_is_not_given_any():
+    model = load("gemma3_text")
+    reader = _Reader(model.config, torch.bfloat16, torch.device("cpu"), plus_one=True)
+    with pytest.raises(NotFusable, match="norms of what attention and MLP add"):
+        reader.block(model.model.layers[0], 0)
 
 
 def test_gate_and_up_of_one_layer_are_its_halves():
@@ -53,10 +94,12 @@ def test_gate_and_up_of_one_layer_are_its_halves():
 
 
 def test_what_is_not_fused_is_said():
-    with pytest.raises(NotFusable, match="gemma2 blocks have no fused kernels"):
+    with pytest.raises(NotFusable, match="olmo2 blocks have no fused kernels"):
         model = load()
-        model.config.model_type = "gemma2"
+        model.config.model_type = "olmo2"
         describe_network(model)
+    with pytest.raises(NotFusable, match="sees later tokens"):
+        describe_network(load("gemma3_text", use_bidirectional_attention=True))
     with pytest.raises(NotFusable, match="not float32"):
         describe_network(load(quant="fp32"))
     with pytest.raises(NotFusable, match="another device"):

@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from cupy_kernels.linear_few import NormWeight
+from cupy_kernels.prompt_rows import NormRows
 from qtool.runtime.decoders.choose import DecoderOptions, choose_decoder
+from qtool.runtime.decoders.fused_prompt import flash_attention
 from qtool.runtime.decoders.protocol import Sampling
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.random_model import build_random_model
 from tests.runtime.decoders.common_blocks import BASE, MODELS
+from tests.runtime.decoders.cpu_launches import DTYPES, attention
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +24,10 @@ NEW_TOKENS = 40
 
 
 def load(name: str, quant: str) -> LoadedModel:
-    return build_random_model(BASE | MODELS[name], quant, device="cuda", model_id=name)  # type: ignore[arg-type]
+    loaded = build_random_model(BASE | MODELS[name], quant, device="cuda", model_id=name)  # type: ignore[arg-type]
+    if name == "gemma2":  # whose scores' cap PyTorch's attention leaves out
+        loaded.model.set_attn_implementation("eager")
+    return loaded
 
 
 def make(loaded: LoadedModel, path: str, batch: int = 1) -> Any:
@@ -39,6 +46,7 @@ def test_logits_are_those_of_the_model(name, quant):
     loaded = load(name, quant)
     fused, eager = make(loaded, "fused"), make(loaded, "eager")
     assert fused.path == "fused"
+    assert ("prompts on the model's own" in fused.path_reason) == (name == "gemma2")
     for start, num_tokens in ((0, PROMPT_TOKENS), (PROMPT_TOKENS, 1), (PROMPT_TOKENS + 1, 40)):
         ids = prompt(1, num_tokens)
         fused.prefill(ids, start)
@@ -96,6 +104,48 @@ def test_what_is_not_fused_says_why():
     assert (
         "9" in choose_decoder(loaded, 128, 9).path_reason or make(loaded, "auto", 9).path == "graph"
     )
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 24, 99, 500])
+@pytest.mark.parametrize("num_queries", [2, 40, 100])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (4, 4, 128), (4, 1, 256)])
+@torch.inference_mode()
+def test_attention_of_a_prompt_sees_what_it_should(heads, kv_heads, head_dim, num_queries, window):
+    num_keys = 100
+
+    def draw(heads, count):
+        return torch.randn(2, heads, count, head_dim, device="cuda").bfloat16()
+
+    queries = draw(heads, num_queries)
+    keys, values = (draw(kv_heads, 128)[:, :, :num_keys] for _ in range(2))
+    how = {"scale": head_dim**-0.5, "window": window}
+    found = flash_attention(queries, keys, values, **how)
+    expected = attention(queries.float(), keys, values, **how).transpose(1, 2)
+    assert (found.float() - expected).norm() <= 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("kind", ["rms", "rms_plus_one"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("columns", [64, 1152, 5376, 16_384, 28_672])
+def test_a_norm_is_added_to_what_is_there(columns, dtype, kind, overlap):
+    num_rows, epsilon = 5, 1e-6
+    x, before, weight = (
+        torch.randn(rows, columns, device="cuda").to(DTYPES[dtype])
+        for rows in (num_rows,) * 2 + (1,)
+    )
+    hidden = before.clone()
+    launch = NormRows(columns, dtype, kind, added=True, overlap=overlap)
+    norm = NormWeight(weight.data_ptr(), epsilon)
+    stream = torch.cuda.current_stream().cuda_stream
+    launch.queue(num_rows, norm, x.data_ptr(), hidden.data_ptr(), stream)
+    wide = x.double()
+    wide = wide * (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    wide = wide * (weight.double() + (kind == "rms_plus_one"))
+    # Up to three roundings: of the norm before its weight, of it behind, and of the sum.
+    unit = torch.finfo(DTYPES[dtype]).eps / 2
+    room = 1.1 * unit * (2 * wide.abs() + (before.double() + wide).abs() + unit)
+    assert ((hidden.double() - before.double() - wide).abs() <= room).all()
 
 
 @pytest.mark.parametrize("columns", [5, 1000, 128_256])

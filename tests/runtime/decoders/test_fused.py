@@ -1,0 +1,138 @@
+"""The fused path without a GPU: its launches, as `cpu_launches`, make the model's own logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("cupy", exc_type=ImportError)
+
+from qtool.runtime.decoders.caches import fixed_cache
+from qtool.runtime.decoders.capture import CaptureFailed
+from qtool.runtime.decoders.fused import FusedNetwork
+from qtool.runtime.decoders.network import Network
+from qtool.runtime.random_model import build_random_model
+from tests.runtime.decoders.common_blocks import BASE, MODELS
+from tests.runtime.decoders.cpu_launches import launches_on_the_cpu
+
+CAPACITY = 64
+CHUNK = 16
+PROMPT_TOKENS = 28  # more than the windows of the models have
+STEPS = 2
+# Of the largest logit: several times what rounding in another order made of any of these models.
+TOLERANCES = {"fp16": 0.005, "nf4-dq": 0.03, "int8": 0.03}
+# Packed layers, whose model is bfloat16: of each way to lay them out one, and with added norms.
+CASES = [
+    *((name, "fp16") for name in MODELS),
+    *((name, quant) for name in ("llama", "phi3", "gemma3_text") for quant in ("nf4-dq", "int8")),
+]
+# Whose prompts go through the model's own operations, and what says so.
+OWN_PROMPTS = {"gemma2": "caps no scores"}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other most of the time, so small is all
+    with launches_on_the_cpu(), torch.inference_mode():
+        yield
+    torch.set_num_threads(before)
+
+
+def load(name: str, quant: str = "fp16", **changes: Any) -> Any:
+    config = BASE | MODELS[name] | changes
+    return build_random_model(config, quant, device="cpu", model_id=name).model  # type: ignore[arg-type]
+
+
+def prepared(model: Any, batch: int = 1) -> tuple[FusedNetwork, Any]:
+    """The network and its cache."""
+    network = FusedNetwork(model, CHUNK, batch=batch, capacity=CAPACITY)
+    cache = fixed_cache(model.config, CAPACITY)
+    network.prepare(cache)
+    return network, cache
+
+
+def tokens(batch: int, count: int) -> Tensor:
+    return torch.randint(0, 1000, (batch, count), generator=torch.Generator().manual_seed(5))
+
+
+def expected_logits(model: Any, ids: Tensor) -> Iterator[Tensor]:
+    """After the prompt, and after each token behind it, by the model's own operations."""
+    network, cache = Network(model, CHUNK), fixed_cache(model.config, CAPACITY)
+    yield network.prefill(ids[:, :PROMPT_TOKENS], 0, cache, in_chunks=False)
+    for at in range(PROMPT_TOKENS, ids.shape[1]):
+        yield network.prefill(ids[:, at : at + 1], at, cache, in_chunks=False)
+
+
+@pytest.mark.parametrize(("name", "quant"), CASES)
+def test_logits_are_those_of_the_model(name: str, quant: str) -> None:
+    model = load(name, quant)
+    batch = 2 if quant == "fp16" else 1
+    network, cache = prepared(model, batch)
+    assert OWN_PROMPTS.get(name, "") in network.prompt_reason
+    assert bool(network.prompt_reason) == (name in OWN_PROMPTS)
+    ids = tokens(batch, PROMPT_TOKENS + STEPS)
+    found = [network.prefill(ids[:, :PROMPT_TOKENS], 0, cache, in_chunks=True).clone()]
+    for at in range(PROMPT_TOKENS, ids.shape[1]):
+        position = torch.full((batch, 1), at)
+        found.append(network.logits(ids[:, at : at + 1], position, cache).clone())
+    for made, expected in zip(found, expected_logits(model, ids), strict=True):
+        difference = (made.float() - expected.float()).abs().max()
+        assert difference <= TOLERANCES[quant] * expected.abs().max()
+    if network.has_own_choice:
+        assert torch.equal(network.most_likely(), found[-1].argmax(-1))
+
+
+@pytest.mark.parametrize("quant", ["nf4-dq", "int8"])
+@pytest.mark.parametrize("most", [0, CHUNK])
+def test_prompts_of_few_tokens_read_packed_bytes(
+    monkeypatch: pytest.MonkeyPatch, most: int, quant: str
+) -> None:
+    """And others are dequantized; both give the logits of the model."""
+    from qtool.runtime.decoders import fused_prompt
+
+    multiplied: list[int] = []
+    multiply = fused_prompt.PromptLaunches.multiply
+
+    def counted(self: Any, layer: Any, x: Tensor, out: Tensor) -> None:
+        multiplied.append(x.shape[0])
+        multiply(self, layer, x, out)
+
+    model = load("qwen2", quant)
+    network, cache = prepared(model)
+    monkeypatch.setattr(fused_prompt.PromptLaunches, "multiply", counted)
+    network._prompt.max_packed_tokens = most
+    ids = tokens(1, PROMPT_TOKENS)
+    found = network.prefill(ids, 0, cache, in_chunks=True)
+    assert set(multiplied) >= ({CHUNK, PROMPT_TOKENS - CHUNK} if most else set())
+    assert bool(multiplied) == bool(most)
+    expected = next(expected_logits(model, ids))
+    difference = (found.float() - expected.float()).abs().max()
+    assert difference <= TOLERANCES[quant] * expected.abs().max()
+
+
+def test_a_block_that_computes_something_else_is_refused() -> None:
+    for part in ("input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"):
+        model = load("gemma3_text")
+        forward = getattr(model.model.layers[1], part).forward
+        getattr(model.model.layers[1], part).forward = lambda x, forward=forward: 2 - forward(x)
+        with pytest.raises(CaptureFailed, match="other logits at token"):
+            prepared(model)
+
+
+def test_a_build_without_windows_takes_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtool.runtime.decoders import fused_prompt
+    from tests.runtime.decoders import cpu_launches
+
+    def without_windows(*tensors: Tensor, scale: float, window: int) -> Tensor:
+        return cpu_launches.flash_attention(*tensors, scale=scale, window=0)
+
+    monkeypatch.setattr(fused_prompt, "flash_attention", without_windows)
+    network, _ = prepared(load("gemma3_text"))
+    assert "no windows" in network.prompt_reason
+    network, _ = prepared(load("gemma3_text", sliding_window=CAPACITY))
+    assert not network.prompt_reason
