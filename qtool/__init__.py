@@ -6,8 +6,8 @@
     for piece in qtool.stream(model, "Why is the sky blue?"):
         print(piece, end="", flush=True)
 
-`load`, `stream`, `register` and `unregister` need the extra `qtool[run]`; docs/python.md shows them
-at work. Importing this package imports neither torch, transformers nor cupy; see
+`load`, `stream`, `release`, `register` and `unregister` need the extra `qtool[run]`; docs/python.md
+shows them at work. Importing this package imports neither torch, transformers nor cupy; see
 docs/architecture.md for the direction of imports.
 """
 
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from qtool.errors import QtoolError
 
 if TYPE_CHECKING:
-    from qtool.runtime.api import load, register, stream, unregister
+    from qtool.runtime.api import load, register, release, stream, unregister
 
 __version__ = "0.1.0"
-__all__ = ["QtoolError", "load", "register", "stream", "unregister"]
+__all__ = ["QtoolError", "load", "register", "release", "stream", "unregister"]
 
 
 def __getattr__(name: str) -> Any:

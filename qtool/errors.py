@@ -1,11 +1,19 @@
 """The one exception that users see, and the table of its kinds and exit codes.
 
 Every raise says what happened (`message`: file, tensor, expected, found) and what to do next
-(`hint`: a command, a flag or a change to make). Imports nothing from qtool.
+(`hint`: a command, a flag or a change to make). Options are not spelled out in either, since one
+user gave a flag, another an argument or a variable:
+
+    QtoolError((Option("top_k", 0), ": expected at least 1"), kind="usage", hint=...)
+
+Imports nothing from qtool.
 """
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Literal
 
 ErrorKind = Literal[
@@ -41,8 +49,56 @@ EXIT_CODES: Final[dict[ErrorKind, int]] = {
 EXIT_TERMINATED: Final = 143  # "interrupted" by SIGTERM instead of SIGINT
 
 
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option of a command, an argument of a function: who shows the text knows its name there.
+
+    Args:
+        name: the argument's, such as "max_context".
+        value: what it is or should be set to; None stands for the option alone.
+        verb: the one command that has it, for texts that others show too.
+    """
+
+    name: str
+    value: object = None
+    verb: str = ""
+
+    @property
+    def flag(self) -> str:
+        """Its long name on the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+Words = str | Option | tuple[str | Option, ...]
+NameOption = Callable[[Option], str]
+
+
+def name_argument(option: Option) -> str:
+    """What an option is called in Python."""
+    if option.verb:  # no function of ours has it
+        return f"`qtool {option.verb} {name_flag(option)}`"
+    return option.name if option.value is None else f"{option.name}={option.value!r}"
+
+
+def name_flag(option: Option) -> str:
+    """What an option is called on a command line."""
+    if option.value is None or option.value is True:
+        return option.flag
+    if option.value is False:
+        return option.flag.replace("--", "--no-", 1)
+    return f"{option.flag} {shlex.quote(str(option.value))}"
+
+
+def in_words(text: Words, name_option: NameOption = name_argument) -> str:
+    """The text with its options called as `name_option` has it."""
+    parts = text if isinstance(text, tuple) else (text,)
+    return "".join(part if isinstance(part, str) else name_option(part) for part in parts)
+
+
 class QtoolError(Exception):
     """A failure that the user can act on.
+
+    `message` and `hint` are in Python's words; `told` has them in those of a command line.
 
     Args:
         message: one or two sentences: what, in which file and tensor, expected and found.
@@ -52,10 +108,28 @@ class QtoolError(Exception):
     """
 
     def __init__(
-        self, message: str, *, kind: ErrorKind, hint: str, exit_code: int | None = None
+        self, message: Words, *, kind: ErrorKind, hint: Words, exit_code: int | None = None
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        super().__init__(in_words(message))
+        self._message = message
+        self._hint = hint
         self.kind: ErrorKind = kind
-        self.hint = hint
         self.exit_code = EXIT_CODES[kind] if exit_code is None else exit_code
+
+    @property
+    def message(self) -> str:
+        """What happened."""
+        return in_words(self._message)
+
+    @property
+    def hint(self) -> str:
+        """What to do next."""
+        return in_words(self._hint)
+
+    def told(self, name_option: NameOption) -> tuple[str, str]:
+        """Message and hint where options are called as `name_option` has it."""
+        return in_words(self._message, name_option), in_words(self._hint, name_option)
+
+    def with_hint(self, hint: Words) -> QtoolError:
+        """The same failure with another next step."""
+        return QtoolError(self._message, kind=self.kind, hint=hint, exit_code=self.exit_code)

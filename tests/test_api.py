@@ -15,7 +15,10 @@ import torch
 import qtool
 from qtool.resources import demo_model_path
 from qtool.runtime.answers import Request, answer
+from qtool.runtime.decoders import history
+from qtool.runtime.decoders.choose import DecoderOptions
 from qtool.runtime.generate import Limits, Sampling
+from qtool.runtime.linear import LinearInt8
 from qtool.runtime.loading import LoadOptions, load_model
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +39,8 @@ def greedy_text(max_new_tokens: int) -> str:
 def test_importing_is_light_and_knows_its_names() -> None:
     script = (
         "import sys, qtool\n"
-        "assert {'load', 'stream', 'register', 'unregister', 'QtoolError'} <= set(dir(qtool))\n"
+        "names = {'load', 'stream', 'release', 'register', 'unregister', 'QtoolError'}\n"
+        "assert names <= set(dir(qtool))\n"
         "heavy = {'torch', 'transformers', 'accelerate', 'numpy', 'cupy'} & set(sys.modules)\n"
         "print(qtool.__version__, sorted(heavy))\n"
     )
@@ -98,6 +102,56 @@ def test_leaving_early_ends_the_work(model: Any) -> None:
     assert 0 < len(steps) < 40
 
 
+def test_overlapping_texts_do_not_disturb_each_other(model: Any) -> None:
+    expected = greedy_text(12)
+    pieces = [qtool.stream(model, PROMPT, max_new_tokens=12) for _ in range(2)]
+    texts = ["".join(parts) for parts in zip(*zip(*pieces, strict=True), strict=True)]
+    assert texts == [expected, expected]
+
+
+@pytest.fixture
+def decoders_made(monkeypatch: pytest.MonkeyPatch) -> list[DecoderOptions]:
+    """The options of each decoder that is made."""
+    made: list[DecoderOptions] = []
+    real = history.choose_decoder
+
+    def choose(loaded: Any, capacity: int, *, options: DecoderOptions) -> Any:
+        made.append(options)
+        return real(loaded, capacity, options=options)
+
+    monkeypatch.setattr(history, "choose_decoder", choose)
+    return made
+
+
+def test_a_decoder_is_kept_until_it_is_released(
+    model: Any, decoders_made: list[DecoderOptions]
+) -> None:
+    qtool.release(model)
+    for _ in range(3):
+        "".join(qtool.stream(model, PROMPT, max_new_tokens=4))
+    assert len(decoders_made) == 1
+    qtool.release(model)
+    "".join(qtool.stream(model, PROMPT, max_new_tokens=4))
+    assert len(decoders_made) == 2
+
+
+def test_ways_to_run_reach_the_decoder(model: Any, decoders_made: list[DecoderOptions]) -> None:
+    pieces = qtool.stream(model, PROMPT, max_new_tokens=8, prefill_chunk=2, path="eager")
+    text = "".join(pieces)
+    assert decoders_made == [DecoderOptions("eager", 2)]
+    assert text == greedy_text(8)
+    with pytest.raises(qtool.QtoolError, match="cannot take the graph path") as caught:
+        list(qtool.stream(model, PROMPT, path="graph"))
+    assert caught.value.hint.startswith("leave out path")
+
+
+def test_the_context_can_be_bounded(model: Any) -> None:
+    num_prompt = len(model.tokenizer(PROMPT)["input_ids"])
+    whole = qtool.stream(model, PROMPT, max_new_tokens=8)
+    bounded = qtool.stream(model, PROMPT, max_new_tokens=8, max_context=num_prompt + 2)
+    assert len("".join(bounded)) < len("".join(whole))
+
+
 def test_a_prompt_that_cannot_be_run_is_refused_at_once(model: Any) -> None:
     with pytest.raises(qtool.QtoolError, match="the context"):
         qtool.stream(model, "word " * 3000)
@@ -112,6 +166,9 @@ def test_a_prompt_that_cannot_be_run_is_refused_at_once(model: Any) -> None:
         ({"temperature": -1.0}, "temperature=-1"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
+        ({"max_context": 0}, "max_context=0"),
+        ({"prefill_chunk": 0}, "prefill_chunk=0"),
+        ({"path": "fast"}, "path='fast': expected one of auto, fused, graph, eager"),
     ],
 )
 def test_numbers_out_of_range_are_refused_at_once(
@@ -123,13 +180,20 @@ def test_numbers_out_of_range_are_refused_at_once(
 
 
 def test_a_model_of_another_origin_is_refused() -> None:
-    with pytest.raises(qtool.QtoolError, match=r"Linear that qtool\.load did not make"):
+    with pytest.raises(qtool.QtoolError, match="found a Linear of another origin"):
         qtool.stream(torch.nn.Linear(2, 2), PROMPT)
+    with pytest.raises(qtool.QtoolError, match="found a Linear of another origin"):
+        qtool.release(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"quant": "int4"}, "quant='int4'"), ({"dtype": "int8"}, "dtype='int8'")],
+    [
+        ({"quant": "int4"}, "quant='int4'"),
+        ({"head_quant": "bf16"}, "head_quant='bf16'"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"device": "tpu"}, "device='tpu'"),
+    ],
 )
 def test_unknown_words_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(qtool.QtoolError, match=message):
@@ -142,6 +206,43 @@ def test_options_of_load_reach_the_model() -> None:
     assert model.device.type == "cpu"
     with pytest.raises(qtool.QtoolError, match="'cpu=plenty' is not of the form"):
         qtool.load(demo_model_path(), device="cpu", max_memory={"cpu": "plenty"})
+
+
+def test_the_output_head_can_be_packed() -> None:
+    model = qtool.load(demo_model_path(), device="cpu", head_quant="int8")
+    assert isinstance(model.get_output_embeddings(), LinearInt8)
+    assert len("".join(qtool.stream(model, PROMPT, max_new_tokens=4))) > 0
+
+
+REFUSED_BY_STREAM: list[dict[str, Any]] = [
+    {"chat": True},
+    {"chat": False, "system": "Be brief."},
+    {"max_context": 1},
+    {"max_context": 100_000},
+    {"path": "graph"},
+]
+REFUSED_BY_LOAD: list[dict[str, Any]] = [
+    {"device": "tpu"},
+    {"device": "cuda:99"},
+    {"max_memory": {0: "6GiB"}, "device": "cpu"},
+    {"max_memory": "plenty", "device": "cpu"},
+    {"adapter": "no-such-adapter", "device": "cpu"},
+]
+
+
+def test_errors_speak_of_arguments(model: Any) -> None:
+    told = []
+    for arguments in REFUSED_BY_STREAM:
+        with pytest.raises(qtool.QtoolError) as caught:
+            list(qtool.stream(model, PROMPT, **arguments))
+        told.append((arguments, f"{caught.value.message} {caught.value.hint}"))
+    for arguments in REFUSED_BY_LOAD:
+        with pytest.raises(qtool.QtoolError) as caught:
+            qtool.load(demo_model_path(), **arguments)
+        told.append((arguments, f"{caught.value.message} {caught.value.hint}"))
+    for arguments, text in told:
+        assert "--" not in text, text
+        assert any(name in text for name in arguments), text
 
 
 @pytest.mark.slow

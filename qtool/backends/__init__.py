@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 
 if TYPE_CHECKING:
     from qtool.backends.protocol import Backend
@@ -41,7 +41,7 @@ def choose_backend(choice: BackendChoice = "auto") -> ChosenBackend:
     except NoCudaError as error:
         if choice == "auto":
             return _cpu(f"auto: {error.reason}")
-        message = f"--backend cuda cannot run here: {error.reason}"
+        message = (Option("backend", "cuda"), f" cannot run here: {error.reason}")
         raise QtoolError(message, kind="unsupported", hint=error.hint) from error
     from qtool.backends.cuda import CudaBackend
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from qtool.backends.arguments import check_four_bit, check_int8, check_nested, check_values
 from qtool.backends.cpu import num_usable_cores
 from qtool.backends.protocol import Reservation, SourceArray
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.formats.codebooks import dynamic_map
 from qtool.formats.precisions import QuantType
 from qtool.formats.tensors import SourceDtype
@@ -320,7 +320,10 @@ def _too_small(num_workers: int, tile_bytes: int) -> QtoolError:
         f"the GPU has {free_bytes >> 20:,} MiB free, too little for {num_workers} tiles of "
         f"{tile_bytes >> 10:,} KiB",
         kind="memory",
-        hint="end what else runs on it (nvidia-smi lists it), or use --backend cpu",
+        hint=(
+            "end what else runs on it (nvidia-smi lists it), or use ",
+            Option("backend", "cpu", verb="quantize"),
+        ),
     )
 
 

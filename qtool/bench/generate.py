@@ -29,7 +29,7 @@ from qtool.bench.machine import describe_host, device_name, software_versions
 from qtool.bench.model_shapes import DEFAULT_SHAPE
 from qtool.bench.records import Engine
 from qtool.bench.torch_device import measure_copy
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import Precision
 from qtool.runtime.decoders.choose import DecoderOptions
@@ -84,9 +84,9 @@ def bench_generate(
     """
     if request.new_tokens < LEAST_NEW_TOKENS:
         raise QtoolError(
-            f"--new {request.new_tokens}: the first token belongs to the prompt",
+            (Option("new", request.new_tokens), ": the first token belongs to the prompt"),
             kind="usage",
-            hint=f"--new {LEAST_NEW_TOKENS} or more, better hundreds",
+            hint=(Option("new", LEAST_NEW_TOKENS), " or more, better hundreds"),
         )
     device = resolve_device(request.device)
     subject = choose_subject(
@@ -139,10 +139,14 @@ def _check_context(subject: Subject, size: Size) -> None:
     longest = architecture.max_context if architecture else None
     if longest is not None and size.context > longest:
         raise QtoolError(
-            f"--prompt {size.prompt_tokens} --new {size.new_tokens}: {subject.label} was made for "
-            f"{longest} tokens together",
+            (
+                Option("prompt", size.prompt_tokens),
+                " and ",
+                Option("new", size.new_tokens),
+                f": {subject.label} was made for {longest} tokens together",
+            ),
             kind="usage",
-            hint="a smaller --prompt or --new",
+            hint=("a smaller ", Option("prompt"), " or ", Option("new")),
         )
 
 
@@ -164,7 +168,7 @@ class _Player:
             raise QtoolError(
                 f"{self.engine.name} made {new_tokens} tokens in no more time than one",
                 kind="usage",
-                hint="a larger --new",
+                hint=("a larger ", Option("new")),
             )
         self.timings.append(timing)
 

@@ -71,12 +71,12 @@ class ScaledRun:
 
     The steps of models with `measured_layers` layers, few and fewer, were timed; what one layer
     takes is their difference over the number of layers between, and `layers` is what the whole
-    model has.
+    model has. `prefill_tok_s` is None where more layers took no more time.
     """
 
     layers: int
     measured_layers: tuple[int, int]
-    prefill_tok_s: float
+    prefill_tok_s: float | None
     decode_tok_s: float
     step_bytes: int
     bandwidth_share: float

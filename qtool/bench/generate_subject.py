@@ -9,7 +9,7 @@ from typing import Final, Self, cast
 from qtool.bench.generate_records import Size
 from qtool.bench.model_shapes import FULL_LAYERS, read_model_shape
 from qtool.bench.step_bytes import StepBytes
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.events import Note, OnEvent
 from qtool.formats.precisions import (
     DEFAULT_PRECISION,
@@ -111,16 +111,16 @@ def choose_subject(
         QtoolError: neither is known, or it does not run in `precision`.
     """
     known = (*COMPUTE_DTYPES, *QUANTIZED_PRECISIONS)
-    for option, word in (("--quant", precision), ("--head-quant", head_precision)):
+    for option, word in (("quant", precision), ("head_quant", head_precision)):
         if word is not None and word not in known:
             raise QtoolError(
-                f"{option} {word}: qtool runs no such layers",
+                (Option(option, word), ": qtool runs no such layers"),
                 kind="usage",
                 hint=f"one of {', '.join(known)}",
             )
     if model is not None:
         return _checkpoint_subject(model, precision, head_precision, device)
-    label, config = read_model_shape(shape, option="--shape")
+    label, config = read_model_shape(shape, option="shape")
     chosen = precision or DEFAULT_PRECISION
     return Subject(
         label=label,

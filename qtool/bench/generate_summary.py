@@ -49,16 +49,19 @@ def _scale(subject: Subject, taken: Samples, fewer: Samples, limit: Limit) -> Sc
     missing = (subject.full_layers - num_taken) / (num_taken - num_fewer)
     more_step_s = taken.step_s - fewer.step_s
     more_prefill_s = taken.prefill_s - fewer.prefill_s
-    if more_step_s <= 0 or more_prefill_s <= 0:
+    if more_step_s <= 0:
         return None
     step_s = taken.step_s + missing * more_step_s
     step_bytes = subject.with_layers(subject.full_layers).step_bytes(size)
     return ScaledRun(
         layers=subject.full_layers,
         measured_layers=(num_fewer, num_taken),
+        # Short prompts wait for the host, so that the difference may be less than the noise.
         prefill_tok_s=size.batch
         * size.prompt_tokens
-        / (taken.prefill_s + missing * more_prefill_s),
+        / (taken.prefill_s + missing * more_prefill_s)
+        if more_prefill_s > 0
+        else None,
         decode_tok_s=size.batch / step_s,
         step_bytes=step_bytes,
         bandwidth_share=step_bytes / step_s / limit.bytes_per_s,

@@ -18,6 +18,6 @@ def interruptible() -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise QtoolError("interrupted", kind="interrupted", hint=HINT) from error
     except QtoolError as error:
-        if error.kind == "interrupted":
-            error.hint = HINT
-        raise
+        if error.kind != "interrupted":
+            raise
+        raise error.with_hint(HINT) from error

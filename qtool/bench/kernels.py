@@ -37,7 +37,7 @@ from qtool.bench.operations import (
 from qtool.bench.records import BenchResult, Limit, Moved, Row, make_limit, make_row
 from qtool.bench.reference_check import check_result
 from qtool.bench.weights import Weight
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.events import Note, OnEvent, ignore_events
 from qtool.formats.tensors import SourceDtype
 from qtool.runtime.requirements import require_run_extra
@@ -125,15 +125,21 @@ def bench_kernels(request: KernelRequest, on_event: OnEvent = ignore_events) -> 
 def _check_numbers(request: KernelRequest) -> None:
     if request.repeats < MIN_REPEATS:
         raise QtoolError(
-            f"--repeat {request.repeats}: a median of fewer than {MIN_REPEATS} says too little",
+            (
+                Option("repeat", request.repeats),
+                f": a median of fewer than {MIN_REPEATS} says too little",
+            ),
             kind="usage",
-            hint=f"--repeat {MIN_REPEATS} or more",
+            hint=(Option("repeat", MIN_REPEATS), " or more"),
         )
     if min(request.tokens) < 1:
         raise QtoolError(
-            f"--rows {min(request.tokens)}: a product has at least one row of activations",
+            (
+                Option("rows", min(request.tokens)),
+                ": a product has at least one row of activations",
+            ),
             kind="usage",
-            hint="such as --rows 1 --rows 8",
+            hint=(Option("rows", 1), " or more"),
         )
 
 

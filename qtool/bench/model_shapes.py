@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from qtool.checkpoint.config_json import CONFIG_NAME, MAX_CONFIG_BYTES
 from qtool.checkpoint.strict_json import parse_json_object
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 
 DEFAULT_SHAPE: Final = "llama-3.1-8b"
 
@@ -61,7 +61,7 @@ MODEL_SHAPES: Final[dict[str, Mapping[str, Any]]] = {
 FULL_LAYERS: Final = {"llama-3.1-70b-4layers": 80, "llama-3.1-405b-2layers": 126}
 
 
-def read_model_shape(name: str, *, option: str = "--model-shape") -> tuple[str, Mapping[str, Any]]:
+def read_model_shape(name: str, *, option: str = "model_shape") -> tuple[str, Mapping[str, Any]]:
     """A short name and the config of the model shape `name`, which may be a config.json's path.
 
     `option` is what the user gave it as.
@@ -74,7 +74,7 @@ def read_model_shape(name: str, *, option: str = "--model-shape") -> tuple[str, 
     path = Path(name)
     if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
         raise QtoolError(
-            f"{option} {name}: neither a known shape nor a config.json",
+            (Option(option, name), ": neither a known shape nor a config.json"),
             kind="usage",
             hint=f"{', '.join(MODEL_SHAPES)}, or the path of a model's config.json",
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, cast
 
 from qtool.bench.records import Moved
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.formats.precisions import (
     DEFAULT_BLOCKSIZE,
     NESTED_BLOCKSIZE,
@@ -99,7 +99,7 @@ def choose_operations(
     for word in words:
         if not any(_fits(word, name) for name in names):
             raise QtoolError(
-                f"--op {word}: there is no such operation",
+                (Option("op", word), ": there is no such operation"),
                 kind="usage",
                 hint=f"known: {', '.join(names)}",
             )
@@ -123,9 +123,9 @@ def parse_shape(text: str) -> Shape:
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise QtoolError(
-            f"--shape {text}: expected ROWSxCOLUMNS",
+            (Option("shape", text), ": expected ROWSxCOLUMNS"),
             kind="usage",
-            hint="such as --shape 28672x8192",
+            hint=("such as ", Option("shape", "28672x8192")),
         )
     return cast(Shape, tuple(map(int, parts)))
 
@@ -167,7 +167,7 @@ def parse_dtype(word: str) -> SourceDtype:
         if word == known:
             return dtype
     raise QtoolError(
-        f"--dtype {word}: there is no such dtype",
+        (Option("dtype", word), ": there is no such dtype"),
         kind="usage",
         hint=f"one of {', '.join(DTYPE_WORDS.values())}",
     )

@@ -34,7 +34,7 @@ from qtool.bench.work_folder import describe_storage, open_work_folder
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.records import Checkpoint
 from qtool.checkpoint.safetensors_header import encode_header
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import DEFAULT_PRECISION, QuantFormat, QuantizedPrecision
 from qtool.formats.tensors import SourceDtype
@@ -110,10 +110,17 @@ def bench_quantize(request: QuantizeBenchRequest, on_event: OnEvent = ignore_eve
     """
     if not 0 <= request.rival_repeats <= request.repeats:
         raise QtoolError(
-            f"--rival-repeat {request.rival_repeats}: the rival has a turn in each of the first "
-            f"rounds, of which there are {request.repeats}",
+            (
+                Option("rival_repeat", request.rival_repeats),
+                ": the rival has a turn in each of the first rounds, of which there are "
+                f"{request.repeats}",
+            ),
             kind="usage",
-            hint=f"--rival-repeat {request.repeats} or fewer, or a higher --repeat",
+            hint=(
+                Option("rival_repeat", request.repeats),
+                " or fewer, or a higher ",
+                Option("repeat"),
+            ),
         )
     chosen = choose_backend(request.backend)
     on_event(Note(f"backend  {chosen.backend.name} ({chosen.reason})"))

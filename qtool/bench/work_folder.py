@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from qtool.doctor.machine import available_memory_bytes
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 
 SHARED_MEMORY: Final = Path("/dev/shm")
 MEMORY_FILE_SYSTEMS: Final = ("tmpfs", "ramfs")
@@ -35,7 +35,7 @@ def open_work_folder(parent: Path | None, num_bytes: int) -> Iterator[Path]:
         parent = SHARED_MEMORY if has_room else Path(tempfile.gettempdir())
     if not parent.is_dir():
         raise QtoolError(
-            f"--work-dir {parent}: there is no such folder",
+            (Option("work_dir", parent), ": there is no such folder"),
             kind="not_found",
             hint="create it, or name another one",
         )
@@ -44,7 +44,12 @@ def open_work_folder(parent: Path | None, num_bytes: int) -> Iterator[Path]:
         raise QtoolError(
             f"{parent}: the measurement needs {needed:,} bytes, {free:,} are free",
             kind="no_space",
-            hint="name a larger place with --work-dir, or take a smaller --model-shape",
+            hint=(
+                "name a larger place with ",
+                Option("work_dir"),
+                ", or take a smaller ",
+                Option("model_shape"),
+            ),
         )
     with tempfile.TemporaryDirectory(prefix="qtool-bench-", dir=parent) as folder:
         yield Path(folder)

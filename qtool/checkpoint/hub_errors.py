@@ -15,6 +15,10 @@ RATE_LIMIT_HINT: Final = (
 )
 
 
+class NoSuchModel(QtoolError):
+    """No folder of that name, and no model on the Hub either, as far as can be told."""
+
+
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub raises into QtoolErrors that say what to do."""
@@ -71,7 +75,7 @@ def _translate(error: Exception, repo_id: str, revision: str | None) -> QtoolErr
         case HFValidationError():
             return _no_repository(repo_id, 404)
         case OfflineModeIsEnabled():
-            return QtoolError(
+            return NoSuchModel(
                 f"{repo_id}: no such local folder, not in the Hub cache, and HF_HUB_OFFLINE is set",
                 kind="network",
                 hint="unset HF_HUB_OFFLINE, or give a local folder",
@@ -91,7 +95,7 @@ def _translate(error: Exception, repo_id: str, revision: str | None) -> QtoolErr
 
 def _unreachable(repo_id: str, error: Exception) -> QtoolError:
     reason = str(error).partition("\n")[0] or type(error).__name__
-    return QtoolError(
+    return NoSuchModel(
         f"{repo_id}: no such local folder, and the Hub cannot be reached: {reason}",
         kind="network",
         hint=ONLINE_HINT,
@@ -116,13 +120,13 @@ def _no_revision(repo_id: str, revision: str | None) -> QtoolError:
 
 def _no_repository(repo_id: str, status: int) -> QtoolError:
     if status in (401, 403):
-        return QtoolError(
+        return NoSuchModel(
             f"{repo_id}: no such local folder, and no such model on the Hub that may be read "
             "without a valid login: it does not exist or is private",
             kind="auth",
             hint="check the name; for a private model log in with `hf auth login` or set HF_TOKEN",
         )
-    return QtoolError(
+    return NoSuchModel(
         f"{repo_id}: no such local folder, and no such model on the Hub, or it is private",
         kind="not_found",
         hint=f"check the name at {_page('models')}?search={repo_id.rpartition('/')[2]}",

@@ -61,9 +61,7 @@ def open_checkpoint(
     """
     reference = locate_model(model)
     if isinstance(reference, HubReference):
-        from qtool.checkpoint.hub import open_on_hub
-
-        source: FileSource = open_on_hub(*reference, need=need, on_event=on_event)
+        source = _open_on_hub(reference, need, on_event)
     else:
         source = _open_local(reference)
     trust_numbers = need == "headers" and source.traffic is not None
@@ -125,7 +123,13 @@ def locate_model(model: str) -> Path | HubReference:
     looks_like_path = model.startswith((".", "/", "~")) or model.endswith(
         ("/", SAFETENSORS, ".json")
     )
-    if looks_like_path or not HUB_ID.fullmatch(repo_id) or (at and not revision):
+    if looks_like_path or repo_id.count("/") > 1:
+        raise QtoolError(
+            f"{model}: no such folder or file",
+            kind="not_found",
+            hint=hint_for_missing(model),
+        )
+    if not HUB_ID.fullmatch(repo_id) or (at and not revision):
         raise QtoolError(
             f"{model or 'the empty name'}: no such folder, and no Hub id of the form "
             "NAME, ORG/NAME or ORG/NAME@REVISION",
@@ -137,15 +141,25 @@ def locate_model(model: str) -> Path | HubReference:
 
 def hint_for_missing(model: str) -> str:
     """The next step where no folder is named `model`: its nearest neighbour, if there is one."""
+    nearest = _nearest(model)
+    return f"did you mean {nearest}?" if nearest else MODEL_HINT
+
+
+def _nearest(model: str) -> Path | None:
+    """What lies where the path leads, with one part of it written otherwise."""
     import difflib
 
     path = Path(model).expanduser() if model.startswith("~") else Path(model)
+    wrong = next((part for part in (*reversed(path.parents), path) if not _exists(part)), path)
     try:
-        names = [entry.name for entry in path.parent.iterdir()]
+        names = [entry.name for entry in wrong.parent.iterdir()]
     except (OSError, ValueError):
-        names = []
-    nearest = difflib.get_close_matches(path.name, names, n=1)
-    return f"did you mean {path.parent / nearest[0]}?" if nearest else MODEL_HINT
+        return None
+    for name in difflib.get_close_matches(wrong.name, names):
+        found = wrong.parent / name / path.relative_to(wrong)
+        if _exists(found):
+            return found
+    return None
 
 
 def _exists(path: Path) -> bool:
@@ -153,6 +167,21 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # a name too long for a path, a folder that may not be entered
         return False
+
+
+def _open_on_hub(
+    reference: HubReference, need: Literal["headers", "files"], on_event: OnEvent
+) -> FileSource:
+    from qtool.checkpoint.hub import open_on_hub
+    from qtool.checkpoint.hub_errors import NoSuchModel
+
+    try:
+        return open_on_hub(*reference, need=need, on_event=on_event)
+    except NoSuchModel as error:
+        nearest = _nearest(reference.repo_id)
+        if nearest is None or not nearest.is_dir():
+            raise
+        raise error.with_hint(f"did you mean {nearest}? If not: {error.hint}") from error
 
 
 def _open_local(path: Path) -> LocalFolder:

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from qtool import __version__
+from qtool.cli.option_names import is_given, option_names, source_of
 from qtool.cli.session import report_error
-from qtool.errors import EXIT_CODES, QtoolError
+from qtool.errors import EXIT_CODES, Option, QtoolError
 from qtool.report.output import Output
 
 # The function of qtool.cli.VERB that bears its name is the command.
@@ -138,6 +139,17 @@ def _report_outside_verb(error: Exception) -> int:
     if hasattr(error, "format_message"):  # the command line parser's own errors
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "qtool"
+        _blame_the_source(error, context)
         error = QtoolError(error.format_message(), kind="usage", hint=f"see `{path} --help`")
     report_error(output, error)
     return getattr(error, "exit_code", 1)
+
+
+def _blame_the_source(error: Any, context: typer.Context | None) -> None:
+    """Let the parser's error about a value name the variable or the file that it came from."""
+    param = getattr(error, "param", None)
+    if context is None or param is None or source_of(context, param.name) == "COMMANDLINE":
+        return
+    if is_given(context, param.name):
+        long_name = next(name for name in param.opts if name.startswith("--"))
+        error.param_hint = option_names(context)(Option(long_name.lstrip("-").replace("-", "_")))

@@ -42,6 +42,7 @@ def bench() -> None:
 
 
 def quantize(
+    ctx: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -99,7 +100,7 @@ def quantize(
     bitsandbytes on the same folder; in turns, into the same place, every output a new one.
     """
     with verb_session(
-        "bench quantize", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+        ctx, "bench quantize", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
         # A terminal that closes must not leave gigabytes behind: end as when terminated.
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
@@ -123,6 +124,7 @@ def quantize(
 
 
 def kernels(
+    ctx: typer.Context,
     shape: Annotated[
         list[str] | None,
         typer.Option(
@@ -184,7 +186,7 @@ def kernels(
     the reference before anything is timed. Times are medians.
     """
     with verb_session(
-        "bench kernels", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+        ctx, "bench kernels", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
         from qtool.bench.kernels import KernelRequest, bench_kernels
         from qtool.bench.operations import parse_dtype, parse_shape
@@ -207,6 +209,7 @@ def kernels(
 
 
 def generate(
+    ctx: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -279,7 +282,7 @@ def generate(
     would do.
     """
     with verb_session(
-        "bench generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+        ctx, "bench generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
         from qtool.report.bench import check_output, report_generate
         from qtool.runtime.requirements import require_run_extra

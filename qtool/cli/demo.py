@@ -19,6 +19,7 @@ EXAMPLES = (
 
 
 def demo(
+    ctx: typer.Context,
     keep: Annotated[
         Path | None,
         typer.Option(
@@ -37,7 +38,7 @@ def demo(
     The text before and after needs the [run] extra.
     """
     with verb_session(
-        "demo", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+        ctx, "demo", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as output:
         from qtool.demo import open_demo
         from qtool.report.demo import DemoReport

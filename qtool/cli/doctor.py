@@ -26,6 +26,7 @@ CheckedModel = Annotated[
 
 
 def doctor(
+    ctx: typer.Context,
     model: CheckedModel = None,
     config: options.ConfigFile = None,
     json_output: options.Json = False,
@@ -39,7 +40,7 @@ def doctor(
     through every backend. Exit code 1 if a check failed; warnings do not count.
     """
     with verb_session(
-        "doctor", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+        ctx, "doctor", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as output:
         from qtool.doctor import run_checks
         from qtool.report.doctor import report_checks

@@ -10,7 +10,7 @@ import typer
 from qtool.cli import options
 from qtool.cli import planning_options as planning
 from qtool.cli.session import verb_session
-from qtool.errors import EXIT_CODES
+from qtool.errors import EXIT_CODES, Option
 
 if TYPE_CHECKING:
     from qtool.planner.model import PlannedModel
@@ -28,6 +28,7 @@ EXAMPLES = (
 
 
 def estimate(
+    ctx: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -54,6 +55,7 @@ def estimate(
     batch: planning.Batch = 1,
     kv_dtype: planning.KvDtype = "auto",
     prefill_chunk: planning.PrefillChunk = 512,
+    head_quant: planning.HeadQuant = None,
     lora_r: planning.LoraR = 16,
     lora_targets: planning.LoraTargets = None,
     lora_dropout: planning.LoraDropout = 0.05,
@@ -85,7 +87,7 @@ def estimate(
     from the plan that `qtool quantize` carries out.
     """
     with verb_session(
-        "estimate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+        ctx, "estimate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as output:
         if plot is not None:
             check_plot_path(plot)
@@ -111,6 +113,7 @@ def estimate(
                 gpus=gpus,
                 split=split,
                 prefill_chunk=prefill_chunk,
+                head_quant=head_quant,
                 lora_r=lora_r,
                 lora_targets=lora_targets,
                 lora_dropout=lora_dropout,
@@ -121,6 +124,10 @@ def estimate(
             headroom_percent=headroom,
         )
         devices = resolve_gpus(gpu or ())
+        for words in planning.without_effect(ctx, request.workload):
+            output.warn(words)
+        if headroom and not devices:
+            output.warn((Option("headroom"), " changes nothing without ", Option("gpu")))
         opened = describe_model(opening())
         answer = estimate_opened(opened, devices, request)
         if exact:

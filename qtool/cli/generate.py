@@ -10,7 +10,7 @@ import typer
 
 from qtool.cli import options
 from qtool.cli.session import verb_session
-from qtool.errors import EXIT_CODES, QtoolError
+from qtool.errors import EXIT_CODES, Option, QtoolError, Words
 from qtool.formats.precisions import QuantizedPrecision
 
 SAMPLING_PANEL = "Sampling"
@@ -26,6 +26,7 @@ EXAMPLES = (
 
 
 def generate(
+    ctx: typer.Context,
     model: options.Model,
     prompt: Annotated[
         str | None,
@@ -160,21 +161,26 @@ def generate(
     `qtool quantize` or bitsandbytes wrote, or a full-precision one.
     """
     with verb_session(
-        "generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+        ctx, "generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
+        from qtool.runtime import head_start
         from qtool.runtime.requirements import require_run_extra
 
         text = _read_prompt(prompt, prompt_file)
         if text is None and json_output:
-            raise _usage_error("--json wants a PROMPT", "give one, or - to read a pipe")
-        if temperature == 0 and (top_p is not None or top_k is not None):
-            show.warn("--top-p and --top-k change nothing at --temperature 0")
+            raise _usage_error((Option("json"), " wants a PROMPT"), "give one, or - for a pipe")
+        if temperature == 0:
+            for name, value in (("top_p", top_p), ("top_k", top_k)):
+                if value is not None:
+                    show.warn((Option(name), " changes nothing at ", Option("temperature", 0)))
         require_run_extra()
-        from qtool.report.generate import converse, report_result
-        from qtool.runtime.answers import Request, answer
-        from qtool.runtime.decoders.choose import DecoderOptions
-        from qtool.runtime.generate import Limits, Sampling
-        from qtool.runtime.loading import LoadOptions, load_model
+        head_start.begin(device)
+        with head_start.without_sklearn():
+            from qtool.report.generate import converse, report_result
+            from qtool.runtime.answers import Request, answer
+            from qtool.runtime.decoders.choose import DecoderOptions
+            from qtool.runtime.generate import Limits, Sampling
+            from qtool.runtime.loading import LoadOptions, load_model
 
         limits = Limits(max_new_tokens, max_context, ignore_eos, tuple(stop or ()))
         sampling = Sampling(temperature, top_p, top_k, seed)
@@ -196,7 +202,8 @@ def generate(
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
     """The prompt from the argument, a file or a pipe; None to open a chat."""
     if prompt is not None and prompt_file is not None:
-        raise _usage_error("both PROMPT and --prompt-file were given", "give one of them")
+        both = ("both PROMPT and ", Option("prompt_file"), " were given")
+        raise _usage_error(both, "give one of them")
     if prompt_file is not None:
         text = prompt_file.read_text(encoding="utf-8").removesuffix("\n")
     elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
@@ -208,5 +215,5 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
     return text
 
 
-def _usage_error(message: str, hint: str) -> QtoolError:
+def _usage_error(message: Words, hint: str) -> QtoolError:
     return QtoolError(message, kind="usage", hint=hint)

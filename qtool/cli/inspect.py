@@ -20,6 +20,7 @@ EXAMPLES = (
 
 
 def inspect(
+    ctx: typer.Context,
     path: Annotated[
         str,
         typer.Argument(
@@ -53,7 +54,7 @@ def inspect(
     the exit code is 3 if a rule is broken.
     """
     with verb_session(
-        "inspect", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+        ctx, "inspect", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as output:
         from qtool.inspection.command import inspect_path
         from qtool.report.inspect import report_inspection

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qtool.cli.option_names import CONFIG_FILE
 from qtool.report.output import ColorChoice
 
 OUTPUT_PANEL = "Output"
@@ -58,6 +59,7 @@ def load_config_file(ctx: typer.Context, path: Path | None) -> None:
         from qtool.cli.app import build_command
         from qtool.cli.config_file import read_config_file
 
+        ctx.meta[CONFIG_FILE] = path
         root = ctx.find_root()
         ctx.default_map = read_config_file(
             path,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Final, Literal, get_args
 
 import typer
 
+from qtool.cli.option_names import is_given
 from qtool.cli.options import OUTPUT_PANEL
-from qtool.formats.precisions import Precision
+from qtool.errors import Option, Words
+from qtool.formats.precisions import Precision, QuantizedPrecision
 
 if TYPE_CHECKING:
     from qtool.planner.records import Workload
@@ -66,6 +69,14 @@ PrefillChunk = Annotated[
         min=1,
         metavar="N",
         help="The tokens of a prompt that qtool's own runtime runs at once.",
+    ),
+]
+HeadQuant = Annotated[
+    QuantizedPrecision | None,
+    typer.Option(
+        "--head-quant",
+        help="Pack the output head too, in memory, as generate does; qtool's own runtime.",
+        show_default="as the model has it",
     ),
 ]
 LoraR = Annotated[
@@ -156,6 +167,27 @@ Plot = Annotated[
 ]
 
 
+ADAPTER_OPTIONS: Final = ("lora_r", "lora_targets", "lora_dropout", "adapter_dtype")
+TRAINING_OPTIONS: Final = (*ADAPTER_OPTIONS, "optimizer", "gradient_checkpointing")
+OWN_OPTIONS: Final = ("prefill_chunk", "head_quant")
+
+
+def without_effect(ctx: typer.Context, workload: Workload) -> Iterator[Words]:
+    """A sentence for each option that was given and that the workload has no use for."""
+    mode, runtime = Option("mode", workload.mode), Option("runtime", workload.runtime)
+    rules = (
+        (TRAINING_OPTIONS, mode, workload.mode == "generate"),
+        (ADAPTER_OPTIONS, mode, workload.mode == "full"),
+        (("kv_dtype", *OWN_OPTIONS), mode, workload.mode != "generate"),
+        (OWN_OPTIONS, runtime, workload.mode == "generate" and workload.runtime != "qtool"),
+    )
+    for names, reason, applies in rules:
+        for name in names:
+            if applies and is_given(ctx, name):
+                off = False if ctx.params[name] is False else None
+                yield (Option(name, off), " changes nothing with ", reason)
+
+
 def build_workload(
     *,
     mode: ModeName,
@@ -165,6 +197,7 @@ def build_workload(
     gpus: int,
     split: SplitName,
     prefill_chunk: int = 512,
+    head_quant: QuantizedPrecision | None = None,
     lora_r: int = 16,
     lora_targets: str | None = None,
     lora_dropout: float = 0.05,
@@ -186,6 +219,7 @@ def build_workload(
         gpus=gpus,
         split=split,
         prefill_chunk=prefill_chunk,
+        head_quant=head_quant,
         tuning=Tuning(
             lora_r=lora_r,
             lora_targets=None if is_default else tuple(names),

@@ -31,6 +31,7 @@ def _check_blocksize(blocksize: int) -> int:
 
 
 def quantize(
+    ctx: typer.Context,
     model: options.Model,
     output: Annotated[
         Path | None,
@@ -105,7 +106,7 @@ def quantize(
     to continue after an interruption.
     """
     with verb_session(
-        "quantize", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+        ctx, "quantize", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
         if backend != "cpu" and not dry_run:
             open_in_background()

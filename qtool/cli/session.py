@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,26 +15,67 @@ from typing import Final
 
 import typer
 
+from qtool.cli.option_names import option_names
 from qtool.errors import EXIT_TERMINATED, QtoolError
 from qtool.report.output import ColorChoice, Output
 
+AGAIN_AFTER_S: Final = 0.05  # by then a destructor is over, or it meets the next one
 RUN_AGAIN: Final = "run the command again; `qtool quantize` continues where it stopped"
 
 
 @contextmanager
 def verb_session(
-    command: str, *, json_output: bool, quiet: bool, verbose: bool, color: ColorChoice
+    ctx: typer.Context,
+    command: str,
+    *,
+    json_output: bool,
+    quiet: bool,
+    verbose: bool,
+    color: ColorChoice,
 ) -> Iterator[Output]:
     """Run a verb's body: yields its Output, reports what goes wrong, exits with the right code."""
-    output = Output(command, json_mode=json_output, quiet=quiet, verbose=verbose, color=color)
+    output = Output(
+        command,
+        json_mode=json_output,
+        quiet=quiet,
+        verbose=verbose,
+        color=color,
+        name_option=option_names(ctx),
+    )
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        yield output
+        with _no_interruption_lost():
+            yield output
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except (Exception, KeyboardInterrupt) as error:
         report_error(output, error)
         raise typer.Exit(as_qtool_error(error).exit_code) from error
+
+
+@contextmanager
+def _no_interruption_lost() -> Iterator[None]:
+    """Deliver a signal again that arrived in a destructor or a callback, which cannot raise."""
+    previous = sys.unraisablehook
+
+    def deliver_again(unraisable: sys.UnraisableHookArgs) -> None:
+        error = unraisable.exc_value
+        if isinstance(error, KeyboardInterrupt):
+            number = signal.SIGINT
+        elif isinstance(error, QtoolError) and error.exit_code == EXIT_TERMINATED:
+            number = signal.SIGTERM
+        else:
+            previous(unraisable)
+            return
+        timer = threading.Timer(AGAIN_AFTER_S, os.kill, [os.getpid(), number])
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = deliver_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 def report_error(output: Output, error: BaseException) -> None:

@@ -26,6 +26,7 @@ EXAMPLES = (
 
 
 def sizing(
+    ctx: typer.Context,
     models: Annotated[
         list[str] | None,
         typer.Argument(
@@ -77,7 +78,7 @@ def sizing(
     over the bytes that each token reads.
     """
     with verb_session(
-        "sizing", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+        ctx, "sizing", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as output:
         if plot is not None:
             check_plot_path(plot)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from qtool.backends import BackendChoice, choose_backend
 from qtool.backends.protocol import Backend
 from qtool.doctor.records import Check
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, name_flag
 from qtool.formats import double_quant, floats, four_bit, int8
 from qtool.formats.precisions import QuantType
 
@@ -31,7 +31,7 @@ def check_round_trip(choice: BackendChoice) -> Iterator[Check]:
     try:
         backend = choose_backend(choice).backend
     except QtoolError as error:
-        yield Check(choice, "info", error.message, error.hint)
+        yield Check(choice, "info", *error.told(name_flag))
         return
     wrong = differing_formats(backend)
     if wrong:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.exact.records import ExactRequest, FloatDtype, LoraAdapters, Optimizer
 from qtool.planner.llm_int8 import outlier_share
 from qtool.planner.model import PlannedModel
@@ -43,13 +43,15 @@ def exact_request(model: PlannedModel, plan: MemoryPlan) -> ExactRequest:
     """The plan's workload in the words of the exact mode."""
     workload, tuning = plan.workload, plan.workload.tuning
     if workload.runtime == "vllm" or workload.gpus > 1:
-        raise _refusal("runs transformers' modules on one GPU", "--runtime qtool or transformers")
+        raise _refusal(
+            "runs transformers' modules on one GPU", Option("runtime"), "qtool or transformers"
+        )
     if plan.quant not in RUNNING:
-        raise _refusal(f"cannot run {plan.quant}", "--quant bf16, int8 or nf4-dq")
+        raise _refusal(f"cannot run {plan.quant}", Option("quant"), "bf16, int8 or nf4-dq")
     if workload.kv_dtype in ("fp8", "int8"):
-        raise _refusal("runs with a cache of full width", "--kv-dtype auto")
+        raise _refusal("runs with a cache of full width", Option("kv_dtype"), "auto")
     if workload.mode != "generate" and tuning.optimizer not in OPTIMIZERS:
-        raise _refusal(f"has no {tuning.optimizer}", f"--optimizer {' or '.join(OPTIMIZERS)}")
+        raise _refusal(f"has no {tuning.optimizer}", Option("optimizer"), " or ".join(OPTIMIZERS))
     is_llm_int8 = plan.quant == "int8" and workload.runtime == "transformers"
     dtype = "fp16" if is_llm_int8 else FLOAT_DTYPES.get(model.element_bytes, "bf16")
     return ExactRequest(
@@ -59,6 +61,7 @@ def exact_request(model: PlannedModel, plan: MemoryPlan) -> ExactRequest:
         context=workload.context,
         batch=workload.batch,
         prefill_chunk=workload.prefill_chunk,
+        head_quant=workload.head_quant if workload.is_own else None,
         compute_dtype=dtype,
         lora=LoraAdapters(
             r=tuning.lora_r,
@@ -80,5 +83,6 @@ def _outliers(model: PlannedModel, workload: Workload) -> dict[str, float]:
     return dict.fromkeys(LAST_MLP_LAYERS, share)
 
 
-def _refusal(what: str, instead: str) -> QtoolError:
-    return QtoolError(f"--exact {what}", kind="usage", hint=f"ask with {instead}")
+def _refusal(what: str, option: Option, instead: str) -> QtoolError:
+    message = (Option("exact"), f" {what}")
+    return QtoolError(message, kind="usage", hint=("ask with ", option, f" {instead}"))

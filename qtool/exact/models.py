@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.exact.bitsandbytes_layers import BitsandbytesOptions, replace_linear
 from qtool.exact.records import ExactRequest
 from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantFormat
@@ -32,7 +32,7 @@ def build_model(config: Mapping[str, Any], request: ExactRequest, model_id: str)
         raise QtoolError(
             f"{request.quant} does not run in transformers, so it cannot be counted exactly",
             kind="unsupported",
-            hint="leave out --exact, or choose bf16, int8, nf4 or nf4-dq",
+            hint=("leave out ", Option("exact"), ", or choose bf16, int8, nf4 or nf4-dq"),
         )
     dtype = FLOAT_DTYPES[request.compute_dtype if is_packed else request.quant]
     parsed = parse_config(config, model_id)
@@ -50,6 +50,12 @@ def build_model(config: Mapping[str, Any], request: ExactRequest, model_id: str)
     if is_packed:
         with torch.device("meta"):
             _pack_linear_layers(model, request, dtype)
+    if request.head_quant is not None:
+        head = model.get_output_embeddings()
+        with torch.device("meta"):
+            layer = _qtool_layer(head, request.head_quant, dtype)
+            packed = build_linear(layer, bias=head.bias, compute_dtype=None)
+        model.set_output_embeddings(packed)
     return model.eval()
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.exact.generate import run_generate
 from qtool.exact.models import build_model, tensors
 from qtool.exact.moments import Moments
@@ -38,7 +38,7 @@ def exact_peak(
                 f"{model_id}: transformers' {type(model).__name__} does not run without a GPU: "
                 f"{str(error).strip().partition(chr(10))[0]}",
                 kind="unsupported",
-                hint="leave out --exact; QTOOL_DEBUG=1 shows where it fails",
+                hint=("leave out ", Option("exact"), "; QTOOL_DEBUG=1 shows where it fails"),
             ) from error
     return ExactPeak(
         allocated_peak_bytes=storages.peak_bytes,

@@ -47,6 +47,7 @@ class ExactRequest:
         runtime: whose packed layers: qtool's own, or bitsandbytes' as transformers loads them.
         context: tokens per sequence, `batch` sequences.
         prefill_chunk: tokens of a prompt that qtool's own runtime runs at once.
+        head_quant: what the output head is packed in there; None leaves it as it is.
         lora: for modes qlora and lora.
         int8_outliers: for bitsandbytes' INT8, the share of a layer's input columns that hold a
             value beyond the threshold 6.0, by the last part of the layer's name ("down_proj"). It
@@ -59,6 +60,7 @@ class ExactRequest:
     context: int = 4096
     batch: int = 1
     prefill_chunk: int = 512
+    head_quant: str | None = None
     compute_dtype: FloatDtype = "bf16"
     lora: LoraAdapters = LoraAdapters()
     optimizer: Optimizer = "adamw"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.exact.gpu_functions import GpuFunctions
 from qtool.exact.models import tensors
 from qtool.exact.moments import Moments
@@ -77,7 +77,7 @@ def _prepared(model: Any, request: ExactRequest) -> Any:
             raise QtoolError(
                 f"mode full trains all weights, and {request.quant} ones cannot be trained",
                 kind="usage",
-                hint="use --mode qlora, or --quant bf16",
+                hint=("use ", Option("mode", "qlora"), ", or ", Option("quant", "bf16")),
             )
     else:
         if importlib.util.find_spec("peft") is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from qtool.backends import choose_backend
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.records import Checkpoint
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
 from qtool.inspection.compare import compare_checkpoints
 from qtool.inspection.records import Comparison, Inspection, Verification
@@ -71,9 +71,9 @@ def _compare(checkpoint: Checkpoint, against: str, on_event: OnEvent) -> Compari
 def _verify(checkpoint: Checkpoint, on_event: OnEvent) -> Verification:
     if checkpoint.folder is None or Path(checkpoint.id).is_file():
         raise QtoolError(
-            f"{checkpoint.id} is a file; --verify checks a folder as a whole",
+            (f"{checkpoint.id} is a file; ", Option("verify"), " checks a folder as a whole"),
             kind="usage",
-            hint=f"qtool inspect {Path(checkpoint.id).parent} --verify",
+            hint=f"`qtool inspect {Path(checkpoint.id).parent} --verify`",
         )
     return verify_folder(checkpoint.folder, on_event)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qtool.backends.protocol import Backend
 from qtool.checkpoint.reading import ShardReader
 from qtool.checkpoint.records import TensorInfo
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.formats.bitsandbytes import (
     QuantizedWeight,
     QuantState,
@@ -116,7 +116,9 @@ def read_quant_state(weight: QuantizedWeight, files: TensorFiles) -> QuantState:
         return parse_quant_state(data.tobytes())
     except ValueError as error:
         raise QtoolError(
-            f"{blob.shard}: {blob.name}: {error}", kind="bad_file", hint="see all with --verify"
+            f"{blob.shard}: {blob.name}: {error}",
+            kind="bad_file",
+            hint=("see all with ", Option("verify", verb="inspect")),
         ) from error
 
 
@@ -197,5 +199,9 @@ def _refuse_broken(weight: QuantizedWeight, state: QuantState | None) -> None:
             f"{cast(TensorInfo, weight.weight).shard}: {problem.tensor}: expected "
             f"{problem.expected}, found {problem.found}",
             kind="bad_file",
-            hint="see all with --verify; quantize the original again",
+            hint=(
+                "see all with ",
+                Option("verify", verb="inspect"),
+                "; quantize the original again",
+            ),
         )

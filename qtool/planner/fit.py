@@ -41,7 +41,7 @@ def fit(budget: MemoryBudget, plan: MemoryPlan, gpu: Gpu, headroom_percent: floa
     return Fit(
         gpu=gpu,
         usable_bytes=available_bytes,
-        verdict=verdict(plan.peak_bytes, available_bytes),
+        verdict=verdict(budget.needed_bytes(workload), available_bytes),
         max_context=longest_context(budget, workload, available_bytes),
         max_batch=largest_batch(budget, workload, available_bytes),
         max_lora_r=largest_lora_r(budget, workload, available_bytes) if has_adapters else None,
@@ -60,7 +60,7 @@ def longest_context(budget: MemoryBudget, workload: Workload, available_bytes: i
     """Tokens per sequence that fit, at most what the model was made for; None if nothing limits."""
     made_for = budget.max_context
     longest = _largest(
-        lambda context: budget.peak_bytes(replace(workload, context=context)),
+        lambda context: budget.needed_bytes(replace(workload, context=context)),
         available_bytes,
         made_for or MAX_CONTEXT,
     )
@@ -70,7 +70,9 @@ def longest_context(budget: MemoryBudget, workload: Workload, available_bytes: i
 def largest_batch(budget: MemoryBudget, workload: Workload, available_bytes: int) -> int | None:
     """Sequences of the context that fit at once; None if nothing limits them."""
     largest = _largest(
-        lambda batch: budget.peak_bytes(replace(workload, batch=batch)), available_bytes, MAX_BATCH
+        lambda batch: budget.needed_bytes(replace(workload, batch=batch)),
+        available_bytes,
+        MAX_BATCH,
     )
     return None if largest == MAX_BATCH else largest
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.resources import config_path
 
 FieldBasis = Literal["confirmed", "derived", "recalled"]
@@ -122,12 +122,12 @@ def find_gpu(name: str) -> Gpu:
             return found[0]
         if found:
             raise QtoolError(
-                f"--gpu {name!r} fits {len(found)} GPUs of the catalogue",
+                (Option("gpu", name), f" fits {len(found)} GPUs of the catalogue"),
                 kind="usage",
                 hint="say which: " + ", ".join(_quoted(gpu.short_name) for gpu in found[:12]),
             )
     raise QtoolError(
-        f"--gpu {name!r} is not in the catalogue of {len(catalogue)} GPUs",
+        (Option("gpu", name), f" is not in the catalogue of {len(catalogue)} GPUs"),
         kind="usage",
         hint="the nearest are " + ", ".join(_quoted(near) for near in _nearest(name)),
     )
@@ -155,7 +155,7 @@ def local_gpus() -> tuple[Gpu, ...]:
 
 
 def resolve_gpus(names: Iterable[str]) -> tuple[Gpu, ...]:
-    """The GPUs that `--gpu` options name, in order; "auto" stands for this machine's."""
+    """The GPUs of these names, in order; "auto" stands for this machine's."""
     gpus: list[Gpu] = []
     for name in names:
         found = local_gpus() if name.strip().lower() == "auto" else (find_gpu(name),)
@@ -205,7 +205,9 @@ def _gpu_from_smi(line: str) -> Gpu | None:
 
 def _no_local_gpu(what: str) -> QtoolError:
     return QtoolError(
-        f"--gpu auto: {what}", kind="not_found", hint="name a GPU instead: --gpu 'RTX 4090'"
+        (Option("gpu", "auto"), f": {what}"),
+        kind="not_found",
+        hint=("name a GPU instead: ", Option("gpu", "RTX 4090")),
     )
 
 

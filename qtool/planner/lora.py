@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from qtool.architecture import Architecture, ModelTensor
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 
 ALL_LINEAR: Final = "all-linear"
 # Output head of a language model, and of a classifier.
@@ -58,5 +58,5 @@ def _refuse(name: str, linears: Sequence[ModelTensor]) -> None:
     raise QtoolError(
         f"LoRA target {name[:80]!r} matches no linear layer of the model",
         kind="usage",
-        hint=f"--lora-targets {ALL_LINEAR}, or names such as {', '.join(near)}",
+        hint=(Option("lora_targets", ALL_LINEAR), f", or names such as {', '.join(near)}"),
     )

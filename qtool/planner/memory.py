@@ -64,7 +64,8 @@ class MemoryBudget:
         """Raises QtoolError if the model cannot be planned at `quant`."""
         check_mode(quant, workload)
         architecture, runtime = model.architecture, workload.runtime
-        weights = model.weights(quant, runtime)
+        head_quant = workload.head_quant if workload.is_own else None
+        weights = model.weights(quant, runtime, head_quant)
         layer = None
         if architecture is not None and architecture.cache_layers:
             layer = LayerShape.of(architecture)
@@ -126,6 +127,13 @@ class MemoryBudget:
         demand, overhead = self._demand(workload), self.overhead
         fixed_bytes = overhead.workspace_bytes + overhead.context_bytes
         return fixed_bytes + demand.total_bytes + overhead.allocator_bytes(demand.dynamic_bytes)
+
+    def needed_bytes(self, workload: Workload) -> int:
+        """The same, or what loading takes where an output head shrinks only then."""
+        if not self.weights.more_before_bytes:
+            return self.peak_bytes(workload)
+        loading_bytes = self._load_peak_bytes() + self.overhead.context_bytes
+        return max(self.peak_bytes(workload), loading_bytes)
 
     def kv_cache_bytes(self, workload: Workload) -> int:
         """The keys and values of full sequences, which decoding a token reads; 0 without layers."""
@@ -197,8 +205,7 @@ class MemoryBudget:
     def _own_runtime(self, workload: Workload) -> OwnRuntime | None:
         """How qtool itself generates; None for other runtimes and modes."""
         architecture = self.model.architecture
-        is_own = workload.runtime == "qtool" and workload.mode == "generate"
-        if not is_own or architecture is None:
+        if not workload.is_own or architecture is None:
             return None
         return OwnRuntime.of(architecture, self.model.config, self.weights, workload)
 
@@ -264,7 +271,8 @@ class MemoryBudget:
     def _load_peak_bytes(self) -> int:
         if self.loading is not None and len(self.shares) == 1:
             return self.loading.peak_bytes
-        return max(share.weights_bytes for share in self.shares)
+        last_bytes = self.shares[-1].weights_bytes + self.weights.more_before_bytes
+        return max(last_bytes, *(share.weights_bytes for share in self.shares))
 
 
 def _notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str, ...]:

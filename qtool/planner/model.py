@@ -19,7 +19,7 @@ from typing import Any, Final, cast, get_args
 from qtool.architecture import Architecture, ModelTensor, build_architecture
 from qtool.architecture.stored_weights import check_linear_layers
 from qtool.checkpoint import Checkpoint, open_checkpoint
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
 from qtool.formats.bitsandbytes import QuantizedWeight, find_quantized
 from qtool.formats.precisions import QUANTIZED_PRECISIONS, Precision, QuantizedPrecision
@@ -37,8 +37,10 @@ from qtool.planner.weights import (
     formatted_weights,
     packed_weights,
     quantized_weights,
+    with_packed_head,
 )
 
+OUTPUT_HEAD: Final = "lm_head"  # the last part of its module's name
 FP8_SCALES: Final = ("_scale", "_scale_inv")  # of tensor names
 LEAST_WORTH_MENTIONING: Final = 1_000_000  # parameters
 
@@ -105,15 +107,20 @@ class PlannedModel:
         is_stored = precision == self.stored_precision
         if self.stored_precision is not None and self.stored_format is None and not is_stored:
             raise QtoolError(
-                f"{self.id} is quantized already ({self.stored_precision}), so --quant {precision} "
-                "cannot be planned from it",
+                (
+                    f"{self.id} is quantized already ({self.stored_precision}), so ",
+                    Option("quant", precision),
+                    " cannot be planned from it",
+                ),
                 kind="unsupported",
-                hint="give the full-precision model, or leave --quant out",
+                hint=("give the full-precision model, or leave out ", Option("quant")),
             )
         if precision not in get_args(Precision) and not is_stored:
             raise QtoolError(
-                f"--quant {precision}: {self.id} is not stored in {precision}, and qtool does not "
-                "make it",
+                (
+                    Option("quant", precision),
+                    f": {self.id} is not stored in {precision}, and qtool does not make it",
+                ),
                 kind="usage",
                 hint=f"one of {', '.join(get_args(Precision))}",
             )
@@ -123,11 +130,43 @@ class PlannedModel:
                 f"{self.id} cannot be planned at {precision}, because which of its tensors are "
                 f"linear layers is not known: {self.why_unknown.message}",
                 kind="unsupported",
-                hint=f"--quant {' or '.join(CAST_DTYPES)} needs only the file headers",
+                hint=(Option("quant"), f" {' or '.join(CAST_DTYPES)} needs only the file headers"),
             )
 
-    def weights(self, precision: str, runtime: Runtime = "qtool") -> Weights:
-        """The weights at `precision`; QtoolError if `check_precision` objects."""
+    def weights(
+        self,
+        precision: str,
+        runtime: Runtime = "qtool",
+        head_quant: QuantizedPrecision | None = None,
+    ) -> Weights:
+        """The weights at `precision`; with `head_quant` the output head is packed in memory too.
+
+        Raises:
+            QtoolError: `check_precision` objects, or there is no output head to pack.
+        """
+        weights = self._weights(precision, runtime)
+        if head_quant is None:
+            return weights
+        return with_packed_head(weights, self._output_head(head_quant), head_quant)
+
+    def _output_head(self, head_quant: QuantizedPrecision) -> ModelTensor:
+        """The head that the runtime would pack; QtoolError where it would refuse."""
+        tensors = self.architecture.tensors.values() if self.architecture else ()
+        heads = [tensor for tensor in tensors if tensor.module_name.split(".")[-1] == OUTPUT_HEAD]
+        weight = next((head for head in heads if head.is_linear), None)
+        if weight is not None and weight.name not in self.packed:
+            return weight
+        found = "none that is known" if weight is None else "one that is packed in the files"
+        raise QtoolError(
+            (
+                Option("head_quant", head_quant),
+                f": expected an output head that is not packed, found {found} in {self.id}",
+            ),
+            kind="unsupported",
+            hint=("leave out ", Option("head_quant")),
+        )
+
+    def _weights(self, precision: str, runtime: Runtime) -> Weights:
         self.check_precision(precision)
         if self.packed:
             assert self.architecture is not None

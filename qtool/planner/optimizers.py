@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 
 FLOAT32_BYTES: Final = 4
 # bitsandbytes: `min_8bit_size` and the block size of the states' absmax.
@@ -124,5 +124,7 @@ def find_optimizer(name: str) -> Optimizer:
     raise QtoolError(
         f"optimizer {name[:80]!r} is not known; known: {', '.join(names)}",
         kind="usage",
-        hint=f"nearest: {', '.join(near)}" if near else "choose one of these with --optimizer",
+        hint=f"nearest: {', '.join(near)}"
+        if near
+        else ("choose one of these with ", Option("optimizer")),
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
+from qtool.formats.precisions import QuantizedPrecision
 from qtool.planner.devices import Split
 from qtool.planner.gpus import Gpu
 from qtool.planner.kv_cache import KvDtype, Runtime
@@ -86,7 +87,8 @@ class Workload:
     """What is asked of the model, the same at every precision.
 
     `gpus` hold it together, as `split` says; the memory is that of the fullest one. qtool's own
-    runtime takes a prompt up in chunks of `prefill_chunk` tokens.
+    runtime takes a prompt up in chunks of `prefill_chunk` tokens and packs the output head in
+    memory to `head_quant`; None leaves it as the model has it.
     """
 
     context: int
@@ -97,7 +99,13 @@ class Workload:
     gpus: int = 1
     split: Split = "pipeline"
     prefill_chunk: int = 512
+    head_quant: QuantizedPrecision | None = None
     tuning: Tuning = field(default_factory=Tuning)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether qtool itself generates: what only it knows counts nowhere else."""
+        return self.mode == "generate" and self.runtime == "qtool"
 
 
 class ExactRun(NamedTuple):

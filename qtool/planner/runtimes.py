@@ -10,7 +10,7 @@ import math
 from typing import Final
 
 from qtool.architecture import Architecture
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError, Words
 from qtool.formats.precisions import QUANTIZED_PRECISIONS
 from qtool.planner.activations import ATTENTION_MATRIX_BYTES
 from qtool.planner.gpus import GIB, Gpu
@@ -84,15 +84,23 @@ def check_mode(quant: str, workload: Workload) -> None:
     """Raise QtoolError if nobody trains or runs a model so."""
     mode, is_packed = workload.mode, quant in QUANTIZED_PRECISIONS
     if mode != "generate" and workload.runtime == "vllm":
-        raise _refusal("--runtime vllm does not train", "--runtime transformers")
+        raise _refusal(
+            (Option("runtime", "vllm"), " does not train"), Option("runtime", "transformers")
+        )
     if mode == "qlora" and not is_packed:
-        raise _refusal(f"--mode qlora trains on a packed base, not {quant}", "--mode lora")
+        raise _refusal(
+            (Option("mode", "qlora"), f" trains on a packed base, not {quant}"),
+            Option("mode", "lora"),
+        )
     if mode in ("lora", "full") and is_packed:
-        raise _refusal(f"--mode {mode} trains on a 16 or 32-bit base, not {quant}", "--mode qlora")
+        raise _refusal(
+            (Option("mode", mode), f" trains on a 16 or 32-bit base, not {quant}"),
+            Option("mode", "qlora"),
+        )
 
 
-def _refusal(what: str, instead: str) -> QtoolError:
-    return QtoolError(what, kind="usage", hint=f"use {instead}")
+def _refusal(what: Words, instead: Option) -> QtoolError:
+    return QtoolError(what, kind="usage", hint=("use ", instead))
 
 
 def fit_notes(

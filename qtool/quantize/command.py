@@ -8,7 +8,7 @@ from pathlib import Path
 from qtool.backends import BackendChoice, ChosenBackend, choose_backend
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.records import Checkpoint
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
 from qtool.quantize.pipeline import PipelineSettings
 from qtool.quantize.plan import QuantPlan, Recipe, build_plan
@@ -45,7 +45,7 @@ def plan_request(
         raise QtoolError(
             "no output folder was given",
             kind="usage",
-            hint="add -o OUT, or --dry-run to see the plan only",
+            hint=("add -o OUT, or ", Option("dry_run"), " to see the plan only"),
         )
     checkpoint = open_checkpoint(
         request.model, need="headers" if dry_run else "files", on_event=on_event

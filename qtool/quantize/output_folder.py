@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool import __version__
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.quantize.growing_file import GrowingFile
 
 WORK_FOLDER = ".qtool"
@@ -216,7 +216,12 @@ def require_same(found: Mapping[str, Any], identity: RunIdentity, path: Path) ->
         raise QtoolError(
             f"{path} was made with other settings: {'; '.join(differences[:4])}",
             kind="usage",
-            hint="use the same options to continue it, --restart to begin anew, or another -o",
+            hint=(
+                "use the same options to continue it, ",
+                Option("restart"),
+                " to begin anew, or another ",
+                Option("output"),
+            ),
         )
 
 
@@ -278,7 +283,7 @@ def _read_finished(path: Path, identity: RunIdentity) -> dict[str, FileRecord]:
         raise QtoolError(
             f"{path} was begun by qtool {head.get('qtool_version')}, this is {__version__}",
             kind="usage",
-            hint="--restart begins anew",
+            hint=(Option("restart"), " begins anew"),
         )
     records = {entry["file"]: FileRecord(entry["bytes"], entry["sha256"]) for entry in entries}
     return {name: r for name, r in records.items() if _has_size(path / name, r.num_bytes)}

@@ -20,7 +20,7 @@ from qtool.architecture.stored_weights import QUANTIZABLE_DTYPES
 from qtool.backends.protocol import Backend, SourceArray
 from qtool.checkpoint.reading import ShardReader, open_shard
 from qtool.checkpoint.records import Checkpoint, TensorInfo
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.formats.bitsandbytes import QUANT_STATE_PREFIX, ROW_MAJOR, quant_state_bytes
 from qtool.formats.codebooks import FP4_CODE, NF4_CODE, dynamic_map
 from qtool.formats.floats import NUMPY_DTYPES, widen
@@ -271,5 +271,9 @@ def _nonfinite_error(tile: Tile, values: SourceArray, num_bad: int, *, is_int8: 
         f"{source.shard}: {source.name}: {num_bad} values are not finite; "
         f"element {index + where} is {found}",
         kind="bad_file",
-        hint="the checkpoint is damaged; --allow-nonfinite quantizes it all the same",
+        hint=(
+            "the checkpoint is damaged; ",
+            Option("allow_nonfinite", verb="quantize"),
+            " quantizes it all the same",
+        ),
     )

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 from qtool.architecture import Architecture, ModelTensor, build_architecture
 from qtool.architecture.stored_weights import check_linear_layers, place_of
 from qtool.checkpoint.records import Checkpoint, TensorInfo
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.formats.bitsandbytes import find_quantized, packed_layouts, quantization_config
 from qtool.formats.precisions import QuantFormat
 from qtool.formats.tensors import TensorLayout
@@ -138,7 +138,11 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> QuantPlan:
             f"{checkpoint.id}: none of the {len(tensors)} tensors is to be quantized: "
             f"{'; '.join(sorted({tensor.reason for tensor in tensors}))}",
             kind="unsupported",
-            hint="only linear layers are quantized; leave out a --skip that covers them all",
+            hint=(
+                "only linear layers are quantized; leave out a ",
+                Option("skip", verb="quantize"),
+                " that covers them all",
+            ),
         )
     entry = quantization_config(
         recipe.format,
@@ -215,7 +219,7 @@ def _plan_quantized(tensor: TensorLayout, parameter: ModelTensor, fmt: QuantForm
         raise QtoolError(
             f"{place_of(tensor)}: {error}",
             kind="unsupported",
-            hint=f"--skip {parameter.module_name}",
+            hint=(Option("skip", parameter.module_name, verb="quantize"), " keeps it as it is"),
         ) from error
     return TensorPlan(tensor, "quantize", reason, outputs, transposed)
 

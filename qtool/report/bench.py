@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qtool.bench.generate_records import GenerateBenchResult, GenerateRun, decode_ratio
 from qtool.bench.records import BenchResult, Row, time_ratio
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.report.estimate import new_table
 from qtool.report.output import JSON_SCHEMA_VERSION, Output
 from qtool.report.units import format_bytes
@@ -59,7 +59,7 @@ def check_output(path: Path | None) -> None:
         return
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise QtoolError(
-            f"--output {path}: this file cannot be written",
+            (Option("output", path), ": this file cannot be written"),
             kind="usage",
             hint="name a file in a folder that exists and that you may write to",
         )
@@ -153,7 +153,9 @@ def _generate_lines(runs: Sequence[GenerateRun]) -> Iterable[str]:
             )
 
 
-def _rate_text(mean: float, deviation: float | None) -> str:
+def _rate_text(mean: float | None, deviation: float | None) -> str:
+    if mean is None:
+        return ""
     digits = _digits(mean)
     return f"{mean:,.{digits}f}" + ("" if deviation is None else f" ± {deviation:,.{digits}f}")
 

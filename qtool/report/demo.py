@@ -42,6 +42,7 @@ class StepOutput(Output):
             quiet=demo_output.quiet,
             verbose=demo_output.verbose,
             color=demo_output.color,
+            name_option=demo_output.name_option,
         )
         self.warnings = demo_output.warnings
         self.fields: dict[str, Any] = {}

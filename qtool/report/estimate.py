@@ -92,7 +92,8 @@ def _plan_fields(plan: MemoryPlan) -> dict[str, Any]:
         "batch": plan.workload.batch,
         "context": plan.workload.context,
         "kv_dtype": plan.workload.kv_dtype,
-        "prefill_chunk": _prefill_chunk(plan.workload),
+        "prefill_chunk": plan.workload.prefill_chunk if plan.workload.is_own else None,
+        "head_quant": plan.workload.head_quant if plan.workload.is_own else None,
         "gpus": plan.workload.gpus,
         "split": plan.workload.split if plan.workload.gpus > 1 else None,
         "components": {name: part._asdict() for name, part in plan.components.items()},
@@ -108,12 +109,6 @@ def _plan_fields(plan: MemoryPlan) -> dict[str, Any]:
         "notes": list(plan.notes),
         "fits": [_fit_fields(fit) for fit in plan.fits],
     }
-
-
-def _prefill_chunk(workload: Workload) -> int | None:
-    """None where prompts do not go through in chunks of it."""
-    is_own = workload.mode == "generate" and workload.runtime == "qtool"
-    return workload.prefill_chunk if is_own else None
 
 
 def _fit_fields(fit: Fit) -> dict[str, Any]:
@@ -198,10 +193,13 @@ def _heading(estimate: Estimate) -> Iterable[Text]:
 
 
 def _doing(workload: Workload) -> str:
-    """What is planned: "generate with qtool", "qlora with transformers, r 16, adamw"."""
+    """What is planned: "generate with qtool, output head nf4-dq", "qlora with transformers, r 16,
+    adamw".
+    """
     words = f"{workload.mode} with {workload.runtime}"
     if workload.mode == "generate":
-        return words
+        has_packed_head = workload.is_own and workload.head_quant
+        return words + (f", output head {workload.head_quant}" if has_packed_head else "")
     tuning = workload.tuning
     rank = "" if workload.mode == "full" else f", r {tuning.lora_r}"
     how = "" if tuning.gradient_checkpointing else ", activations kept"

@@ -6,24 +6,25 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError, Words, in_words
 from qtool.report.output import Output
 from qtool.report.units import format_bytes
 from qtool.runtime.answers import Request, answer, open_history, uses_chat
 from qtool.runtime.decoders.history import History
-from qtool.runtime.generate import GenerateResult
+from qtool.runtime.generate import GenerateResult, PromptTooLong
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.prompts import Conversation
 
 PROMPT = ">>> "
+LEAVE = ("/exit", "/quit", "/bye")
+CLEAR = "/clear"
 COMMANDS = {
     "/exit": "leave (so does Ctrl-D)",
-    "/clear": "forget what was said",
+    CLEAR: "forget what was said",
     "/help": "show this",
 }
 STOP_WORDS = {
     "eos": "the text ended",
-    "length": "length limit",
     "stop_string": "stop text met",
     "interrupted": "interrupted",
 }
@@ -33,7 +34,7 @@ def report_result(output: Output, loaded: LoadedModel, result: GenerateResult) -
     """End the streamed text, then say how fast it came and what it took."""
     if not result.text.endswith("\n"):
         output.write_text("\n")
-    for line in _statistics(loaded, result):
+    for line in _statistics(output, loaded, result):
         output.note(line)
     output.document(_document(loaded, result))
 
@@ -44,22 +45,45 @@ def converse(output: Output, loaded: LoadedModel, request: Request) -> None:
     Without a chat template each line is continued as plain text.
     """
     chats = uses_chat(loaded, request)
-    what = "chat" if chats else "no chat template: each line is continued"
+    what = in_words("chat" if chats else _why_no_chat(request), output.name_option)
     output.note(f"{request.model} · {what} · /help for commands, Ctrl-C stops an answer")
     conversation = Conversation(request.system)
     with open_history(loaded, request) as history:
         while (text := _read_line()) is not None:
-            command = text.strip()
-            if command in ("/exit", "/quit", "/bye"):
+            command = _command_in(text)
+            if command in LEAVE:
                 return
-            if command == "/clear":
-                conversation.forget()
-                output.note("forgotten")
-            elif command.startswith("/") and " " not in command:
-                for name, meaning in COMMANDS.items():
-                    output.note(f"  {name:8}{meaning}")
-            elif command:
+            if command is not None:
+                _obey(output, command, conversation if chats else None)
+            elif text.strip():
                 _take_turn(output, loaded, request, text, conversation, history)
+
+
+def _why_no_chat(request: Request) -> Words:
+    if request.chat is False:
+        return (Option("chat", False), ": each line is continued by itself")
+    return "no chat template: each line is continued by itself"
+
+
+def _command_in(text: str) -> str | None:
+    """The command that a line is; None for text, which may begin with a space to be it."""
+    word = text.strip()
+    return word if text.startswith("/") and " " not in word else None
+
+
+def _obey(output: Output, command: str, conversation: Conversation | None) -> None:
+    """Do what a command other than those that leave says; without a chat nothing is remembered."""
+    if command == CLEAR and conversation is not None:
+        conversation.forget()
+        output.note("forgotten")
+    elif command == CLEAR:
+        output.note("there is nothing to forget: each line is continued by itself")
+    elif command != "/help":
+        output.note(f"{command} is no command, /help shows them; a space before it makes it text")
+    else:
+        for name, meaning in COMMANDS.items():
+            if name != CLEAR or conversation is not None:
+                output.note(f"  {name:8}{meaning}")
 
 
 def _take_turn(
@@ -80,12 +104,13 @@ def _take_turn(
             history=history,
         )
     except QtoolError as error:
-        output.error(error)
+        is_full = isinstance(error, PromptTooLong) and conversation.messages
+        output.error(error.with_hint(f"{CLEAR} forgets what was said before") if is_full else error)
         return
     output.write_text("\n")
     output.detail(_speed(result))
     if result.stop_reason in ("length", "interrupted"):
-        output.note(f"({STOP_WORDS[result.stop_reason]})")
+        output.note(f"({_why_it_ended(output, result)})")
 
 
 def _read_line() -> str | None:
@@ -105,15 +130,23 @@ def _read_line() -> str | None:
             return None
 
 
-def _statistics(loaded: LoadedModel, result: GenerateResult) -> list[str]:
+def _statistics(output: Output, loaded: LoadedModel, result: GenerateResult) -> list[str]:
     memory = loaded.memory.device_peak_bytes()
     return [
-        f"{_speed(result)} · {STOP_WORDS[result.stop_reason]}",
+        f"{_speed(result)} · {_why_it_ended(output, result)}",
         f"loaded in {loaded.load_s:.1f} s"
         + (f" · first token after {result.first_token_s:.1f} s" if result.first_token_s else "")
         + (f" · {format_bytes(memory)} of GPU memory" if memory else ""),
         f"{loaded.devices} · {result.path}: {result.path_reason}",
     ]
+
+
+def _why_it_ended(output: Output, result: GenerateResult) -> str:
+    if result.length_limit == "context":
+        return f"context full: {result.prompt_tokens + len(result.token_ids):,} tokens"
+    if result.length_limit == "max_new_tokens":
+        return in_words((Option("max_new_tokens"), " reached"), output.name_option)
+    return STOP_WORDS[result.stop_reason]
 
 
 def _speed(result: GenerateResult) -> str:
@@ -146,4 +179,5 @@ def _document(loaded: LoadedModel, result: GenerateResult) -> dict[str, Any]:
         "path": result.path,
         "path_reason": result.path_reason,
         "stop_reason": result.stop_reason,
+        "length_limit": result.length_limit,
     }

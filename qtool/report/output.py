@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from qtool.errors import QtoolError
+from qtool.errors import NameOption, QtoolError, Words, in_words, name_argument
 from qtool.events import Event, Note, OnEvent
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Output:
         quiet: no notes and no progress.
         verbose: details too.
         color: "auto" looks at the stream, NO_COLOR and FORCE_COLOR.
+        name_option: what the user calls the options that errors and warnings speak of.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class Output:
         quiet: bool = False,
         verbose: bool = False,
         color: ColorChoice = "auto",
+        name_option: NameOption = name_argument,
     ) -> None:
         self.command = command
         self.json_mode = json_mode
         self.quiet = quiet
         self.verbose = verbose
         self.color: ColorChoice = color
+        self.name_option = name_option
         self.warnings: list[str] = []
 
     def prepare(self) -> None:
@@ -99,8 +102,9 @@ class Output:
         if self.verbose and not self.json_mode:
             self._console(stderr=True).print(text, style="dim", markup=False, highlight=False)
 
-    def warn(self, text: str) -> None:
+    def warn(self, words: Words) -> None:
         """A warning: a line on stderr, or an entry of the JSON document's `warnings`."""
+        text = in_words(words, self.name_option)
         if text in self.warnings:
             return
         self.warnings.append(text)
@@ -109,13 +113,14 @@ class Output:
 
     def error(self, error: QtoolError) -> None:
         """Print the error and its hint, as JSON in JSON mode."""
+        message, hint = error.told(self.name_option)
         if self.json_mode:
-            fields = {"kind": error.kind, "message": error.message, "hint": error.hint}
+            fields = {"kind": error.kind, "message": message, "hint": hint}
             print(json.dumps({"error": fields}, ensure_ascii=False), file=sys.stderr)
             return
-        self._message("error", "bold red", error.message)
-        if error.hint:
-            self._message("  hint", "cyan", error.hint)
+        self._message("error", "bold red", message)
+        if hint:
+            self._message("  hint", "cyan", hint)
 
     @contextmanager
     def progress(self) -> Iterator[OnEvent]:

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.planner.curves import ContextCurves
 from qtool.planner.records import Sizing
 
@@ -31,26 +31,35 @@ def check_plot_path(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise QtoolError(
-            f"--plot {path}: expected a name that ends in .svg, .png or .html, "
-            f"found {f'one in {suffix}' if suffix else 'one without an ending'}",
+            (
+                Option("plot", path),
+                ": expected a name that ends in .svg, .png or .html, "
+                f"found {f'one in {suffix}' if suffix else 'one without an ending'}",
+            ),
             kind="usage",
-            hint=f"--plot {path.stem or 'memory'}.svg",
+            hint=Option("plot", f"{path.stem or 'memory'}.svg"),
         )
     if path.is_dir():
         raise QtoolError(
-            f"--plot {path}: there is a folder of that name", kind="usage", hint="name a file"
+            (Option("plot", path), ": there is a folder of that name"),
+            kind="usage",
+            hint="name a file",
         )
     if not path.parent.is_dir():
         raise QtoolError(
-            f"--plot {path}: there is no folder {path.parent}",
+            (Option("plot", path), f": there is no folder {path.parent}"),
             kind="not_found",
             hint=f"mkdir -p {path.parent}",
         )
     if suffix != PAGE_SUFFIX and importlib.util.find_spec("matplotlib") is None:
         raise QtoolError(
-            f"--plot {path}: {suffix} needs matplotlib, not installed here",
+            (Option("plot", path), f": {suffix} needs matplotlib, not installed here"),
             kind="unsupported",
-            hint=f"pip install 'qtool[plot]', or --plot {path.stem}{PAGE_SUFFIX}, which needs none",
+            hint=(
+                "pip install 'qtool[plot]', or ",
+                Option("plot", f"{path.stem}{PAGE_SUFFIX}"),
+                ", which needs none",
+            ),
         )
 
 

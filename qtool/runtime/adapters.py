@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.runtime.requirements import require_peft
 
 CONFIG_NAME: Final = "adapter_config.json"
@@ -30,7 +30,10 @@ def add_adapter(model: Any, folder: Path) -> None:
             raise QtoolError(
                 f"{folder} holds no {name}",
                 kind="not_found",
-                hint="--adapter wants the folder of a PEFT adapter saved as safetensors",
+                hint=(
+                    Option("adapter"),
+                    " wants the folder of a PEFT adapter saved as safetensors",
+                ),
             )
     try:
         config = PeftConfig.from_pretrained(str(folder))

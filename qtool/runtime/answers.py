@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.runtime.decoders.choose import DecoderOptions
 from qtool.runtime.decoders.history import CHAT_CAPACITY, History
 from qtool.runtime.generate import GenerateResult, Limits, Sampling, context_limit, generate
 from qtool.runtime.loading import LoadedModel, quiet_transformers
-from qtool.runtime.prompts import Conversation, encode_text, has_chat_template
+from qtool.runtime.prompts import (
+    Conversation,
+    encode_text,
+    has_chat_template,
+    require_chat_template,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +89,20 @@ def uses_chat(loaded: LoadedModel, request: Request) -> bool:
     """Whether the request goes through the chat template.
 
     Raises:
-        QtoolError: usage, for --system without a chat.
+        QtoolError: usage, for a chat without a template, a system message without a chat.
     """
+    if request.chat:
+        require_chat_template(loaded.tokenizer)
     wanted = request.chat if request.chat is not None else has_chat_template(loaded.tokenizer)
     if request.system is not None and not wanted:
+        said_no = (Option("chat", False), " was given")
         raise QtoolError(
-            "--system needs a chat, but "
-            + ("--no-chat was given" if request.chat is False else "there is no chat template"),
+            (
+                Option("system"),
+                " needs a chat, but ",
+                *(said_no if request.chat is False else ("there is no chat template",)),
+            ),
             kind="usage",
-            hint="leave out --system, or put its text into the prompt",
+            hint=("leave out ", Option("system"), ", or put its text into the prompt"),
         )
     return wanted

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantizedPrecision
 from qtool.runtime.answers import Request, uses_chat
+from qtool.runtime.decoders.choose import DecoderOptions, PathChoice
+from qtool.runtime.decoders.history import KeptHistory
 from qtool.runtime.drop_in import register, unregister
-from qtool.runtime.generate import Generation, Limits, Sampling
+from qtool.runtime.generate import Generation, Limits, Sampling, room_for
 from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
 from qtool.runtime.model_config import FLOAT_DTYPES
 from qtool.runtime.prompts import Conversation, encode_text
 
-__all__ = ["load", "register", "stream", "unregister"]
+__all__ = ["load", "register", "release", "stream", "unregister"]
 
-# On a model: what `load` knows of it beside the model itself, which would be a cycle.
+# On a model: what `load` knows of it beside the model itself, which would be a cycle; and what
+# `stream` keeps for its next call.
 LOADED: Final = "_qtool_loaded"
+KEPT: Final = "_qtool_kept"
 
 
 def load(
@@ -33,6 +36,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     adapter: str | Path | None = None,
     max_memory: str | Mapping[int | str, int | str] | None = None,
+    head_quant: QuantizedPrecision | None = None,
 ) -> Any:
     """A model of transformers whose `generate` runs on packed weights; `model.tokenizer` is there.
 
@@ -49,20 +53,24 @@ def load(
         adapter: the folder of a PEFT adapter, put into the model's layers.
         max_memory: spreads the weights, {0: "6GiB", "cpu": "20GiB"} or "0=6GiB,cpu=20GiB"; what is
             left over goes to disk.
+        head_quant: packs the output head too, which checkpoints keep in 16 bit: faster, a little
+            less exact.
 
     Raises:
         QtoolError: what is wrong with the checkpoint, the arguments or the memory.
     """
     options = LoadOptions(
-        quant=_check_quant(quant),
+        quant=_check_quant("quant", quant),
         compute_dtype=_dtype_name(dtype),
         device=str(device),
         max_memory=_memory_limits(max_memory),
         adapter=None if adapter is None else Path(adapter),
+        head_quant=_check_quant("head_quant", head_quant),
     )
     loaded = load_model(str(path_or_id), options)
     loaded.model.tokenizer = loaded.tokenizer
     setattr(loaded.model, LOADED, replace(loaded, model=None))
+    setattr(loaded.model, KEPT, KeptHistory())
     return loaded.model
 
 
@@ -71,6 +79,7 @@ def stream(
     prompt: str,
     *,
     max_new_tokens: int = 256,
+    max_context: int | None = None,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -78,33 +87,57 @@ def stream(
     chat: bool | None = None,
     system: str | None = None,
     stop: str | Sequence[str] = (),
+    prefill_chunk: int = 512,
+    path: PathChoice = "auto",
 ) -> Iterator[str]:
     """The answer to `prompt` or its continuation, piece by piece as it is made.
 
         for piece in qtool.stream(model, "Why is the sky blue?", max_new_tokens=64):
             print(piece, end="", flush=True)
 
-    Closing the iterator, or leaving the loop early, ends the work. Each call has a KV cache of its
-    own, which goes with it.
+    Closing the iterator, or leaving the loop early, ends the work. The KV cache and, on a GPU, the
+    recorded graph are kept for the next call and made again only where it asks for a longer text
+    or for another way to run; what was in them is not. They go with the model, or with `release`.
+    Calls may overlap, in one thread or several: the later ones have caches of their own.
 
     Args:
         model: from `qtool.load`.
+        max_context: limit of prompt and answer together; None takes the model's.
         temperature: 0 takes the most likely token, always the same; `top_p` and `top_k` narrow the
             choice above 0, `seed` makes it repeatable.
         chat: whether to use the chat template; None uses it where there is one.
         system: the system message of a chat.
         stop: text, or several, before which the answer ends.
+        prefill_chunk: prompts run in chunks of so many tokens: fewer take less memory, more are
+            faster.
+        path: fused, graph or eager; auto takes the fastest that the model and the device allow, or
+            what the variable QTOOL_PATH says.
 
     Raises:
         QtoolError: an argument out of range, a prompt longer than the context, too little memory.
     """
     loaded = _loaded(model)
     sampling = Sampling(temperature, top_p, top_k, seed)
-    _check_numbers(sampling, max_new_tokens)
+    _check_sampling(sampling)
+    _check_at_least_1(
+        max_new_tokens=max_new_tokens, max_context=max_context, prefill_chunk=prefill_chunk
+    )
+    _check_word("path", path, get_args(PathChoice))
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    request = Request("", chat, system, sampling, Limits(max_new_tokens, stop_strings=stops))
+    limits = Limits(max_new_tokens, max_context, stop_strings=stops)
+    request = Request("", chat, system, sampling, limits, DecoderOptions(path, prefill_chunk))
     prompt_ids = _encode(loaded, request, prompt)
-    return _pieces(Generation(loaded, prompt_ids, sampling, request.limits))
+    room_for(loaded, len(prompt_ids), limits)  # refuses now, not with the first piece
+    return _pieces(loaded, prompt_ids, request)
+
+
+def release(model: Any) -> None:
+    """Give back what `stream` keeps for the next call: the KV cache and, on a GPU, its graph.
+
+    A text that is being made keeps its own until it ends.
+    """
+    _loaded(model)
+    setattr(model, KEPT, KeptHistory())
 
 
 def _encode(loaded: LoadedModel, request: Request, prompt: str) -> list[int]:
@@ -115,8 +148,10 @@ def _encode(loaded: LoadedModel, request: Request, prompt: str) -> list[int]:
     return conversation.encode(loaded.tokenizer)
 
 
-def _pieces(generation: Generation) -> Iterator[str]:
-    with closing(generation):
+def _pieces(loaded: LoadedModel, prompt_ids: list[int], request: Request) -> Iterator[str]:
+    kept: KeptHistory = getattr(loaded.model, KEPT)
+    with kept.borrow(loaded, request.decoder) as history:
+        generation = Generation(loaded, prompt_ids, request.sampling, request.limits, history)
         yield from generation.pieces()
         if rest := generation.end():
             yield rest
@@ -126,26 +161,26 @@ def _loaded(model: Any) -> LoadedModel:
     found = getattr(model, LOADED, None)
     if not isinstance(found, LoadedModel):
         raise QtoolError(
-            f"stream() was given a {type(model).__name__} that qtool.load did not make",
+            f"expected a model from qtool.load, found a {type(model).__name__} of another origin",
             kind="usage",
             hint="use model = qtool.load(PATH_OR_ID), or the model's own generate()",
         )
     return replace(found, model=model)
 
 
-def _check_quant(quant: str | None) -> QuantizedPrecision | None:
+def _check_quant(name: str, quant: str | None) -> QuantizedPrecision | None:
     for precision in QUANTIZED_PRECISIONS:
         if precision == quant:
             return precision
     if quant is None:
         return None
-    raise _usage(f"quant={quant!r}", f"one of {', '.join(QUANTIZED_PRECISIONS)}")
+    raise _usage(Option(name, quant), f"one of {', '.join(QUANTIZED_PRECISIONS)}")
 
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
     name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name is not None and name not in FLOAT_DTYPES:
-        raise _usage(f"dtype={dtype!r}", f"one of {', '.join(FLOAT_DTYPES)}")
+    if name is not None:
+        _check_word("dtype", name, FLOAT_DTYPES)
     return name
 
 
@@ -155,16 +190,26 @@ def _memory_limits(limits: str | Mapping[int | str, int | str] | None) -> str | 
     return ",".join(f"{place}={size}" for place, size in limits.items())
 
 
-def _check_numbers(sampling: Sampling, max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise _usage(f"max_new_tokens={max_new_tokens}", "at least 1")
+def _check_word(name: str, word: str, known: Iterable[str]) -> None:
+    if word not in known:
+        raise _usage(Option(name, word), f"one of {', '.join(known)}")
+
+
+def _check_at_least_1(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise _usage(Option(name, number), "at least 1")
+
+
+def _check_sampling(sampling: Sampling) -> None:
     if sampling.temperature < 0:
-        raise _usage(f"temperature={sampling.temperature}", "0 or above")
+        raise _usage(Option("temperature", sampling.temperature), "0 or above")
     if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        raise _usage(f"top_p={sampling.top_p}", "above 0 and at most 1")
-    if sampling.top_k is not None and sampling.top_k < 1:
-        raise _usage(f"top_k={sampling.top_k}", "at least 1")
+        raise _usage(Option("top_p", sampling.top_p), "above 0 and at most 1")
+    _check_at_least_1(top_k=sampling.top_k)
 
 
-def _usage(found: str, expected: str) -> QtoolError:
-    return QtoolError(f"{found}: expected {expected}", kind="usage", hint="help(qtool) shows more")
+def _usage(found: Option, expected: str) -> QtoolError:
+    return QtoolError(
+        (found, f": expected {expected}"), kind="usage", hint="help(qtool) shows more"
+    )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.runtime.decoders.history import History
 from qtool.runtime.decoders.protocol import Decoder, Sampling
 from qtool.runtime.loading import LoadedModel, quiet_transformers
@@ -26,15 +26,20 @@ from qtool.runtime.text_stream import TextStream
 __all__ = [
     "GenerateResult",
     "Generation",
+    "LengthLimit",
     "Limits",
+    "PromptTooLong",
     "Sampling",
     "StopReason",
     "context_limit",
     "generate",
     "process_age_s",
+    "room_for",
 ]
 
 StopReason = Literal["eos", "length", "stop_string", "interrupted"]
+# What "length" means: as many tokens as were asked for, or as many as the context takes.
+LengthLimit = Literal["max_new_tokens", "context"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ class GenerateResult:
     path: str
     path_reason: str
     reused_tokens: int = 0  # of the prompt, in the cache from a text before
+    length_limit: LengthLimit | None = None  # None for other stop reasons than length
 
     @property
     def prefill_tok_s(self) -> float | None:
@@ -111,6 +117,10 @@ def generate(
         return generation.result()
 
 
+class PromptTooLong(QtoolError):
+    """The prompt alone fills the context."""
+
+
 class Generation:
     """One text in the making: its `pieces`, what `end` finds held back, then the `result`.
 
@@ -127,7 +137,10 @@ class Generation:
         history: History | None = None,
     ) -> None:
         self.interrupted = False
-        self._num_tokens = _room_for(loaded, len(prompt_ids), limits)
+        self._num_tokens = room_for(loaded, len(prompt_ids), limits)
+        self._limit: LengthLimit = (
+            "context" if self._num_tokens < limits.max_new_tokens else "max_new_tokens"
+        )
         self._prompt_ids = prompt_ids
         self._sampling = sampling
         self._eos = () if limits.ignore_eos else loaded.eos_token_ids
@@ -170,6 +183,7 @@ class Generation:
 
     def result(self) -> GenerateResult:
         """What was made and what it took."""
+        stop_reason = self._stop_reason()
         return GenerateResult(
             text=self._stream.text,
             prompt_tokens=len(self._prompt_ids),
@@ -177,10 +191,11 @@ class Generation:
             prefill_s=self._clock.prefill_s,
             decode_s=self._clock.decode_s,
             first_token_s=self._clock.first_token_s,
-            stop_reason=self._stop_reason(),
+            stop_reason=stop_reason,
             path=self._decoder.path if self._decoder else "",
             path_reason=self._decoder.path_reason if self._decoder else "",
             reused_tokens=len(self._prompt_ids) - self._history.num_run if self._token_ids else 0,
+            length_limit=self._limit if stop_reason == "length" else None,
         )
 
     def close(self) -> None:
@@ -240,25 +255,33 @@ def context_limit(loaded: LoadedModel, max_context: int | None) -> int | None:
         return max_context or loaded.max_context
     if max_context > loaded.max_context:
         raise QtoolError(
-            f"--max-context {max_context}: the model was made for {loaded.max_context} tokens",
+            (
+                Option("max_context", max_context),
+                f": the model was made for {loaded.max_context} tokens",
+            ),
             kind="usage",
-            hint=f"--max-context {loaded.max_context} or less",
+            hint=(Option("max_context", loaded.max_context), " or less"),
         )
     return max_context
 
 
-def _room_for(loaded: LoadedModel, num_prompt: int, limits: Limits) -> int:
-    """How many tokens may be made."""
+def room_for(loaded: LoadedModel, num_prompt: int, limits: Limits) -> int:
+    """How many tokens may be made after a prompt of `num_prompt`.
+
+    Raises:
+        PromptTooLong: none.
+        QtoolError: a context beyond the model's.
+    """
     context = context_limit(loaded, limits.max_context)
     if context is None:
         return limits.max_new_tokens
     if num_prompt >= context:
-        raise QtoolError(
+        raise PromptTooLong(
             f"the prompt has {num_prompt} tokens, the context only {context}",
             kind="usage",
             hint="shorten the prompt"
             if limits.max_context is None
-            else "shorten the prompt or raise --max-context",
+            else ("shorten the prompt or raise ", Option("max_context")),
         )
     return min(limits.max_new_tokens, context - num_prompt)
 

@@ -6,8 +6,10 @@ lock. Imports only what is light, so that it can begin before all else.
 
 from __future__ import annotations
 
+import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 
 def begin(device: str) -> None:
@@ -17,6 +19,23 @@ def begin(device: str) -> None:
     """
     if device != "cpu":
         threading.Thread(target=_prepare, args=(device,), name="qtool-head-start").start()
+
+
+@contextmanager
+def without_sklearn() -> Iterator[None]:
+    """Modules that are imported meanwhile find no scikit-learn.
+
+    transformers (5.17 did, 5.23 does not) imports it for assisted decoding, and with it SciPy and
+    pandas: 0.9 s for what no command of ours asks for.
+    """
+    if "sklearn" in sys.modules:
+        yield
+        return
+    sys.modules["sklearn"] = None  # type: ignore[assignment]  # how Python marks what is not there
+    try:
+        yield
+    finally:
+        del sys.modules["sklearn"]
 
 
 def _prepare(device: str) -> None:
@@ -29,4 +48,6 @@ def _prepare(device: str) -> None:
         from qtool.runtime.read_ahead import pin_buffers
 
         pin_buffers()
-        import cupy  # noqa: F401  (what the kernels are loaded with)
+        from cupy_kernels.launch import current_gpu
+
+        current_gpu()  # CuPy is there then

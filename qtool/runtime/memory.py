@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 
 HOST_ALLOCATION_FAILED: Final = ("can't allocate memory", "DefaultCPUAllocator")
 
@@ -59,8 +59,13 @@ def out_of_memory_as_error(doing: str) -> Iterator[None]:
         raise QtoolError(
             f"out of GPU memory while {doing}: {str(error).partition('. ')[0]}",
             kind="memory",
-            hint="`qtool estimate MODEL --gpu auto` shows what fits; try a smaller --quant, a "
-            'shorter context, or --max-memory "0=SIZE,cpu=SIZE" to keep a part in host memory',
+            hint=(
+                "`qtool estimate MODEL --gpu auto` shows what fits; try a smaller ",
+                Option("quant"),
+                ", a shorter context, or ",
+                Option("max_memory", "0=SIZE,cpu=SIZE"),
+                " to keep a part in host memory",
+            ),
         ) from error
     except RuntimeError as error:
         if not any(words in str(error) for words in HOST_ALLOCATION_FAILED):
@@ -68,7 +73,7 @@ def out_of_memory_as_error(doing: str) -> Iterator[None]:
         raise QtoolError(
             f"out of memory while {doing}",
             kind="memory",
-            hint="close other programs, or use a smaller --quant",
+            hint=("close other programs, or use a smaller ", Option("quant")),
         ) from error
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from qtool.checkpoint.records import Checkpoint
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.runtime.linear import PackedLayer
 from qtool.runtime.weights import TORCH_DTYPES
 
@@ -119,7 +119,11 @@ def check_quantization(checkpoint: Checkpoint, layers: Mapping[str, PackedLayer]
         raise QtoolError(
             f"{checkpoint.id}: config.json says quant_method {method!r}, expected bitsandbytes",
             kind="unsupported",
-            hint="start from the full-precision model, with --quant nf4-dq if it should be small",
+            hint=(
+                "start from the full-precision model, with ",
+                Option("quant", "nf4-dq"),
+                " if it should be small",
+            ),
         )
     if not layers:
         raise QtoolError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.backends import choose_backend
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.formats.codebooks import dynamic_map
 from qtool.formats.precisions import NESTED_BLOCKSIZE, QuantFormat, QuantizedPrecision
 from qtool.runtime.dequantize_host import SOURCE_DTYPES, as_numpy
@@ -31,14 +31,19 @@ def quantize_head(
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or isinstance(head, Linear4bit | LinearInt8):
         raise QtoolError(
-            f"--head-quant {precision}: the output head of {type(model).__name__} is "
-            f"{type(head).__name__}, expected a linear layer that is not packed",
+            (
+                Option("head_quant", precision),
+                f": the output head of {type(model).__name__} is {type(head).__name__}, "
+                "expected a linear layer that is not packed",
+            ),
             kind="unsupported",
-            hint="leave out --head-quant",
+            hint=("leave out ", Option("head_quant")),
         )
     packed = pack_linear(head.weight, QuantFormat(precision), bias=head.bias)
     packed.compute_dtype = compute_dtype
-    model.set_output_embeddings(packed.to(head.weight.device))
+    device = head.weight.device
+    head.register_parameter("weight", None)  # its memory first: both may not fit
+    model.set_output_embeddings(packed.to(device))
 
 
 def pack_linear(
@@ -113,5 +118,5 @@ def _refuse_nonfinite(count: int) -> None:
         raise QtoolError(
             f"the output head holds {count} values that are NaN or infinite",
             kind="bad_file",
-            hint="leave out --head-quant, or fetch the model again",
+            hint=("leave out ", Option("head_quant"), ", or fetch the model again"),
         )

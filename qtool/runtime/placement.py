@@ -13,13 +13,13 @@ from typing import Any, Final
 import accelerate
 import torch
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 
 # Free GPU memory that is left for the KV cache, activations and one dequantized layer when the
 # weights are placed without a word from the user.
 RESERVED_BYTES: Final = 1 << 30
 SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
-MAX_MEMORY_HINT: Final = 'for example --max-memory "0=6GiB,cpu=20GiB"'
+MAX_MEMORY_EXAMPLE: Final = "0=6GiB,cpu=20GiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Placement:
 
 
 def choose_placement(device: str, max_memory: str | None, weights_bytes: int) -> Placement:
-    """Decide from `--device` and `--max-memory`.
+    """Decide from what the user said.
 
     Args:
         device: auto, cpu, cuda or cuda:N.
@@ -53,13 +53,13 @@ def choose_placement(device: str, max_memory: str | None, weights_bytes: int) ->
         weights_bytes: what the loaded weights will take.
 
     Raises:
-        QtoolError: usage, for a device that is not there or a malformed --max-memory.
+        QtoolError: usage, for a device that is not there or malformed limits.
     """
     chosen = resolve_device(device)
     if max_memory is not None:
         limits = parse_max_memory(max_memory)
         _check_gpus_exist(limits, chosen)
-        return Placement(chosen, "sequential", limits, "spread as --max-memory says")
+        return Placement(chosen, "sequential", limits, "spread by the limits that were given")
     if chosen.type == "cuda" and device == "auto":
         free_bytes, _ = torch.cuda.mem_get_info(chosen)
         if weights_bytes + RESERVED_BYTES > free_bytes:
@@ -83,9 +83,9 @@ def _check_gpus_exist(limits: dict[int | str, int], chosen: torch.device) -> Non
     unknown = [place for place in limits if isinstance(place, int) and place >= num_gpus]
     if unknown:
         raise QtoolError(
-            f"--max-memory names GPU {unknown[0]}, but the model runs on {chosen}",
+            (Option("max_memory"), f" names GPU {unknown[0]}, but the model runs on {chosen}"),
             kind="usage",
-            hint='without a GPU give host memory only: --max-memory "cpu=20GiB"',
+            hint=("without a GPU give host memory only: ", Option("max_memory", "cpu=20GiB")),
         )
 
 
@@ -98,9 +98,12 @@ def parse_max_memory(text: str) -> dict[int | str, int]:
         match = SIZE.fullmatch(size)
         if not equals or not match or not (place == "cpu" or place.isdecimal()):
             raise QtoolError(
-                f"--max-memory {text!r}: {entry!r} is not of the form GPU=SIZE or cpu=SIZE",
+                (
+                    Option("max_memory", text),
+                    f": {entry!r} is not of the form GPU=SIZE or cpu=SIZE",
+                ),
                 kind="usage",
-                hint=MAX_MEMORY_HINT,
+                hint=("for example ", Option("max_memory", MAX_MEMORY_EXAMPLE)),
             )
         number, unit, binary = match.groups()
         scale = (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
@@ -109,7 +112,7 @@ def parse_max_memory(text: str) -> dict[int | str, int]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that `--device` names; makes no CUDA context. QtoolError if it is not there."""
+    """The device of that name; makes no CUDA context. QtoolError if it is not there."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return torch.device("cuda", 0) if num_gpus else torch.device("cpu")
@@ -118,15 +121,17 @@ def resolve_device(device: str) -> torch.device:
     match = re.fullmatch(r"cuda(?::(\d+))?", device)
     if match is None:
         raise QtoolError(
-            f"--device {device!r} is no device", kind="usage", hint="use auto, cpu, cuda or cuda:N"
+            (Option("device", device), ": there is no such device"),
+            kind="usage",
+            hint="use auto, cpu, cuda or cuda:N",
         )
     index = int(match.group(1) or 0)
     if index >= num_gpus:
         found = f"{num_gpus} GPU{'s' * (num_gpus != 1)}" if num_gpus else "no usable GPU"
         raise QtoolError(
-            f"--device {device}: PyTorch finds {found}",
+            (Option("device", device), f": PyTorch finds {found}"),
             kind="usage",
-            hint="`qtool doctor` says why; --device cpu runs without one",
+            hint=("`qtool doctor` says why; ", Option("device", "cpu"), " runs without one"),
         )
     return torch.device("cuda", index)
 

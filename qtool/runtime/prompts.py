@@ -5,12 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 
 
 def has_chat_template(tokenizer: Any) -> bool:
     """Whether conversations can be put into the model's own form."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def require_chat_template(tokenizer: Any) -> None:
+    """QtoolError if conversations cannot be."""
+    if not has_chat_template(tokenizer):
+        raise QtoolError(
+            "the tokenizer has no chat template",
+            kind="usage",
+            hint=(
+                "leave out ",
+                Option("chat"),
+                " and ",
+                Option("system"),
+                ", and give the text to continue",
+            ),
+        )
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -46,12 +62,7 @@ class Conversation:
         Raises:
             QtoolError: there is no template, or it refuses these messages.
         """
-        if not has_chat_template(tokenizer):
-            raise QtoolError(
-                "the tokenizer has no chat template",
-                kind="usage",
-                hint="leave out --chat and --system, and give the text to continue",
-            )
+        require_chat_template(tokenizer)
         system = [{"role": "system", "content": self.system}] if self.system else []
         try:
             encoded = tokenizer.apply_chat_template(
@@ -61,7 +72,13 @@ class Conversation:
             raise QtoolError(
                 f"the chat template refuses this conversation: {error}",
                 kind="unsupported",
-                hint="some templates take no --system message; --no-chat continues plain text",
+                hint=(
+                    "some templates take no ",
+                    Option("system"),
+                    " message; ",
+                    Option("chat", False),
+                    " continues plain text",
+                ),
             ) from error
         ids: list[int] = encoded["input_ids"]
         return ids

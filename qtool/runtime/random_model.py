@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qtool.architecture import Architecture, ModelTensor, build_architecture
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.formats.codebooks import dynamic_map
 from qtool.formats.precisions import (
     NESTED_BLOCKSIZE,
@@ -149,7 +149,7 @@ def _packed_layers(
         raise QtoolError(
             f"{model_id}: {architecture.class_name} has no output head named {OUTPUT_HEAD}",
             kind="unsupported",
-            hint="leave out --head-quant",
+            hint=("leave out ", Option("head_quant")),
         )
     return layers | {OUTPUT_HEAD: _layer_of(head, head_precision)}
 
@@ -157,7 +157,7 @@ def _packed_layers(
 def _layer_of(weight: ModelTensor, precision: Precision) -> PackedLayer:
     if precision not in QUANTIZED_PRECISIONS:
         raise QtoolError(
-            f"--quant {precision}: qtool runs no such layers",
+            (Option("quant", precision), ": qtool runs no such layers"),
             kind="unsupported",
             hint=f"one of {', '.join((*PLAIN_DTYPES, *QUANTIZED_PRECISIONS))}",
         )

@@ -90,7 +90,7 @@ class ReadAhead:
         lock = threading.Lock()
         self._may_read = threading.Condition(lock)  # reading threads wait for it
         self._has_read = threading.Condition(lock)  # those that take wait for it
-        num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+        num_threads = _num_threads()
         self._threads = [
             threading.Thread(target=self._work, name=f"qtool-read-{i}", daemon=True)
             for i in range(num_threads)
@@ -198,6 +198,16 @@ class ReadAhead:
             piece.pending.unread_bytes -= piece.data.numel()
             self._advanced.append(Advanced(piece.data.numel(), piece.pending.part.tensor.name))
             self._has_read.notify_all()
+
+
+def pin_buffers() -> None:
+    """Have the buffers that reading into a GPU will ask for; PyTorch keeps them when they go."""
+    buffers = [_PinnedBuffer() for _ in range(_num_threads() * BUFFERS_PER_THREAD)]
+    del buffers
+
+
+def _num_threads() -> int:
+    return min(MAX_THREADS, os.cpu_count() or 1)
 
 
 class _Pending:

@@ -7,7 +7,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 
 RUN_PACKAGES: Final = ("torch", "transformers", "accelerate")
 OLDEST_TRANSFORMERS: Final = (5, 10)  # older releases follow hostile paths and names in checkpoints
@@ -35,10 +35,12 @@ def require_run_extra() -> None:
 
 
 def require_peft() -> None:
-    """The same for --adapter."""
+    """The same for adapters."""
     if importlib.util.find_spec("peft") is None:
         raise QtoolError(
-            "--adapter needs peft, not installed here", kind="unsupported", hint="pip install peft"
+            (Option("adapter"), " needs peft, not installed here"),
+            kind="unsupported",
+            hint="pip install peft",
         )
 
 

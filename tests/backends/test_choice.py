@@ -84,7 +84,7 @@ def test_asking_for_the_gpu_in_vain_is_an_error(driver, cupy_is_installed, reaso
     with pytest.raises(QtoolError) as caught:
         choose_backend("cuda")
     assert caught.value.kind == "unsupported"
-    assert caught.value.message.startswith(f"--backend cuda cannot run here: {reason}")
+    assert caught.value.message.startswith(f"backend='cuda' cannot run here: {reason}")
     assert caught.value.hint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -155,6 +156,20 @@ def test_layers_that_take_no_time_are_told(bench, slow_layers, monkeypatch):
     assert result.runs[0].scaled is None and "took no more time" in result.warnings[0]
 
 
+def test_prompts_that_wait_for_the_host_leave_the_rest_told(bench, slow_layers, monkeypatch):
+    run = QtoolEngine.run
+
+    def run_with_a_prompt_of_one_second(engine, ids, new_tokens):
+        return replace(run(engine, ids, new_tokens), prefill_s=1.0)
+
+    monkeypatch.setattr(QtoolEngine, "run", run_with_a_prompt_of_one_second)
+    result = bench(shape="tiny-4layers", batches=(3,))
+    scaled = result.runs[0].scaled
+    assert scaled.prefill_tok_s is None
+    assert scaled.decode_tok_s == pytest.approx(3 / 34)
+    assert result.warnings == ()
+
+
 @pytest.mark.parametrize(
     ("precision", "expected"), [(None, "nf4-dq"), ("int8", "int8"), ("bf16", "bf16")]
 )
@@ -189,11 +204,11 @@ def test_progress_adds_up(bench):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"new_tokens": 1}, "--new 1"),
+        ({"new_tokens": 1}, "new=1"),
         ({"prompts": (126,)}, "128 tokens together"),
-        ({"precision": "fp8"}, "--quant fp8"),
-        ({"head_precision": "fp8"}, "--head-quant fp8"),
-        ({"shape": "llama-99"}, "--shape llama-99"),
+        ({"precision": "fp8"}, "quant='fp8'"),
+        ({"head_precision": "fp8"}, "head_quant='fp8'"),
+        ({"shape": "llama-99"}, "shape='llama-99'"),
         ({"device": "tpu"}, "tpu"),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_kernel_that_gives_a_wrong_byte_is_not_measured(method, array, words, 
     [
         ({"repeats": 19}, "fewer than 20"),
         ({"words": ("nf5",)}, "nf5"),
-        ({"words": ("linear",), "tokens": (8, 0)}, "--rows 0"),
+        ({"words": ("linear",), "tokens": (8, 0)}, "rows=0"),
     ],
 )
 def test_wrong_requests_are_refused(options, words):

@@ -79,7 +79,7 @@ def test_a_model_of_one_s_own_is_left_alone(work, tmp_path):
 
 
 def test_more_turns_of_the_rival_than_rounds_are_refused(shape, work):
-    with pytest.raises(QtoolError, match="--rival-repeat 3") as caught:
+    with pytest.raises(QtoolError, match="rival_repeat=3") as caught:
         bench_quantize(request(shape, work, repeats=2, rival_repeats=3))
     assert caught.value.kind == "usage"
 

@@ -29,7 +29,7 @@ def test_too_little_space_is_refused_before_anything_is_written(tmp_path):
         open_work_folder(tmp_path, 1 << 60),
     ):
         pass
-    assert caught.value.kind == "no_space" and "--work-dir" in caught.value.hint
+    assert caught.value.kind == "no_space" and "work_dir" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 

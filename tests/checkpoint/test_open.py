@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import safetensors
 
-from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint import hub, open_checkpoint
+from qtool.checkpoint.hub_errors import NoSuchModel
 from qtool.checkpoint.open import HubReference, locate_model
 from qtool.errors import QtoolError
 from qtool.events import Event, Note
@@ -78,6 +80,67 @@ class TestModelNames:
         with pytest.raises(QtoolError) as caught:
             open_checkpoint(str(single.parent / "modle"), need="headers")
         assert f"did you mean {single}?" in caught.value.hint
+
+    @pytest.mark.parametrize(
+        ("model", "nearest"),
+        [
+            ("./modle", "model"),
+            ("../here/modle", "../here/model"),
+            ("./modles/llama", "models/llama"),
+            ("models/lama/", "models/llama"),
+            ("./models/lama/config.json", "models/llama/config.json"),
+            ("./models/lama/nothing.json", None),
+            ("elsewhere/entirely/x", None),
+        ],
+    )
+    def test_that_look_like_paths_are_told_what_is_near(
+        self, model: str, nearest: str | None, tmp_path: Path, monkeypatch
+    ):
+        (tmp_path / "here" / "model").mkdir(parents=True)
+        tiny_models.write_single(tmp_path / "here" / "models" / "llama")
+        monkeypatch.chdir(tmp_path / "here")
+        with pytest.raises(QtoolError) as caught:
+            locate_model(model)
+        assert caught.value.message == f"{model}: no such folder or file"
+        asked = f"did you mean {nearest}?" if nearest else "give a local folder, or a Hub id"
+        assert caught.value.hint.startswith(asked)
+
+    @pytest.mark.parametrize(
+        ("model", "nearest"),
+        [
+            ("modle", "model"),
+            ("modles/llama", "models/llama"),
+            ("models/lama@main", "models/llama"),
+            ("org/model", None),
+            ("readme", None),  # near a file
+        ],
+    )
+    def test_that_the_hub_does_not_know_are_told_what_is_near(
+        self, model: str, nearest: str | None, tmp_path: Path, monkeypatch
+    ):
+        for folder in ("model", "models/llama"):
+            (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / "readme.md").touch()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(hub, "open_on_hub", self._refuse)
+        with pytest.raises(QtoolError) as caught:
+            open_checkpoint(model, need="headers")
+        expected = f"did you mean {nearest}? If not: ask elsewhere" if nearest else "ask elsewhere"
+        assert (caught.value.kind, caught.value.hint) == ("network", expected)
+
+    def _refuse(self, repo_id: str, revision: str | None, **_: object) -> NoReturn:
+        raise NoSuchModel(repo_id, kind="network", hint="ask elsewhere")
+
+    def test_of_a_gated_model_are_not_taken_for_a_mistake(self, tmp_path: Path, monkeypatch):
+        def refuse(repo_id: str, revision: str | None, **_: object) -> NoReturn:
+            raise QtoolError("gated", kind="auth", hint="log in")
+
+        (tmp_path / "model").mkdir()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(hub, "open_on_hub", refuse)
+        with pytest.raises(QtoolError) as caught:
+            open_checkpoint("modle", need="headers")
+        assert caught.value.hint == "log in"
 
     def test_may_begin_with_a_tilde(self, single: Path, monkeypatch):
         monkeypatch.setenv("HOME", str(single.parent))

@@ -109,6 +109,60 @@ def test_a_smaller_chunk_of_the_prompt_takes_less(large):
     assert other["prefill_chunk"] is None
 
 
+def test_a_packed_output_head_takes_less(large):
+    options = ("--quant", "bf16", "--quant", "nf4-dq")
+    for plain, packed in zip(
+        plans_of(large, *options), plans_of(large, *options, "--head-quant", "nf4-dq"), strict=True
+    ):
+        assert (plain["head_quant"], packed["head_quant"]) == (None, "nf4-dq")
+        saved = component_bytes(plain, "weights") - component_bytes(packed, "weights")
+        assert 0.7 < saved / (128_256 * 4096 * 2) < 0.8
+        assert packed["checkpoint_bytes"] == plain["checkpoint_bytes"]
+    text = run("estimate", large, "--head-quant", "int8").stdout
+    assert "generate with qtool, output head int8:" in text
+    ran = run("estimate", large, "--head-quant", "bf16", "--json")
+    assert ran.exit_code == 2 and "--head-quant" in ran.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "without_effect"),
+    [
+        (("--runtime", "vllm", "--prefill-chunk", 64), "--prefill-chunk .. --runtime vllm"),
+        (("--runtime", "transformers", "--head-quant", "nf4"), "--head-quant .. --runtime tran"),
+        (("--mode", "qlora", "--prefill-chunk", 512), "--prefill-chunk .. --mode qlora"),
+        (("--mode", "qlora", "--kv-dtype", "fp8"), "--kv-dtype .. --mode qlora"),
+        (("--mode", "full", "--lora-r", 16), "--lora-r .. --mode full"),
+        (("--lora-r", 8), "--lora-r .. --mode generate"),
+        (("--lora-dropout", 0), "--lora-dropout .. --mode generate"),
+        (("--optimizer", "lion"), "--optimizer .. --mode generate"),
+        (("--no-gradient-checkpointing",), "--no-gradient-checkpointing .. --mode generate"),
+        (("--headroom", 5), "--headroom .. without"),
+        (("--lora-r", 8, "--mode", "lora"), None),
+        (("--head-quant", "nf4", "--prefill-chunk", 64), None),
+        (("--headroom", 5, "--gpu", "H200"), None),
+    ],
+)
+def test_options_without_effect_are_a_warning(large, arguments, without_effect):
+    ran = run("estimate", large, *arguments, "--json")
+    assert ran.exit_code == 0
+    warnings = [text for text in ran.document["warnings"] if "changes nothing" in text]
+    if without_effect is None:
+        assert warnings == []
+        return
+    option, why = without_effect.split(" .. ")
+    (warning,) = warnings
+    assert warning.startswith(f"{option} changes nothing with") and why in warning
+
+
+def test_a_variable_without_effect_is_named(large, monkeypatch):
+    monkeypatch.setenv("QTOOL_LORA_R", "8")
+    warnings = run("estimate", large, "--json").document["warnings"]
+    assert "QTOOL_LORA_R changes nothing with --mode generate" in warnings
+    monkeypatch.setenv("QTOOL_MODE", "qlora")
+    message = run("estimate", large, "--quant", "bf16", "--json").error["message"]
+    assert message.startswith("QTOOL_MODE=qlora trains on a packed base")
+
+
 def test_text_names_the_unit_the_source_and_every_plan(large):
     ran = run("estimate", large, "--context", 9216, "--gpu", "4090", "--gpu", "RTX 4060")
     assert ran.exit_code == 0

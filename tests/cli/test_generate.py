@@ -43,6 +43,7 @@ DOCUMENT = {
     "path": str,
     "path_reason": str,
     "stop_reason": str,
+    "length_limit": str,
     "warnings": list,
 }
 
@@ -90,7 +91,7 @@ def test_json_is_one_document_with_the_contracts_fields(stories: Path) -> None:
     assert document["allocated_peak_bytes"] == document["peak_device_bytes"] == 0
     assert document["path"] == "eager"
     assert document["path_reason"]
-    assert document["stop_reason"] == "length"
+    assert (document["stop_reason"], document["length_limit"]) == ("length", "max_new_tokens")
     assert document["warnings"] == []
 
 
@@ -137,19 +138,73 @@ def test_a_file_is_the_prompt(stories: Path, tmp_path: Path) -> None:
 
 def test_a_stop_text_ends_the_answer(stories: Path) -> None:
     document = run("generate", stories, PROMPT, "--stop", "Lily", "--json").document
-    assert document["stop_reason"] == "stop_string"
+    assert (document["stop_reason"], document["length_limit"]) == ("stop_string", None)
     assert document["text"] == ", there was a little girl named "
 
 
 def test_useless_sampling_options_are_a_warning(stories: Path) -> None:
     ran = run("generate", stories, PROMPT, "--max-new-tokens", 2, "--top-k", 5, "--json")
-    assert ran.document["warnings"] == ["--top-p and --top-k change nothing at --temperature 0"]
+    assert ran.document["warnings"] == ["--top-k changes nothing at --temperature 0"]
+
+
+def test_the_end_of_a_text_is_told_apart(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("generate", stories, PROMPT, "--device", "cpu")
+    assert "· --max-new-tokens reached\n" in run(*arguments, "--max-new-tokens", 3).stderr
+    assert "· context full: 8 tokens\n" in run(*arguments, "--max-context", 8).stderr
+    full = run(*arguments, "--max-context", 8, "--json").document
+    assert (full["stop_reason"], full["length_limit"]) == ("length", "context")
+    monkeypatch.setenv("QTOOL_MAX_NEW_TOKENS", "3")
+    assert "· QTOOL_MAX_NEW_TOKENS reached\n" in run(*arguments).stderr
+
+
+BAD_VARIABLES = {
+    "MAX_CONTEXT": ("9999", "QTOOL_MAX_CONTEXT=9999: the model was made for", "QTOOL_MAX_CONTEXT="),
+    "DEVICE": ("tpu", "QTOOL_DEVICE=tpu: there is no such device", "cuda:N"),
+    "MAX_MEMORY": ("lots", "QTOOL_MAX_MEMORY=lots: 'lots' is not", "QTOOL_MAX_MEMORY=0=6GiB"),
+    "CHAT": ("true", "no chat template", "leave out QTOOL_CHAT"),
+    "PATH": ("graph", "cannot take the graph path", "leave out QTOOL_PATH:"),
+    "TEMPERATURE": ("hot", "Invalid value for QTOOL_TEMPERATURE: 'hot'", "--help"),
+    "PROMPT_FILE": ("p.txt", "both PROMPT and QTOOL_PROMPT_FILE were given", "one of them"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VARIABLES)
+def test_an_error_names_the_variable_that_it_is_about(
+    stories: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    value, message, hint = BAD_VARIABLES[name]
+    monkeypatch.setenv(f"QTOOL_{name}", value)
+    ran = run("generate", stories, PROMPT, "--json")
+    assert ran.exit_code in (1, 2)
+    assert message in ran.error["message"]
+    assert hint in ran.error["hint"]
+
+
+def test_an_error_names_the_file_that_it_is_about(stories: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    for line, message in (
+        ("max-context = 9999", f"max-context = 9999 in {config}: the model was made for"),
+        ('device = "tpu"', f'device = "tpu" in {config}: there is no such device'),
+        ('top-k = "few"', f"Invalid value for top-k in {config}: 'few'"),
+    ):
+        config.write_text(line)
+        ran = run("generate", stories, PROMPT, "--config", config, "--json")
+        assert ran.exit_code == 2
+        assert message in ran.error["message"]
+
+
+def test_a_flag_beats_the_variable_and_is_named(
+    stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QTOOL_DEVICE", "cpu")
+    ran = run("generate", stories, PROMPT, "--device", "tpu", "--json")
+    assert ran.error["message"] == "--device tpu: there is no such device"
 
 
 BAD_USAGE: dict[str, tuple[list[Any], str]] = {
     "two prompts": (["x", "--prompt-file", "y"], "both PROMPT and --prompt-file"),
     "empty pipe": (["-"], "stdin holds no prompt"),
-    "no such device": (["x", "--device", "tpu"], "'tpu' is no device"),
+    "no such device": (["x", "--device", "tpu"], "--device tpu: there is no such device"),
     "system without template": (["x", "--system", "s"], "no chat template"),
     "chat without template": (["x", "--chat"], "no chat template"),
     "context beyond the model": (["x", "--max-context", 9999], "made for 512 tokens"),
@@ -274,5 +329,51 @@ def test_a_terminal_without_prompt_opens_a_chat(chatty: Path) -> None:
             assert "(interrupted)" in terminal.wait_for(">>> ")
         terminal.type("\x04")  # Ctrl-D
         assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
+
+
+def test_without_a_template_nothing_is_remembered_and_commands_say_so(stories: Path) -> None:
+    terminal = Terminal(stories, "--max-new-tokens", 4, "--device", "cpu")
+    try:
+        terminal.wait_for(r"no chat template: each line is\s+continued")
+        terminal.wait_for(">>> ")
+        terminal.type("/help\n")
+        assert "/clear" not in terminal.wait_for("/help +show this")
+        terminal.wait_for(">>> ")
+        terminal.type("/clear\n")
+        terminal.wait_for("there is nothing to forget")
+        terminal.wait_for(">>> ")
+        terminal.type("/celar\n")
+        terminal.wait_for("/celar is no command, /help shows them")
+        terminal.wait_for(">>> ")
+        terminal.type(" /celar\n")  # text
+        terminal.wait_for(r"\(--max-new-tokens reached\)")
+        terminal.wait_for(">>> ")
+        terminal.type("/bye\n")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
+
+
+def test_a_chat_that_fills_the_context_begins_anew_after_clear(chatty: Path) -> None:
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    path = chatty / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    terminal = Terminal(chatty, "--ignore-eos", "--max-context", 24, "--device", "cpu")
+    try:
+        terminal.wait_for(">>> ")
+        terminal.type(PROMPT + "\n")
+        terminal.wait_for(r"\(context full: 24 tokens\)")
+        terminal.wait_for(">>> ")
+        terminal.type(PROMPT + "\n")
+        terminal.wait_for("the context only 24")
+        terminal.wait_for("/clear forgets what was said before")
+        terminal.wait_for(">>> ")
+        terminal.type("/clear\n")
+        terminal.wait_for("forgotten")
+        terminal.wait_for(">>> ")
+        terminal.type(PROMPT + "\n")
+        terminal.wait_for(r"\(context full: 24 tokens\)")
     finally:
         terminal.close()

@@ -195,7 +195,7 @@ def test_auto_names_the_local_gpus_and_equal_ones_once(nvidia_smi):
 )
 def test_no_local_gpu_is_an_error_that_says_why(nvidia_smi, stdout, exit_code):
     nvidia_smi(stdout, exit_code)
-    with pytest.raises(QtoolError, match="--gpu auto: nvidia-smi") as raised:
+    with pytest.raises(QtoolError, match=r"gpu='auto': nvidia-smi") as raised:
         local_gpus()
     assert raised.value.kind == "not_found"
 
@@ -204,4 +204,4 @@ def test_no_nvidia_smi_is_an_error_that_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(QtoolError, match="not installed") as raised:
         local_gpus()
-    assert "--gpu 'RTX 4090'" in raised.value.hint
+    assert "gpu='RTX 4090'" in raised.value.hint

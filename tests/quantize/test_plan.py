@@ -168,4 +168,4 @@ def test_packed_bytes_that_do_not_fill_the_storage_dtype_are_refused(tmp_path):
     with pytest.raises(QtoolError, match="9 bytes") as caught:
         plan_of(tmp_path, format=QuantFormat("nf4", 64, "bfloat16"))
     assert "self_attn.k_proj.weight" in caught.value.message
-    assert caught.value.hint == "--skip model.layers.0.self_attn.k_proj"
+    assert "--skip model.layers.0.self_attn.k_proj" in caught.value.hint

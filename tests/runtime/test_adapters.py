@@ -159,6 +159,6 @@ def test_a_learned_prompt_is_refused(packed_folders: PackedFolders, adapter: Pat
 
 def test_missing_peft_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(QtoolError, match="--adapter needs peft") as caught:
+    with pytest.raises(QtoolError, match="adapter needs peft") as caught:
         requirements.require_peft()
     assert caught.value.hint == "pip install peft"

@@ -159,13 +159,24 @@ def test_without_top_k_all_tokens_may_come(stories: LoadedModel) -> None:
 def test_context_bounds_prompt_and_answer(stories: LoadedModel) -> None:
     result = run(stories, "Once upon a time", max_new_tokens=50, max_context=9)
     assert result.prompt_tokens + len(result.token_ids) == 9
-    assert result.stop_reason == "length"
+    assert (result.stop_reason, result.length_limit) == ("length", "context")
+
+
+def test_a_full_context_is_another_end_than_enough_tokens(stories: LoadedModel) -> None:
+    prompt = "Once upon a time"  # 5 tokens
+    for limits, expected in (
+        ({"max_new_tokens": 4, "max_context": 9}, "max_new_tokens"),
+        ({"max_new_tokens": 5, "max_context": 9}, "context"),
+        ({"max_new_tokens": 600, "ignore_eos": True}, "context"),  # the model's own
+        ({"max_new_tokens": 20, "stop_strings": ("there",)}, None),
+    ):
+        assert run(stories, prompt, **limits).length_limit == expected, limits
 
 
 def test_a_prompt_longer_than_the_context_is_refused(stories: LoadedModel) -> None:
     with pytest.raises(QtoolError, match="the prompt has 5 tokens, the context only 5") as caught:
         run(stories, "Once upon a time", max_context=5)
-    assert "raise --max-context" in caught.value.hint
+    assert "raise max_context" in caught.value.hint
     with pytest.raises(QtoolError, match=r"tokens, the context only 512"):
         run(stories, "Once upon a time " * 300)
 
@@ -309,8 +320,13 @@ def test_chat_without_a_template_is_refused(stories: LoadedModel, chat: bool | N
 
 
 def test_system_with_no_chat_is_refused(chatty: LoadedModel) -> None:
-    with pytest.raises(QtoolError, match="--no-chat was given"):
+    with pytest.raises(QtoolError, match="chat=False was given"):
         uses_chat(chatty, request(chat=False, system="x"))
+
+
+def test_a_chat_without_a_template_is_refused_before_it_begins(stories: LoadedModel) -> None:
+    with pytest.raises(QtoolError, match="no chat template"):
+        uses_chat(stories, request(chat=True))
 
 
 def test_a_template_that_refuses_says_so(chatty: LoadedModel, monkeypatch: Any) -> None:

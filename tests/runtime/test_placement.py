@@ -42,7 +42,7 @@ def test_malformed_max_memory_is_a_usage_error(text: str) -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "CPU", "cuda:-1", "mps"])
 def test_unknown_devices_are_usage_errors(device: str) -> None:
-    with pytest.raises(QtoolError, match="is no device"):
+    with pytest.raises(QtoolError, match="there is no such device"):
         choose_placement(device, None, 0)
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 # Rounding the result to the dtype, and for 4 bit the code table too.
 LARGEST_ERROR = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
-FEW_TOKENS = 8  # of more tokens the whole weight is rounded, and the error half as large again
+FEW_TOKENS = 64  # of more tokens the whole weight is rounded, and the error half as large again
 
 
 def multiply(layer, x):
@@ -29,7 +29,7 @@ def multiply(layer, x):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 8, 9, 70])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 8, 9, 16, 33, 64, 70])
 @pytest.mark.parametrize("quant", QUANTS)
 def test_products_are_near_float64(quant, num_tokens, dtype):
     for out_features, in_features in ((96, 64), (1000, 512), (131, 1408), (512, 4096)):
@@ -40,7 +40,7 @@ def test_products_are_near_float64(quant, num_tokens, dtype):
         assert error < largest, (out_features, in_features)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 8])
+@pytest.mark.parametrize("num_tokens", [1, 8, 13, 64])
 @pytest.mark.parametrize("blocksize", [32, 128, 512, 4096])
 @pytest.mark.parametrize("quant", ["nf4", "fp4-dq"])
 def test_any_block_size(quant, blocksize, num_tokens):
@@ -54,7 +54,7 @@ def test_any_block_size(quant, blocksize, num_tokens):
 @pytest.mark.parametrize("quant", QUANTS)
 def test_columns_in_several_slices(quant):
     """More activations than shared memory holds at once."""
-    for num_tokens, in_features in ((1, 28672), (8, 14336), (4, 20480)):
+    for num_tokens, in_features in ((1, 28672), (8, 14336), (4, 20480), (6, 28672), (40, 14336)):
         layer = make_layer(quant, 200, in_features, device="cuda")
         x = torch.randn(num_tokens, in_features, dtype=torch.bfloat16, device="cuda")
         error = relative_error(multiply(layer, x), exact_product(layer, x))
@@ -96,7 +96,7 @@ def test_errors_are_no_larger_than_those_of_bitsandbytes(num_tokens):
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("num_tokens", [1, 8, 70])
+@pytest.mark.parametrize("num_tokens", [1, 8, 30, 70])
 def test_in_a_cuda_graph_with_new_activations(quant, num_tokens):
     layer = make_layer(quant, 256, 512, device="cuda")
     x = torch.randn(num_tokens, 512, dtype=torch.bfloat16, device="cuda")
@@ -127,12 +127,36 @@ def test_on_another_stream(quant):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("num_tokens", [8, 24, 64])
 @pytest.mark.parametrize("quant", QUANTS)
-def test_the_same_input_gives_the_same_bits(quant):
+def test_the_same_input_gives_the_same_bits(quant, num_tokens):
     layer = make_layer(quant, 1024, 2048, device="cuda")
-    x = torch.randn(8, 2048, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(num_tokens, 2048, dtype=torch.bfloat16, device="cuda")
     first = multiply(layer, x)
     assert all(torch.equal(multiply(layer, x), first) for _ in range(20))
+
+
+def test_streams_and_graphs_beside_each_other():
+    """Thread blocks that meet count in places that nobody else counts in."""
+    layers = [make_layer("nf4-dq", 512, 14336, device="cuda", seed=seed) for seed in range(3)]
+    x = torch.randn(32, 14336, dtype=torch.bfloat16, device="cuda")
+    with torch.inference_mode():
+        expected = [layer(x) for layer in layers]
+        streams = [torch.cuda.Stream() for _ in layers]
+        graphs = [torch.cuda.CUDAGraph() for _ in layers]
+        made = []
+        for layer, graph in zip(layers, graphs, strict=True):
+            with torch.cuda.graph(graph):
+                made.append([layer(x) for _ in range(8)])
+        for _ in range(20):
+            for stream, graph in zip(streams, graphs, strict=True):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            own = [[layer(x) for _ in range(8)] for layer in layers]
+            torch.cuda.synchronize()
+            for results, wanted in zip((*made, *own), expected * 2, strict=True):
+                assert all(torch.equal(result, wanted) for result in results)
 
 
 @pytest.mark.parametrize("quant", QUANTS)

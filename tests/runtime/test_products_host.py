@@ -232,13 +232,13 @@ def unpack(model: nn.Module) -> None:
 
 def test_products_keep_their_threads_while_pytorch_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    pool = products_host._pool
+    pool = products_host.pool_of_threads
 
     def watched(num_threads: int) -> Any:
         asked.append(num_threads)
         return pool(num_threads)
 
-    monkeypatch.setattr(products_host, "_pool", watched)
+    monkeypatch.setattr(products_host, "pool_of_threads", watched)
     monkeypatch.setattr(products_host, "MIN_ELEMENTS_PER_THREAD", 1)
     layer = make_layer("nf4", 64, 128)
     x = torch.randn(1, 128, dtype=torch.bfloat16)

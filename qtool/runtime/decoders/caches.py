@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 
 CAPACITY_STEP: Final = 64  # capacities are multiples of it
 # Model types whose recurrent states go on with several tokens at once; others (Mamba 1) take a
@@ -173,12 +173,21 @@ def cache_does_not_fit(cache: Any, capacity: int, device: torch.device) -> Qtool
     if capacity * token_bytes <= room_bytes:
         return None
     fitting = room_bytes // max(token_bytes, 1) // CAPACITY_STEP * CAPACITY_STEP
-    shorter = f"--max-context {fitting} would fit; so might " if 0 < fitting < capacity else ""
+    shorter: tuple[str | Option, ...] = ()
+    if 0 < fitting < capacity:
+        shorter = (Option("max_context", fitting), " would fit; so might ")
     return QtoolError(
         f"out of GPU memory: the cache for {capacity} tokens takes "
         f"{capacity * token_bytes / 2**30:.2f} GiB, {room_bytes / 2**30:.2f} GiB are free",
         kind="memory",
-        hint=f"{shorter}fewer --max-new-tokens, or a smaller --quant of the model",
+        hint=(
+            *shorter,
+            "fewer ",
+            Option("max_new_tokens"),
+            ", or a smaller ",
+            Option("quant"),
+            " of the model",
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 
 NUM_WARM_UPS = 2  # kernels are loaded, workspaces and autotuned choices made, before the recording
 
@@ -17,7 +17,8 @@ class CaptureFailed(QtoolError):
     """The work cannot be recorded; the text says why. Whoever can runs it without a graph."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(why, kind="unsupported", hint="--path eager runs without CUDA graphs")
+        hint = (Option("path", "eager"), " runs without CUDA graphs")
+        super().__init__(why, kind="unsupported", hint=hint)
 
 
 class Capture(Protocol):

@@ -6,12 +6,18 @@ with History(loaded, min_capacity=4096) as history:
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from typing import Final, Self
+import threading
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from typing import Any, Final, Self
 
 import torch
 
-from qtool.runtime.decoders.choose import DecoderOptions, choose_decoder
+from qtool.errors import QtoolError
+from qtool.runtime.decoders.choose import DecoderOptions, asked_path, choose_decoder
 from qtool.runtime.decoders.protocol import Decoder, Sampling
 from qtool.runtime.loading import LoadedModel
 
@@ -55,6 +61,10 @@ class History:
             self._decoder.close()
         self._decoder, self._held = None, []
 
+    def forget(self) -> None:
+        """The next text runs from its first token, whatever the cache holds."""
+        self._held = []
+
     def decoder_for(self, num_tokens: int) -> Decoder:
         """The decoder, made or made larger if it has not room for `num_tokens`.
 
@@ -64,7 +74,7 @@ class History:
         if self._decoder is None or self._decoder.capacity < num_tokens:
             capacity = self._enlarged_for(num_tokens)
             self.close()  # first: both may not fit
-            self._decoder = choose_decoder(self._loaded, capacity, options=self._options)
+            self._decoder = self._make(capacity, num_tokens)
         return self._decoder
 
     def answer(
@@ -93,6 +103,15 @@ class History:
             common += 1
         return common if decoder.can_rewind or common == len(self._held) else 0
 
+    def _make(self, capacity: int, num_tokens: int) -> Decoder:
+        """With room for later texts too, if that much memory is free."""
+        try:
+            return choose_decoder(self._loaded, capacity, options=self._options)
+        except QtoolError as error:
+            if error.kind != "memory" or capacity <= num_tokens:
+                raise
+        return choose_decoder(self._loaded, num_tokens, options=self._options)
+
     def _enlarged_for(self, num_tokens: int) -> int:
         capacity = max(self._min_capacity, self._decoder.capacity if self._decoder else 0)
         while 0 < capacity < num_tokens:
@@ -100,3 +119,56 @@ class History:
         if self._max_capacity is not None:
             capacity = min(capacity, self._max_capacity)
         return max(capacity, num_tokens)
+
+
+class KeptHistory:
+    """What a model keeps between independent texts: a decoder, with its cache and its graph.
+
+    One text at a time borrows it, in whatever thread; others meanwhile have decoders of their own.
+    It refers to the model weakly, so that both go when the model goes.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._history: History | None = None
+        self._made_for: tuple[object, ...] = ()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()  # a copy of the model has a decoder of its own
+
+    @contextmanager
+    def borrow(self, loaded: LoadedModel, options: DecoderOptions) -> Iterator[History]:
+        """A history that remembers nothing, so that the same text comes out as the first time."""
+        if not self._lock.acquire(blocking=False):
+            with History(loaded, options) as own:
+                yield own
+            return
+        try:
+            history = self._renewed(loaded, options)
+            history.forget()
+            yield history
+        except Exception:
+            self._close()  # whatever state it is in
+            raise
+        finally:
+            self._lock.release()
+
+    def _renewed(self, loaded: LoadedModel, options: DecoderOptions) -> History:
+        """The one that is there, if it was made for the same and nothing moved since."""
+        made_for = (weakref.ref(loaded.model), asked_path(options), options, _places(loaded.model))
+        if self._history is None or made_for != self._made_for:
+            self._close()
+            self._history = History(replace(loaded, model=weakref.proxy(loaded.model)), options)
+            self._made_for = made_for
+        return self._history
+
+    def _close(self) -> None:
+        if self._history is not None:
+            self._history.close()
+        self._history, self._made_for = None, ()
+
+
+def _places(model: Any) -> tuple[int, ...]:
+    """Which modules there are and where their tensors lie: a recorded step takes it for granted."""
+    tensors = chain(model.parameters(), model.buffers())
+    return (*map(id, model.modules()), *(tensor.data_ptr() for tensor in tensors))

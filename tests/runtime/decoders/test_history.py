@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 from typing import Any
@@ -10,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from qtool.errors import QtoolError
 from qtool.runtime.decoders import history
-from qtool.runtime.decoders.history import History
+from qtool.runtime.decoders.choose import DecoderOptions
+from qtool.runtime.decoders.history import History, KeptHistory
 from qtool.runtime.decoders.protocol import Sampling
 from tests.runtime.decoders.tiny import (
     NUM_NEW,
@@ -20,7 +26,10 @@ from tests.runtime.decoders.tiny import (
     decode,
     eager_decoder,
     expected_tokens,
+    graph_decoder,
+    make_tiny_model,
     tiny_model,
+    transformers_tokens,
 )
 
 
@@ -125,3 +134,163 @@ def test_capacity_doubles_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> No
     with History(as_loaded(tiny_model("llama"))) as texts:
         texts.decoder_for(100)
     assert made == [100]
+
+
+def test_where_doubling_does_not_fit_the_text_alone_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = history.choose_decoder
+
+    def choose(loaded: Any, capacity: int, **options: Any) -> Any:
+        made.append(capacity)
+        if capacity > limit:
+            raise QtoolError("too large", kind="memory", hint="none")
+        return real(loaded, capacity, **options)
+
+    monkeypatch.setattr(history, "choose_decoder", choose)
+    with History(as_loaded(tiny_model("llama"))) as texts:
+        limit = 150
+        texts.decoder_for(100)
+        texts.decoder_for(140)
+        assert made == [100, 256, 140]
+        with pytest.raises(QtoolError, match="too large"):
+            texts.decoder_for(200)
+
+
+def test_nothing_is_reused_of_a_text_that_is_forgotten() -> None:
+    with History(as_loaded(tiny_model("llama"))) as texts:
+        expected = list(texts.answer(PROMPT, Sampling(), NUM_NEW))
+        texts.forget()
+        assert list(texts.answer(PROMPT, Sampling(), NUM_NEW)) == expected
+        assert texts.num_run == len(PROMPT)
+
+
+# -- kept with a model ----------------------------------------------------------------------------
+
+OPTIONS = DecoderOptions()
+
+
+class Kept:
+    """A model of its own, what it keeps, and which decoders are made for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model_type: str = "llama") -> None:
+        self.model = make_tiny_model(model_type)
+        self.histories = KeptHistory()
+        self.num_made = 0
+        real = history.choose_decoder
+
+        def choose(*arguments: Any, **options: Any) -> Any:
+            self.num_made += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(history, "choose_decoder", choose)
+
+    def tokens(self, num_tokens: int = NUM_NEW, options: DecoderOptions = OPTIONS) -> list[int]:
+        with self.histories.borrow(as_loaded(self.model), options) as texts:
+            tokens = list(texts.answer(PROMPT, Sampling(), num_tokens))
+            assert texts.num_run == len(PROMPT)  # what runs never depends on what ran before
+            return tokens
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
+    return Kept(monkeypatch)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_next"])
+def test_a_kept_decoder_makes_the_same_text_again(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept(monkeypatch, model_type)
+    assert kept.tokens() == kept.tokens() == transformers_tokens(kept.model)
+    assert kept.num_made == 1
+
+
+def test_it_is_made_again_for_more_or_for_other_options(kept: Kept) -> None:
+    kept.tokens()
+    kept.tokens(3 * 64)
+    assert kept.num_made == 2
+    kept.tokens()
+    assert kept.num_made == 2
+    kept.tokens(options=DecoderOptions(prefill_chunk=3))
+    assert kept.num_made == 3
+
+
+def test_it_follows_the_variable_for_the_path(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept.tokens()
+    monkeypatch.setenv("QTOOL_PATH", "eager")
+    kept.tokens()
+    assert kept.num_made == 2
+
+
+def test_it_is_made_again_where_the_model_changed(kept: Kept) -> None:
+    kept.tokens()
+    weight = kept.model.lm_head.weight
+    kept.model.lm_head.weight = torch.nn.Parameter(-weight.detach())
+    assert kept.tokens() != expected_tokens("llama")
+    assert kept.num_made == 2
+    kept.model.lm_head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    kept.tokens()
+    assert kept.num_made == 3
+
+
+def test_texts_that_overlap_have_decoders_of_their_own(kept: Kept) -> None:
+    loaded = as_loaded(kept.model)
+    expected = expected_tokens("llama")
+    with kept.histories.borrow(loaded, OPTIONS) as one:
+        first = one.answer(PROMPT, Sampling(), NUM_NEW)
+        begun = [next(first)]
+        with kept.histories.borrow(loaded, OPTIONS) as other:
+            assert list(other.answer(PROMPT, Sampling(), NUM_NEW)) == expected
+        assert [*begun, *first] == expected
+    assert kept.num_made == 2
+    kept.tokens()
+    assert kept.num_made == 2
+
+
+def test_threads_do_not_disturb_each_other(kept: Kept) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: kept.tokens(), range(12)))
+    assert found == [expected_tokens("llama")] * 12
+
+
+def test_after_an_error_nothing_is_kept(kept: Kept) -> None:
+    with (
+        pytest.raises(RuntimeError),
+        kept.histories.borrow(as_loaded(kept.model), OPTIONS) as texts,
+    ):
+        texts.decoder_for(64)
+        raise RuntimeError
+    assert kept.tokens() == expected_tokens("llama")
+    assert kept.num_made == 2
+
+
+@pytest.mark.parametrize("make", [eager_decoder, graph_decoder])
+def test_what_is_kept_goes_with_the_model(
+    make: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, histories = make_tiny_model("llama"), KeptHistory()
+    monkeypatch.setattr(
+        history, "choose_decoder", lambda loaded, *_arguments, **_options: make(loaded.model)
+    )
+    with histories.borrow(as_loaded(model), OPTIONS) as texts:
+        list(texts.answer(PROMPT, Sampling(), NUM_NEW))
+        decoder = weakref.ref(texts.decoder_for(1))
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()  # counting references has to do
+    try:
+        del model
+        assert gone() is None
+        assert decoder() is not None
+        del texts, histories
+        if make is eager_decoder:  # a stand-in for a graph refers to its decoder
+            assert decoder() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copy_of_it_keeps_nothing(kept: Kept) -> None:
+    kept.tokens()
+    kept.histories = copy.deepcopy(kept.histories)
+    kept.tokens()
+    assert kept.num_made == 2
