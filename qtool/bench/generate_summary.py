@@ -57,9 +57,7 @@ def _scale(subject: Subject, taken: Samples, fewer: Samples, limit: Limit) -> Sc
         layers=subject.full_layers,
         measured_layers=(num_fewer, num_taken),
         # Short prompts wait for the host, so that the difference may be less than the noise.
-        prefill_tok_s=size.batch
-        * size.prompt_tokens
-        / (taken.prefill_s + missing * more_prefill_s)
+        prefill_tok_s=size.batch * size.prompt_tokens / (taken.prefill_s + missing * more_prefill_s)
         if more_prefill_s > 0
         else None,
         decode_tok_s=size.batch / step_s,

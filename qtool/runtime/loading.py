@@ -135,7 +135,9 @@ def load_model(
             dtypes = _Dtypes.of(checkpoint, options)
             weights_bytes = _loaded_bytes(source, dtypes.model)
             placement = choose_placement(options.device, options.max_memory, weights_bytes)
-            compiling = background.submit(_compile_kernels, source.layers, placement, dtypes)
+            compiling = background.submit(
+                _compile_kernels, config, source.layers, placement, dtypes
+            )
             offload_folder = offloaded.enter_context(tempfile.TemporaryDirectory())
             network = _build_model(
                 checkpoint, config, source, placement, dtypes, offload_folder, on_event
@@ -213,10 +215,14 @@ class _Dtypes:
 
 
 def _compile_kernels(
-    layers: Mapping[str, PackedLayer], placement: Placement, dtypes: _Dtypes
+    config: Any, layers: Mapping[str, PackedLayer], placement: Placement, dtypes: _Dtypes
 ) -> None:
-    """Compile what the packed layers will run, or load it from the disk cache."""
+    """Compile what the model will run, or load it from the disk cache."""
     device = placement.device
+    if device.type == "cpu":
+        from qtool.runtime.decoders.host_warm_up import warm_up_step
+
+        warm_up_step(config, layers, dtypes.compute or dtypes.model)
     if layers and device.type == "cuda" and importlib.util.find_spec("cupy") is not None:
         from qtool.runtime.warm_up import warm_up_kernels
 

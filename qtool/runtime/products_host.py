@@ -304,7 +304,7 @@ def _share_rows(num_rows: int, size: int, multiply: RowMultiplier) -> None:
         while (first := next(starts)) < num_rows:
             multiply(first, min(first + step, num_rows))
 
-    others = [_pool(num_threads - 1).submit(work) for _ in range(1, num_threads)]
+    others = [pool_of_threads(num_threads - 1).submit(work) for _ in range(1, num_threads)]
     work()
     for other in others:
         if not other.cancel():
@@ -312,5 +312,6 @@ def _share_rows(num_rows: int, size: int, multiply: RowMultiplier) -> None:
 
 
 @cache
-def _pool(num_threads: int) -> ThreadPoolExecutor:
+def pool_of_threads(num_threads: int) -> ThreadPoolExecutor:
+    """The threads that work on products beside their caller's."""
     return ThreadPoolExecutor(num_threads, thread_name_prefix="products")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Final, Literal, get_args
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.runtime.decoders.caches import CAPACITY_STEP, fixed_cache
 from qtool.runtime.decoders.capture import CaptureFailed
 from qtool.runtime.decoders.eager import EagerDecoder
@@ -58,7 +58,7 @@ def choose_decoder(
     options = options or DecoderOptions()
     capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
     wish = _Wish(loaded, capacity, batch, options.prefill_chunk)
-    asked = _asked_path(options)
+    asked = asked_path(options)
     refusals: list[str] = []
     for path, make in WAYS:
         if asked not in ("auto", path):
@@ -67,10 +67,11 @@ def choose_decoder(
         if not isinstance(made, str):
             return made
         refusals.append(made)
+    said_by = PATH_VARIABLE if options.path == "auto" else Option("path")
     raise QtoolError(
-        f"{type(loaded.model).__name__} cannot take the {asked} path: {refusals[0]}",
+        f"{loaded.model.__class__.__name__} cannot take the {asked} path: {refusals[0]}",
         kind="unsupported",
-        hint="leave out --path and QTOOL_PATH: the fastest way that works is taken",
+        hint=("leave out ", said_by, ": the fastest way that works is taken"),
     )
 
 
@@ -78,6 +79,8 @@ def choose_decoder(
 
 
 def _make_fused(wish: _Wish, refusals: str) -> Decoder | str:
+    if wish.loaded.device.type == "cpu":
+        return _make_host_fused(wish)
     # Asked before the module is loaded, which needs what may not be installed here.
     if wish.loaded.device.type != "cuda":
         return NO_GPU
@@ -104,9 +107,26 @@ def _make_fused(wish: _Wish, refusals: str) -> Decoder | str:
         return f"no fused kernels: {error}"
 
 
+def _make_host_fused(wish: _Wish) -> Decoder | str:
+    if wish.batch > 1:
+        return f"the fused step takes one sequence, not {wish.batch}"
+    if _num_devices(wish.loaded.model) > 1:
+        return SPREAD
+    # Loads the compiler of the kernels, which other devices do not need.
+    from qtool.runtime.decoders.blocks import NotFusable
+    from qtool.runtime.decoders.host_fused import make_host_decoder
+
+    try:
+        return make_host_decoder(
+            wish.loaded, capacity=wish.capacity, prefill_chunk=wish.prefill_chunk
+        )
+    except NotFusable as reason:
+        return str(reason)
+
+
 def _make_graphed(wish: _Wish, refusals: str) -> Decoder | str:
     model = wish.loaded.model
-    name = type(model).__name__
+    name = model.__class__.__name__
     if wish.loaded.device.type != "cuda":
         return NO_GPU
     if _num_devices(model) > 1:
@@ -153,7 +173,12 @@ def _num_devices(model: Any) -> int:
     return len(set((getattr(model, "hf_device_map", None) or {"": 0}).values()))
 
 
-def _asked_path(options: DecoderOptions) -> str:
+def asked_path(options: DecoderOptions) -> str:
+    """The path to take, from the options or the environment.
+
+    Raises:
+        QtoolError: usage, for a word in QTOOL_PATH that is none.
+    """
     if options.path != "auto":
         return options.path
     asked = os.environ.get(PATH_VARIABLE, "auto")

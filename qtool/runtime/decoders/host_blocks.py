@@ -1,0 +1,120 @@
+"""The common decoder block as the processor's step takes it, found in a transformers model.
+
+As in `blocks`, whose records these are; but weights may be float32, layers need fit no GPU, and a
+layer's `kind.dtype` is what its weights are rounded to, whatever activations are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from cupy_kernels.linear_few import LinearKind, LinearWeight
+from qtool.runtime.decoders.blocks import (
+    ACTIVATION_NAMES,
+    GATES,
+    LOGIT_SOFTCAP_TYPES,
+    MODEL_TYPES,
+    PLUS_ONE_TYPES,
+    FusableNetwork,
+    NotFusable,
+    PackedRows,
+    _embedding_scale,
+    _four_bit_rows,
+    _int8_rows,
+    _Reader,
+    _softcap,
+    text_decoder,
+)
+from qtool.runtime.dequantize_host import SOURCE_DTYPES
+from qtool.runtime.host_head import HostLinear
+from qtool.runtime.linear import Linear4bit, LinearInt8
+
+DTYPES: Final = (torch.float32, torch.bfloat16)
+GROUP: Final = 64  # columns are multiples, and blocks too
+
+
+def describe_host_network(model: Any) -> FusableNetwork:
+    """What the step needs to know of `model`.
+
+    Raises:
+        NotFusable: what it does not do.
+    """
+    model_type = model.config.model_type
+    if model_type not in MODEL_TYPES:
+        raise NotFusable(f"{model_type} blocks have no fused step")
+    config = model.config.get_text_config()
+    embedding = model.get_input_embeddings()
+    dtype = embedding.weight.dtype
+    if dtype not in DTYPES:
+        raise NotFusable(f"the fused step computes in float32 or bfloat16, not {_name(dtype)}")
+    gate = GATES.get(getattr(config, ACTIVATION_NAMES.get(config.model_type, "hidden_act")))
+    if gate is None:
+        raise NotFusable("its MLP has another activation")
+    decoder = text_decoder(model)
+    reader = _HostReader(
+        config,
+        dtype,
+        torch.device("cpu"),
+        plus_one=model_type in PLUS_ONE_TYPES,
+        takes_added_norms=True,
+    )
+    return FusableNetwork(
+        dtype=dtype,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=decoder.layers[0].self_attn.head_dim,
+        gate=gate,
+        embedding=embedding.weight,
+        embedding_scale=_embedding_scale(config, embedding, dtype),
+        blocks=tuple(reader.block(layer, index) for index, layer in enumerate(decoder.layers)),
+        final_norm=reader.norm(decoder.norm),
+        head=reader.rows(model.get_output_embeddings()),
+        logit_softcap=_softcap(
+            config, "final_logit_softcapping", model_type in LOGIT_SOFTCAP_TYPES
+        ),
+    )
+
+
+class _HostReader(_Reader):
+    """Reads the parts of one model."""
+
+    def rows(self, module: Any, start: int = 0, stop: int | None = None) -> PackedRows:
+        """Rows [start, stop) of a linear layer."""
+        if not isinstance(module, nn.Linear):
+            kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
+            raise NotFusable(f"a layer is {kind}")
+        if hasattr(module, "_hf_hook") or module.weight.device != self.device:
+            raise NotFusable("a layer is not in memory")
+        if module.in_features % GROUP:
+            raise NotFusable(f"a layer of {module.in_features} columns does not fit the step")
+        return self._rows_of(module, start, module.out_features if stop is None else stop)
+
+    def _rows_of(self, module: nn.Linear, start: int, stop: int) -> PackedRows:
+        bias = module.bias
+        if bias is not None and bias.dtype != self.dtype:
+            raise NotFusable("a bias of another dtype")
+        own_bias = None if bias is None else bias[start:stop]
+        if isinstance(module, Linear4bit | LinearInt8):
+            if module.compute_dtype not in (None, self.dtype):
+                raise NotFusable("layers compute in another dtype than activations have")
+            if isinstance(module, LinearInt8):
+                return PackedRows(*_int8_rows(module, "F32", start, stop, 0), own_bias)
+            if module.layer.blocksize % GROUP:
+                raise NotFusable(f"blocks of {module.layer.blocksize} weights do not fit the step")
+            dtype = SOURCE_DTYPES[module.layer.dtype]
+            return PackedRows(*_four_bit_rows(module, dtype, start, stop, 0), own_bias)
+        plain = module.weight.detach()[start:stop]
+        if type(module) not in (nn.Linear, HostLinear) or plain.dtype != self.dtype:
+            raise NotFusable(f"{type(module).__name__} layers have no fused step")
+        if not plain.is_contiguous():
+            raise NotFusable("a layer's weight is not contiguous")
+        kind = LinearKind("plain", module.in_features, SOURCE_DTYPES[self.dtype])
+        return PackedRows(kind, LinearWeight(stop - start, plain.data_ptr()), own_bias, plain)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
