@@ -118,7 +118,7 @@ def specialisations(target: str) -> Iterator[Specialisation]:
     Kernels of the decode step are left out where they do not run (see `SHARED_KIB`).
     """
     yield from _of_formats()
-    yield from _of_optimizers(8 if target == "sm_75" else 32)
+    yield from _of_optimizers(int(target.removeprefix("sm_")))
     if target in SHARED_KIB:
         yield from _of_products(shared_memory(target))
         yield from _of_the_decode_step()
@@ -154,7 +154,9 @@ def _of_formats() -> Iterator[Specialisation]:
     yield _make("dequantize_absmax")
 
 
-def _of_optimizers(table_copies: int) -> Iterator[Specialisation]:
+def _of_optimizers(compute_capability: int) -> Iterator[Specialisation]:
+    copies = 8 if compute_capability < 80 else 32  # of tables, by shared memory
+    threads = optimizer_8bit.threads_for(compute_capability)
     for algorithm in get_args(optimizer_8bit.Algorithm):
         yield _make(
             "optimizer_scalars",
@@ -164,7 +166,7 @@ def _of_optimizers(table_copies: int) -> Iterator[Specialisation]:
         for dtype in DTYPES:
             for bits in (8, 32):
                 kind = optimizer_8bit.UpdateKind(algorithm, dtype, bits)
-                defines = optimizer_8bit.specialise(kind, table_copies)
+                defines = optimizer_8bit.specialise(kind, copies, threads)
                 yield _make("optimizer_8bit", **defines)
     yield _make("store_words", MAX_WORDS=optimizer_8bit.MAX_WORDS)
 

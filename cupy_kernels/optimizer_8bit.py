@@ -41,7 +41,6 @@ FIELDS: Final = (
 GRADIENT_WORD: Final = FIELDS.index("gradient")
 
 RUN: Final = 4  # blocks that a warp takes in a row
-THREADS: Final = 896  # 72 registers each, which two states just do with
 MAX_WORDS: Final = 500  # arguments of a kernel are 4 KB at most
 MAX_GROUPS: Final = 64
 _SCALARS_THREADS: Final = 128
@@ -151,7 +150,13 @@ def code_tables() -> NDArray[np.uint32]:
     return np.concatenate([*maps, slot_table(True), slot_table(False)])
 
 
-def specialise(kind: UpdateKind, copies: int) -> dict[str, Any]:
+def threads_for(compute_capability: int) -> int:
+    """Of a thread block, the only one of its multiprocessor: as many as two states have registers
+    for, which are 72 up to 9.0 (written 90) and 80 from 10.0 on."""
+    return 896 if compute_capability < 100 else 768
+
+
+def specialise(kind: UpdateKind, copies: int, threads: int) -> dict[str, Any]:
     """The macros of optimizer_8bit.cu.
 
     Raises:
@@ -164,7 +169,7 @@ def specialise(kind: UpdateKind, copies: int) -> dict[str, Any]:
         "SOURCE": cuda_dtype(kind.dtype),
         "STATE_BITS": kind.state_bits,
         "COPIES": copies,
-        "THREADS": THREADS,
+        "THREADS": threads,
         "RUN": RUN,
     }
 
@@ -243,8 +248,10 @@ def _first_runs(num_values: Sequence[int]) -> tuple[NDArray[np.int64], int]:
 
 
 def _update_launch(kind: UpdateKind, memory: TableMemory, num_runs: int) -> Launch:
-    copies = _copies()
-    kernel = load_kernel("optimizer_8bit", **specialise(kind, copies))
+    import cupy
+
+    copies, threads = _copies(), threads_for(int(cupy.cuda.Device().compute_capability))
+    kernel = load_kernel("optimizer_8bit", **specialise(kind, copies, threads))
     arguments = _UpdateArguments(
         records=memory.records,
         firsts=memory.firsts,
@@ -254,8 +261,8 @@ def _update_launch(kind: UpdateKind, memory: TableMemory, num_runs: int) -> Laun
     )
     shared = shared_bytes(copies) if kind.state_bits == 8 else 0
     # A thread block per multiprocessor: it fills its tables once.
-    grid = (min(ceil_div(num_runs, THREADS // 32), current_gpu().multiprocessors),)
-    return Launch(kernel, grid, THREADS, shared, arguments, overlap=False)
+    grid = (min(ceil_div(num_runs, threads // 32), current_gpu().multiprocessors),)
+    return Launch(kernel, grid, threads, shared, arguments, overlap=False)
 
 
 def _store_launch() -> Launch:

@@ -244,7 +244,7 @@ def test_every_known_decoder_is_compared_or_flagged():
 
 # -- qtool's own packed layers --------------------------------------------------------------------
 
-OUT_FEATURES, IN_FEATURES, MANY_TOKENS = 1280, 512, 33
+OUT_FEATURES, IN_FEATURES, MANY_TOKENS = 1280, 512, 65
 
 
 def test_dequantizing_in_the_pieces_that_the_plan_assumes(monkeypatch):
