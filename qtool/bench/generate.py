@@ -24,7 +24,7 @@ from qtool.bench.generate_engines import GenerateEngine, QtoolEngine, Transforme
 from qtool.bench.generate_records import GenerateBenchResult, GenerateRun, Samples, Size, Timing
 from qtool.bench.generate_subject import Subject, choose_subject
 from qtool.bench.generate_summary import summarize
-from qtool.bench.interruption import interruptible
+from qtool.bench.interruption import gather, interruptible
 from qtool.bench.machine import describe_host, device_name, software_versions
 from qtool.bench.model_shapes import DEFAULT_SHAPE
 from qtool.bench.records import Engine
@@ -102,9 +102,10 @@ def bench_generate(
     with interruptible():
         limit = measure_copy(device, on_event)
         _free_memory()
-        samples = _Turns(subject, request, warnings).take(on_event)
-        shorter = subject.with_fewer_layers()
-        fewer = _Turns(shorter, request, warnings).take(on_event) if shorter else []
+    taken: list[tuple[Subject, Samples]] = []
+    interruption = gather(_take_all(subject, request, warnings, on_event), taken)
+    samples = [found for of, found in taken if of is subject]
+    fewer = [found for of, found in taken if of is not subject]
     runs = summarize(subject, samples, limit, fewer=fewer, warnings=warnings)
     on_gpu = device.type == "cuda"
     return GenerateBenchResult(
@@ -119,7 +120,17 @@ def bench_generate(
         limit=limit,
         runs=tuple(runs),
         warnings=tuple(dict.fromkeys(warnings)),
+        interruption=interruption,
     )
+
+
+def _take_all(
+    subject: Subject, request: GenerateBenchRequest, warnings: list[str], on_event: OnEvent
+) -> Iterator[tuple[Subject, Samples]]:
+    """What the model shows, and then, where it is a part of one, a smaller part."""
+    for each in filter(None, (subject, subject.with_fewer_layers())):
+        for samples in _Turns(each, request, warnings).take(on_event):
+            yield each, samples
 
 
 def _free_memory() -> None:
@@ -183,24 +194,25 @@ class _Turns:
         self._request = request
         self._warnings = warnings
 
-    def take(self, on_event: OnEvent) -> list[Samples]:
+    def take(self, on_event: OnEvent) -> Iterator[Samples]:
         """All sizes; one that does not fit the memory is a warning if others do."""
-        samples: list[Samples] = []
+        has_some = False
         try:
             with self._subject.load(on_event) as loaded:
                 on_event(Note(f"{self._subject.label} is ready after {loaded.load_s:.1f} s"))
                 rival = self._share(loaded)
                 for size in self._request.sizes:
                     try:
-                        samples += self._measure(loaded, rival, size, on_event)
+                        for samples in self._measure(loaded, rival, size, on_event):
+                            yield samples
+                            has_some = True
                     except QtoolError as error:
                         is_last = size == self._request.sizes[-1]
-                        if error.kind != "memory" or (is_last and not samples):
+                        if error.kind != "memory" or (is_last and not has_some):
                             raise
                         self._warnings.append(f"{size.text} is not measured: {error.message}")
         finally:
             _free_memory()
-        return samples
 
     def _share(self, loaded: LoadedModel) -> Any | None:
         if self._request.against is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool.bench.records import Engine, Limit
+from qtool.errors import QtoolError
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,10 @@ class GenerateRun:
 
 @dataclass(frozen=True, slots=True)
 class GenerateBenchResult:
-    """A whole measurement; `limit` is a copy on the same device in the same process."""
+    """A whole measurement; `limit` is a copy on the same device in the same process.
+
+    `interruption` is what ended it early, after some of its runs.
+    """
 
     device: str
     host: Mapping[str, Any]
@@ -128,6 +132,7 @@ class GenerateBenchResult:
     limit: Limit
     runs: tuple[GenerateRun, ...]
     warnings: tuple[str, ...] = ()
+    interruption: QtoolError | None = None
 
 
 def decode_ratio(run: GenerateRun, runs: Sequence[GenerateRun]) -> float | None:

@@ -20,7 +20,7 @@ from qtool.backends.cpu import num_usable_cores
 from qtool.bench.bitsandbytes_kernels import Bitsandbytes, NoRivalError
 from qtool.bench.contenders import Contender, Measured, measure
 from qtool.bench.devices import Device
-from qtool.bench.interruption import interruptible
+from qtool.bench.interruption import gather
 from qtool.bench.machine import describe_host, device_name, software_versions
 from qtool.bench.operations import (
     BLOCKSIZE,
@@ -88,23 +88,28 @@ def bench_kernels(request: KernelRequest, on_event: OnEvent = ignore_events) -> 
         warnings.append(reason)
         products = ()
     rival = _find_rival(request, warnings, on_gpu=on_gpu, num_threads=num_threads)
-    rows: list[Row] = []
-    with interruptible(), _open_device(on_gpu, num_threads) as device:
-        name = device_name(num_threads, on_gpu=on_gpu)
+
+    def measure_groups(device: Device) -> Iterator[list[Row]]:
         for shape in request.shapes or (CUDA_SHAPE if on_gpu else CPU_SHAPE,):
             for dtype in request.dtypes or (CUDA_DTYPES if on_gpu else CPU_DTYPES):
                 if operations:
                     group = _Group(device, rival, shape, dtype, operations)
                     measured = group.measure(request.repeats, on_event)
-                    warnings += host_bound_warnings(measured, group.label)
-                    rows += group_rows(measured, shape_text(shape), DTYPE_WORDS[dtype])
+                    warnings.extend(host_bound_warnings(measured, group.label))
+                    yield group_rows(measured, shape_text(shape), DTYPE_WORDS[dtype])
                     _release(device, rival)
                 if products and not (on_gpu and dtype == "F32"):  # models there have 16 bit
                     for tokens in request.tokens:
                         place = _ProductPlace(on_gpu, num_threads, shape, dtype, tokens)
-                        rows += place.rows(products, rival, request.repeats, on_event)
+                        yield place.rows(products, rival, request.repeats, on_event)
+
+    groups: list[list[Row]] = []
+    with _open_device(on_gpu, num_threads) as device:
+        name = device_name(num_threads, on_gpu=on_gpu)
+        interruption = gather(measure_groups(device), groups)
         versions = software_versions(on_gpu=on_gpu, rivals=("torch", "bitsandbytes"))
         runs_per_sample = device.clock.runs_per_sample
+    rows = [row for group_of_rows in groups for row in group_of_rows]
     return BenchResult(
         device=name,
         host=describe_host(),
@@ -119,6 +124,7 @@ def bench_kernels(request: KernelRequest, on_event: OnEvent = ignore_events) -> 
             "double_quant_ratios": double_quant_ratios(rows),
         },
         warnings=tuple(warnings),
+        interruption=interruption,
     )
 
 

@@ -41,7 +41,10 @@ from qtool.runtime.weights import TORCH_DTYPES
 ROTATION_BYTES: Final = 192 << 20  # several times the second-level cache of a large GPU
 MIN_WEIGHTS: Final = 3
 MAX_WEIGHTS: Final = 512
-LAUNCHES: Final = 64  # at least, in one CUDA graph
+LAUNCHES: Final = 64  # at least, in one CUDA graph of short products
+# Beyond so many tokens a product computes for longer than its weight is read: fewer launches do.
+SHORT_TOKENS: Final = 128
+MIN_LAUNCHES: Final = 4
 # A product beyond is wrong, not inexact: about ten times what rounding leaves.
 LARGEST_ERROR: Final[dict[SourceDtype, float]] = {"BF16": 3e-2, "F16": 1e-2, "F32": 1e-4}
 EXACT_ROWS: Final = 2048  # of a weight that are in float64 at a time
@@ -130,7 +133,9 @@ class ProductGroup:
 
     @property
     def _launches(self) -> int:
-        """In one graph; each weight has a turn at least."""
+        """In one graph; each weight has a turn at least, unless products are long."""
+        if self.tokens > SHORT_TOKENS:
+            return max(LAUNCHES * SHORT_TOKENS // self.tokens, MIN_LAUNCHES)
         sizes = [stored_bytes(self.shape, product.precision) for product in self.products]
         return max(LAUNCHES, *map(_num_weights, sizes))
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qtool.errors import QtoolError
+
 Engine = Literal[
     "limit", "qtool", "bitsandbytes", "torch", "transformers", "transformers+bitsandbytes"
 ]
@@ -65,6 +67,7 @@ class BenchResult:
     """A whole measurement.
 
     `details` are the command's own fields of the JSON document, beside those that all have.
+    `interruption` is what ended it early, after some of its rows.
     """
 
     device: str
@@ -74,6 +77,7 @@ class BenchResult:
     rows: tuple[Row, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    interruption: QtoolError | None = None
 
 
 def make_row(

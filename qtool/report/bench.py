@@ -79,7 +79,7 @@ def report_kernels(output: Output, result: BenchResult, path: Path | None) -> No
     output.answer(_dim(KERNEL_FOOTNOTE.format(n=result.rows[0].n)))
     if any(row.tokens is not None for row in result.rows):
         output.answer(_dim(PRODUCT_FOOTNOTE))
-    _finish(output, bench_document(result), path)
+    _finish(output, bench_document(result), path, result.interruption)
 
 
 def report_quantize(output: Output, result: BenchResult, path: Path | None) -> None:
@@ -108,7 +108,7 @@ def report_generate(output: Output, result: GenerateBenchResult, path: Path | No
     output.answer(_dim(GENERATE_FOOTNOTE.format(n=result.runs[0].n, limit=limit)))
     if any(run.allocated_peak_bytes for run in result.runs):
         output.answer(_dim(MEMORY_FOOTNOTE))
-    _finish(output, generate_document(result), path)
+    _finish(output, generate_document(result), path, result.interruption)
 
 
 def _generate_table(runs: Sequence[GenerateRun]) -> Table:
@@ -212,13 +212,22 @@ def generate_document(result: GenerateBenchResult) -> dict[str, Any]:
     }
 
 
-def _finish(output: Output, fields: dict[str, Any], path: Path | None) -> None:
+def _finish(
+    output: Output,
+    fields: dict[str, Any],
+    path: Path | None,
+    interruption: QtoolError | None = None,
+) -> None:
+    """Show and keep the document; then end as interrupted, if it holds only a part."""
+    fields |= {"complete": interruption is None}
     output.document(fields)
     if path is not None:
         head = {"schema": JSON_SCHEMA_VERSION, "command": output.command}
         document = {**head, **fields, "warnings": output.warnings}
         path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         output.note(f"written to {path}")
+    if interruption is not None:
+        raise interruption
 
 
 def _warn(output: Output, result: BenchResult) -> None:

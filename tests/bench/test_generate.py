@@ -125,6 +125,37 @@ def test_a_size_that_does_not_fit_is_a_warning_if_another_does(bench, monkeypatc
         bench(batches=(2,))
 
 
+def test_an_interruption_keeps_the_sizes_that_are_done(bench, monkeypatch):
+    make = QtoolEngine.__init__
+
+    def interrupt_at_two(engine, loaded, **options):
+        if options["batch"] == 2:
+            raise KeyboardInterrupt
+        make(engine, loaded, **options)
+
+    monkeypatch.setattr(QtoolEngine, "__init__", interrupt_at_two)
+    result = bench(batches=(1, 2, 3))
+    assert [found.batch for found in result.runs] == [1]
+    assert result.interruption is not None and result.interruption.kind == "interrupted"
+    with pytest.raises(QtoolError, match="interrupted"):
+        bench(batches=(2, 1))
+
+
+def test_a_shape_of_few_layers_is_kept_when_its_half_is_interrupted(
+    bench, slow_layers, monkeypatch
+):
+    pretend = QtoolEngine.run
+
+    def run(engine, input_ids, new_tokens):
+        if engine.num_layers == 2:
+            raise KeyboardInterrupt
+        return pretend(engine, input_ids, new_tokens)
+
+    monkeypatch.setattr(QtoolEngine, "run", run)
+    result = bench(shape="tiny-4layers")
+    assert result.runs[0].scaled is None and result.interruption is not None
+
+
 def test_one_run_has_no_deviation(bench):
     (found,) = bench(repeats=1).runs
     assert found.prefill_tok_s_sd is None and found.decode_tok_s_sd is None

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from qtool.bench.kernels import _Group
 from tests.bench.tiny_shape import shrink_sizes, write_tiny_shape
 from tests.cli.running import run
 from tests.tiny_models import llama_config
@@ -54,6 +55,7 @@ COMMON_FIELDS = {
     "rows",
     "backend",
     "backend_reason",
+    "complete",
 }
 NO_RIVAL = ("bench", "kernels", "--backend", "cpu", "--shape", "16x128", "--no-rival")
 KERNELS = (*NO_RIVAL, "--op", "quantize nf4", "--op", "dequantize nf4")
@@ -236,3 +238,31 @@ def test_help_shows_all_verbs_and_their_examples():
     assert all(verb in ran.stdout for verb in ("quantize", "kernels", "generate"))
     ran = run("bench", "kernels", "--help")
     assert "qtool bench kernels" in ran.stdout and "qtool bench quantize" not in ran.stdout
+
+
+def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch):
+    shrink_sizes(monkeypatch)
+    path = tmp_path / "part.json"
+    measure = _Group.measure
+
+    def measure_the_first(group, repeats, on_event):
+        if group.shape == (32, 128):
+            raise KeyboardInterrupt
+        return measure(group, repeats, on_event)
+
+    monkeypatch.setattr(_Group, "measure", measure_the_first)
+    ran = run(*KERNELS, "--shape", "32x128", "--shape", "64x128", "--output", path, "--json")
+    assert ran.exit_code == 130
+    assert ran.error["kind"] == "interrupted" and "until then" in ran.error["hint"]
+    for document in (ran.document, json.loads(path.read_text())):
+        assert document["complete"] is False
+        assert {row["shape"] for row in document["rows"]} == {"16x128"}
+
+
+def test_an_interruption_before_anything_is_measured_keeps_nothing(tmp_path, monkeypatch):
+    shrink_sizes(monkeypatch)
+    monkeypatch.setattr(_Group, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    ran = run(*KERNELS, "--output", tmp_path / "none.json", "--json")
+    assert ran.exit_code == 130 and ran.stdout == ""
+    assert "from the start" in ran.error["hint"]
+    assert not (tmp_path / "none.json").exists()
