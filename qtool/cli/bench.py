@@ -13,7 +13,7 @@ from qtool.cli import options
 from qtool.cli.session import verb_session
 from qtool.formats.precisions import Precision, QuantizedPrecision
 
-SUBVERBS = ("quantize", "kernels", "generate")
+SUBVERBS = ("quantize", "kernels", "generate", "optimizers")
 EXAMPLES = (
     "qtool bench quantize",
     "qtool bench quantize ./Llama-3.1-8B --work-dir /mnt/nvme",
@@ -25,6 +25,8 @@ EXAMPLES = (
     "qtool bench generate",
     "qtool bench generate ./Llama-3.1-8B-nf4 --prompt 128 --prompt 2048 --batch 1 --batch 8",
     "qtool bench generate --shape llama-3.1-70b-4layers --against bitsandbytes",
+    "qtool bench optimizers",
+    "qtool bench optimizers --case full --no-rival --output full.json",
 )
 
 Backend = Annotated[BackendChoice, typer.Option(help="Where to compute.")]
@@ -308,3 +310,50 @@ def generate(
         with show.progress() as on_event:
             result = bench_generate(request, on_event)
         report_generate(show, result, output)
+
+
+def optimizers(
+    ctx: typer.Context,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="lora|full",
+            autocompletion=lambda: ["lora", "full"],
+            help="lora: fp32 adapters of all linear layers of llama-3.1-8b; full: 15 bf16 "
+            "tensors of 8192x8192; repeatable.",
+            show_default="both on a GPU, else lora",
+        ),
+    ] = None,
+    repeat: Annotated[
+        int, typer.Option(metavar="N", min=20, help="Steps of each, at least 20.")
+    ] = 20,
+    rival: Annotated[bool, typer.Option(help="Measure torch and bitsandbytes too.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: OutputFile = None,
+    config: options.ConfigFile = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    color: options.Color = "auto",
+) -> None:
+    """Measure a step of each optimizer beside a copy of as many bytes.
+
+    A step is timed from its call until the device is done, with fresh gradients and all engines in
+    turns. Times are medians.
+    """
+    with verb_session(
+        ctx, "bench optimizers", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+    ) as show:
+        from qtool.report.bench import check_output, report_optimizers
+        from qtool.runtime.requirements import require_run_extra
+
+        require_run_extra()
+        check_output(output)
+        from qtool.bench.optimizers import OptimizerRequest, bench_optimizers
+
+        request = OptimizerRequest(
+            cases=tuple(case or ()), device=device, repeats=repeat, with_rivals=rival
+        )
+        with show.progress() as on_event:
+            result = bench_optimizers(request, on_event)
+        report_optimizers(show, result, output)

@@ -40,6 +40,12 @@ GENERATE_FOOTNOTE: Final = (
     "added up; of limit: bytes that a step must read, as fast as the device copies ({limit:,.0f} "
     "GB/s, read and written); vs qtool: time of decoding over qtool's"
 )
+OPTIMIZER_FOOTNOTE: Final = (
+    "time of a step, host included: median ± median absolute deviation of {n}; GB/s: 10^9 bytes of "
+    "parameters, gradients and states per second; of limit: share of a copy's rate ({limit:,.0f} "
+    "GB/s); vs qtool: time over qtool's; torch: its fused AdamW, with states of the parameters' "
+    "dtype; all others with states in 8 bit"
+)
 MEMORY_FOOTNOTE: Final = "memory: the most that was allocated on the GPU, weights included"
 
 QUANTIZE_FOOTNOTE: Final = (
@@ -91,6 +97,21 @@ def report_quantize(output: Output, result: BenchResult, path: Path | None) -> N
     n = next(row.n for row in result.rows if row.engine == "qtool")
     output.answer(_dim(QUANTIZE_FOOTNOTE.format(n=n, **result.details["storage"])))
     _finish(output, bench_document(result), path)
+
+
+def report_optimizers(output: Output, result: BenchResult, path: Path | None) -> None:
+    """The table, what the states take, the document."""
+    _warn(output, result)
+    output.answer(*_head(result), *_tables(result.rows), "")
+    for size in result.details["state_sizes"]:
+        if size["engine"] == "qtool":
+            output.answer(
+                f"{size['op']}, {size['case']}: {size['state_bytes_per_parameter']:.3f} bytes of "
+                "states per parameter"
+            )
+    limit = result.limits["copy"].bytes_per_s / 1e9
+    output.answer(_dim(OPTIMIZER_FOOTNOTE.format(n=result.rows[0].n, limit=limit)))
+    _finish(output, bench_document(result), path, result.interruption)
 
 
 def report_generate(output: Output, result: GenerateBenchResult, path: Path | None) -> None:
