@@ -30,7 +30,13 @@ def summarize(
     for samples in taken:
         run = _run_of(subject, samples, limit)
         partner = partners.get((samples.engine, samples.size))
-        if partner is not None:
+        if partner is not None and partner.path != samples.path:
+            warnings.append(
+                f"{samples.engine}, {samples.size.text}: {subject.num_fewer_layers} layers ran "
+                f"on the {partner.path} path ({partner.path_reason}), so the whole model's speed "
+                "cannot be told"
+            )
+        elif partner is not None:
             scaled = _scale(subject, samples, partner, limit)
             if scaled is None:
                 warnings.append(

@@ -188,6 +188,20 @@ def test_layers_that_take_no_time_are_told(bench, slow_layers, monkeypatch):
     assert result.runs[0].scaled is None and "took no more time" in result.warnings[0]
 
 
+def test_layers_on_another_path_tell_nothing(bench, slow_layers, monkeypatch):
+    make = QtoolEngine.__init__
+
+    def take_another_path(engine, loaded, **options):
+        make(engine, loaded, **options)
+        if engine.num_layers == 2:
+            engine.path, engine.path_reason = "graph", "no kernels"
+
+    monkeypatch.setattr(QtoolEngine, "__init__", take_another_path)
+    result = bench(shape="tiny-4layers")
+    assert result.runs[0].scaled is None
+    assert "2 layers ran on the graph path (no kernels)" in result.warnings[0]
+
+
 def test_prompts_that_wait_for_the_host_leave_the_rest_told(bench, slow_layers, monkeypatch):
     run = QtoolEngine.run
 
