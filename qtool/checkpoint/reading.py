@@ -8,18 +8,65 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from qtool.checkpoint.records import Checkpoint, Shard, TensorInfo
 from qtool.errors import QtoolError
+from qtool.formats.tensors import DTYPE_BITS
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 CHANGED_HINT = "let nothing write to the model's folder meanwhile, and run the command again"
+
+
+class TensorReader(Protocol):
+    """Tensors' bytes in parts, whatever they come from; from several threads at once."""
+
+    def read_into(self, tensor: TensorInfo, buffer: NDArray[Any], start: int) -> None:
+        """Fill `buffer` (C-contiguous) with the tensor's bytes from `start` on."""
+        ...
+
+    def read_columns(self, tensor: TensorInfo, buffer: NDArray[Any], start: int) -> None:
+        """Fill `buffer` (rows, n) with the columns of a matrix from `start` on."""
+        ...
+
+
+# A reader of the tensors of the shards that are named, until the context is left.
+OpenTensors = Callable[[Checkpoint, Collection[str]], AbstractContextManager[TensorReader]]
+
+
+@contextmanager
+def open_shards(checkpoint: Checkpoint, names: Collection[str]) -> Iterator[TensorReader]:
+    """The tensors of the shards `names` as they are stored; see `open_shard`."""
+    with ExitStack() as stack:
+        readers = {name: stack.enter_context(open_shard(checkpoint, name)) for name in names}
+        yield _StoredTensors(readers)
+
+
+class _StoredTensors:
+    def __init__(self, readers: dict[str, ShardReader]) -> None:
+        self._readers = readers
+
+    def read_into(self, tensor: TensorInfo, buffer: NDArray[Any], start: int) -> None:
+        self._readers[tensor.shard].read_into(buffer, tensor.offset + start)
+
+    def read_columns(self, tensor: TensorInfo, buffer: NDArray[Any], start: int) -> None:
+        num_rows, num_columns = tensor.shape
+        itemsize = DTYPE_BITS[tensor.dtype] // 8
+        self._readers[tensor.shard].read_columns(
+            tensor.offset,
+            rows=num_rows,
+            row_bytes=num_columns * itemsize,
+            col_start_bytes=start * itemsize,
+            col_num_bytes=buffer.shape[1] * itemsize,
+            buffer=buffer,
+        )
 
 
 def open_shard(checkpoint: Checkpoint, name: str) -> ShardReader:

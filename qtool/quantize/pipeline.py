@@ -11,16 +11,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Final, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qtool.architecture.stored_weights import QUANTIZABLE_DTYPES
 from qtool.backends.protocol import Backend, SourceArray
-from qtool.checkpoint.reading import ShardReader, open_shard
+from qtool.checkpoint.reading import OpenTensors, TensorReader, open_shards
 from qtool.checkpoint.records import Checkpoint, TensorInfo
-from qtool.errors import Option, QtoolError
+from qtool.errors import Option, QtoolError, Words
 from qtool.formats.bitsandbytes import QUANT_STATE_PREFIX, ROW_MAJOR, quant_state_bytes
 from qtool.formats.codebooks import FP4_CODE, NF4_CODE, dynamic_map
 from qtool.formats.floats import NUMPY_DTYPES, widen
@@ -31,17 +31,25 @@ from qtool.quantize.growing_file import GrowingFile
 from qtool.quantize.plan import ShardPlan, TensorPlan
 from qtool.quantize.tiles import Tile, cut_tensor
 
+NONFINITE_HINT: Final = (
+    "the checkpoint is damaged; ",
+    Option("allow_nonfinite", verb="quantize"),
+    " quantizes it all the same",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class PipelineSettings:
     """What may change from run to run without changing a byte of the output.
 
-    `num_workers` and `tile_bytes` None leave the choice to the backend.
+    `num_workers` and `tile_bytes` None leave the choice to the backend. `nonfinite_hint` is the
+    next step where values are not finite.
     """
 
     num_workers: int | None = None
     tile_bytes: int | None = None
     allow_nonfinite: bool = False
+    nonfinite_hint: Words = NONFINITE_HINT
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,7 @@ class PipelineContext:
     format: QuantFormat
     tile_bytes: int
     allow_nonfinite: bool
+    nonfinite_hint: Words
     pool: BufferPool
 
 
@@ -66,6 +75,7 @@ class ShardPipeline:
         shard: what to write.
         output: the file, its header written or to be written.
         offsets: absolute offset of every output tensor in it.
+        open_tensors: where the values come from.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class ShardPipeline:
         output: GrowingFile,
         offsets: Mapping[str, int],
         context: PipelineContext,
+        open_tensors: OpenTensors = open_shards,
     ) -> None:
         self.output = output
         self._checkpoint = checkpoint
@@ -85,15 +96,15 @@ class ShardPipeline:
         self._format = context.format
         self._context = context
         self._constants = _constant_statistics(context.format)
-        self._readers: dict[str, ShardReader] = {}
-        self._open_readers = ExitStack()
+        self._open_tensors = open_tensors
+        self._opened = ExitStack()
+        self._tensors: TensorReader
         self._absmax = AbsmaxCollector(context.pool, context.format.blocksize)
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            for name in {cast(TensorInfo, tensor.source).shard for tensor in self._shard.tensors}:
-                self._readers[name] = stack.enter_context(open_shard(self._checkpoint, name))
-            self._open_readers = stack.pop_all()
+        names = {cast(TensorInfo, tensor.source).shard for tensor in self._shard.tensors}
+        opening = self._open_tensors(self._checkpoint, names)
+        self._tensors = self._opened.enter_context(opening)
         return self
 
     def __exit__(
@@ -102,7 +113,7 @@ class ShardPipeline:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._open_readers.__exit__(kind, error, traceback)
+        self._opened.__exit__(kind, error, traceback)
 
     def tiles(self) -> Iterator[Tile]:
         """All tiles, in the order of the output file, so that it grows from its start."""
@@ -125,7 +136,7 @@ class ShardPipeline:
     def _copy(self, tile: Tile, buffers: TileBuffers) -> None:
         source = cast(TensorInfo, tile.tensor.source)
         data = buffers.source[: tile.length]
-        self._readers[source.shard].read_into(data, source.offset + tile.start)
+        self._tensors.read_into(source, data, tile.start)
         if source.dtype in QUANTIZABLE_DTYPES:
             dtype = cast(SourceDtype, source.dtype)
             values = data.view(NUMPY_DTYPES[dtype])
@@ -198,30 +209,28 @@ class ShardPipeline:
         source = cast(TensorInfo, tile.tensor.source)
         dtype = cast(SourceDtype, source.dtype)
         itemsize = np.dtype(NUMPY_DTYPES[dtype]).itemsize
-        reader = self._readers[source.shard]
         data = buffers.source[: tile.source_bytes]
         if not tile.tensor.transposed:
-            reader.read_into(data, source.offset + tile.start * itemsize)
+            self._tensors.read_into(source, data, tile.start * itemsize)
             return cast(SourceArray, data.view(NUMPY_DTYPES[dtype])), dtype
         # [in, out] on disk: these output rows are a slab of columns.
-        num_in, num_out = source.shape
+        num_in = source.shape[0]
         num_rows = tile.length // num_in
-        reader.read_columns(
-            source.offset,
-            rows=num_in,
-            row_bytes=num_out * itemsize,
-            col_start_bytes=tile.start // num_in * itemsize,
-            col_num_bytes=num_rows * itemsize,
-            buffer=data,
-        )
-        values = buffers.transposed[: tile.source_bytes].view(NUMPY_DTYPES[dtype])
         slab = data.view(NUMPY_DTYPES[dtype]).reshape(num_in, num_rows)
+        self._tensors.read_columns(source, slab, tile.start // num_in)
+        values = buffers.transposed[: tile.source_bytes].view(NUMPY_DTYPES[dtype])
         np.copyto(values.reshape(num_rows, num_in), slab.T)
         return cast(SourceArray, values), dtype
 
     def _check_finite(self, tile: Tile, values: SourceArray, num_bad: int) -> None:
         if num_bad and not self._context.allow_nonfinite:
-            raise _nonfinite_error(tile, values, num_bad, is_int8=self._format.is_int8)
+            raise _nonfinite_error(
+                tile,
+                values,
+                num_bad,
+                is_int8=self._format.is_int8,
+                hint=self._context.nonfinite_hint,
+            )
 
 
 def warm_up_kernels(backend: Backend, dtype: SourceDtype, fmt: QuantFormat) -> None:
@@ -251,7 +260,9 @@ def _constant_statistics(fmt: QuantFormat) -> dict[str, NDArray[Any]]:
     return tables | {"nested_quant_map": dynamic_map()} if fmt.double_quant else tables
 
 
-def _nonfinite_error(tile: Tile, values: SourceArray, num_bad: int, *, is_int8: bool) -> QtoolError:
+def _nonfinite_error(
+    tile: Tile, values: SourceArray, num_bad: int, *, is_int8: bool, hint: Words
+) -> QtoolError:
     source = cast(TensorInfo, tile.tensor.source)
     floats = widen(values.reshape(-1), cast(SourceDtype, source.dtype))
     with np.errstate(over="ignore"):
@@ -271,9 +282,5 @@ def _nonfinite_error(tile: Tile, values: SourceArray, num_bad: int, *, is_int8: 
         f"{source.shard}: {source.name}: {num_bad} values are not finite; "
         f"element {index + where} is {found}",
         kind="bad_file",
-        hint=(
-            "the checkpoint is damaged; ",
-            Option("allow_nonfinite", verb="quantize"),
-            " quantizes it all the same",
-        ),
+        hint=hint,
     )

@@ -150,7 +150,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> QuantPlan:
         skip_modules=architecture.explicit_skips(recipe.skip),
         int8_threshold=recipe.int8_threshold,
     )
-    shards = _split_into_shards(tensors, recipe.max_shard_bytes)
+    shards = split_into_shards(tensors, recipe.max_shard_bytes)
     return QuantPlan(recipe, architecture, shards, entry)
 
 
@@ -224,9 +224,10 @@ def _plan_quantized(tensor: TensorLayout, parameter: ModelTensor, fmt: QuantForm
     return TensorPlan(tensor, "quantize", reason, outputs, transposed)
 
 
-def _split_into_shards(
+def split_into_shards(
     tensors: Sequence[TensorPlan], max_shard_bytes: int | None
 ) -> tuple[ShardPlan, ...]:
+    """The tensors in files, in their order: one per source shard, or of at most so many bytes."""
     groups: list[list[TensorPlan]] = []
     group_bytes = 0
     for tensor in tensors:

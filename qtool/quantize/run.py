@@ -4,13 +4,14 @@
 
 A few shards are in work at once. Each has a thread that makes its file, follows with the checksum
 while the workers fill it, and syncs, renames and journals it. Small files, index and manifest come
-after; config.json is the last file to appear.
+after; config.json is the last file to appear. `write_folder` does the same for whoever else makes
+a folder of weights.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from qtool.backends.protocol import Backend
+from qtool.checkpoint.reading import OpenTensors, open_shards
 from qtool.checkpoint.records import Checkpoint
 from qtool.checkpoint.safetensors_header import EncodedHeader, encode_header
 from qtool.errors import QtoolError
 from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
+from qtool.formats.precisions import QuantFormat
 from qtool.formats.tensors import SourceDtype
 from qtool.quantize.memory import PeakMemory
 from qtool.quantize.output_folder import (
@@ -35,7 +38,7 @@ from qtool.quantize.output_folder import (
     require_same,
 )
 from qtool.quantize.pipeline import PipelineSettings, ShardPipeline, warm_up_kernels
-from qtool.quantize.plan import QuantPlan, ShardPlan
+from qtool.quantize.plan import QuantPlan, Recipe, ShardPlan, TensorPlan
 from qtool.quantize.workers import SHARDS_IN_TURN, TileWorkers, open_workers
 
 INDEX = "model.safetensors.index.json"
@@ -44,6 +47,38 @@ WORTH_SAYING_S = 3.0  # loading compiled kernels takes about a second, compiling
 REPORT_INTERVAL_S = 0.05  # as often as memory is looked at and progress told
 # As many shards are filled as take turns; as many again are being made or synced meanwhile.
 OPEN_SHARDS = 2 * SHARDS_IN_TURN
+
+
+@dataclass(frozen=True, slots=True)
+class FolderPlan:
+    """A folder to write: its shards, from which tensors they come, and the files beside them.
+
+    Args:
+        stage: what progress calls the work.
+        checkpoint: whose tensors `shards` name.
+        format: of the tensors that are quantized.
+        config: for config.json.
+        other_files: small files to carry along: name in the folder -> where it lies.
+        input_bytes: of the files that are read.
+        source_folders: where nothing may be written.
+        open_tensors: reads the tensors' values.
+    """
+
+    stage: str
+    checkpoint: Checkpoint
+    shards: tuple[ShardPlan, ...]
+    format: QuantFormat
+    config: Mapping[str, Any]
+    other_files: Mapping[str, Path]
+    identity: RunIdentity
+    input_bytes: int
+    source_folders: tuple[Path, ...]
+    open_tensors: OpenTensors = open_shards
+
+    @property
+    def tensors(self) -> list[TensorPlan]:
+        """All tensors, in output order."""
+        return [tensor for shard in self.shards for tensor in shard.tensors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +115,50 @@ def quantize_checkpoint(
         QtoolError: `output` is foreign or was made with other settings; not enough space; a source
             file is short, changed, or holds NaN or Inf. A source that proves bad leaves no output.
     """
-    _refuse_writing_into_source(checkpoint, output)
-    identity = _identify(checkpoint, plan)
+    folder_plan = FolderPlan(
+        stage="quantize",
+        checkpoint=checkpoint,
+        shards=plan.shards,
+        format=plan.recipe.format,
+        config={**checkpoint.config, "quantization_config": dict(plan.config_entry)},
+        other_files={name: checkpoint.path_of(name) for name in checkpoint.other_files},
+        identity=_identify(checkpoint, plan),
+        input_bytes=sum(shard.file_bytes for shard in checkpoint.shards),
+        source_folders=() if checkpoint.folder is None else (checkpoint.folder,),
+    )
+    return write_folder(folder_plan, output, backend, settings, restart=restart, on_event=on_event)
+
+
+def write_folder(
+    plan: FolderPlan,
+    output: Path,
+    backend: Backend,
+    settings: PipelineSettings,
+    *,
+    restart: bool = False,
+    on_event: OnEvent = ignore_events,
+) -> QuantizeResult:
+    """Carry `plan` out, or go on with it; raises as `quantize_checkpoint`."""
+    for source in plan.source_folders:
+        _refuse_writing_into_source(source, output)
     peak_memory = PeakMemory(backend)
     resumed, read_bytes, start_s = True, 0, time.perf_counter()
-    if restart or not _is_finished(output, identity):
-        with open_workers(backend, plan.tensors, plan.recipe.format, settings, on_event) as workers:
+    if restart or not _is_finished(output, plan.identity):
+        with open_workers(backend, plan.tensors, plan.format, settings, on_event) as workers:
             _warm_up(backend, plan, on_event)
             start_s = time.perf_counter()
-            job = _Job(checkpoint, plan, workers, peak_memory, on_event)
+            job = _Job(plan, workers, peak_memory, on_event)
             with (
-                open_output_folder(output, identity, restart=restart) as folder,
+                open_output_folder(output, plan.identity, restart=restart) as folder,
                 _discarding_refused(folder),
             ):
                 resumed = folder.resumed
                 read_bytes = _write_shards(folder, job)
-                _finish(folder, checkpoint, plan)
+                _finish(folder, plan)
     return QuantizeResult(
-        input_bytes=sum(shard.file_bytes for shard in checkpoint.shards),
+        input_bytes=plan.input_bytes,
         output_bytes=output_file_bytes(plan),
-        weights_bytes=plan.weights_bytes,
+        weights_bytes=sum(shard.weights_bytes for shard in plan.shards),
         read_bytes=read_bytes,
         seconds=time.perf_counter() - start_s,
         resumed=resumed,
@@ -108,19 +167,19 @@ def quantize_checkpoint(
     )
 
 
-def output_file_bytes(plan: QuantPlan) -> int:
+def output_file_bytes(plan: QuantPlan | FolderPlan) -> int:
     """Bytes of the output's safetensors files, headers included."""
     return sum(_encode(shard).file_bytes for shard in plan.shards)
 
 
-def _warm_up(backend: Backend, plan: QuantPlan, on_event: OnEvent) -> None:
+def _warm_up(backend: Backend, plan: FolderPlan, on_event: OnEvent) -> None:
     """Load, and on a machine's first run compile, the kernels that `plan` needs.
 
     Done before the clock starts, so that rates and the time left are those of the work.
     """
     start_s = time.perf_counter()
     for dtype in sorted({t.source.dtype for t in plan.tensors if t.action == "quantize"}):
-        warm_up_kernels(backend, cast(SourceDtype, dtype), plan.recipe.format)
+        warm_up_kernels(backend, cast(SourceDtype, dtype), plan.format)
     seconds = time.perf_counter() - start_s
     if seconds > WORTH_SAYING_S:
         on_event(Note(f"kernels compiled in {seconds:.1f} s; they are kept for the next run"))
@@ -128,8 +187,7 @@ def _warm_up(backend: Backend, plan: QuantPlan, on_event: OnEvent) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    checkpoint: Checkpoint
-    plan: QuantPlan
+    plan: FolderPlan
     workers: TileWorkers
     peak_memory: PeakMemory
     on_event: OnEvent
@@ -152,7 +210,7 @@ def _write_shards(folder: OutputFolder, job: _Job) -> int:
     headers = {shard.file_name: _encode(shard) for shard in shards}
     missing = [shard for shard in shards if shard.file_name not in folder.finished]
     folder.require_space(sum(headers[shard.file_name].file_bytes for shard in missing))
-    job.on_event(Started("quantize", job.plan.input_bytes))
+    job.on_event(Started(job.plan.stage, sum(shard.input_bytes for shard in shards)))
     for shard in shards:
         if shard not in missing:
             job.on_event(Advanced(shard.input_bytes, shard.file_name))
@@ -169,7 +227,7 @@ def _write_shards(folder: OutputFolder, job: _Job) -> int:
             pool.shutdown(wait=False, cancel_futures=True)
             job.workers.stop(error)
             raise
-    job.on_event(Finished("quantize"))
+    job.on_event(Finished(job.plan.stage))
     return sum(shard.input_bytes for shard in missing)
 
 
@@ -178,11 +236,12 @@ def _write_shard(folder: OutputFolder, job: _Job, shard: ShardPlan, header: Enco
         file.write(header.data, 0)
         names = [output.name for output in shard.outputs()]
         pipeline = ShardPipeline(
-            job.checkpoint,
+            job.plan.checkpoint,
             shard,
             output=file,
             offsets=dict(zip(names, header.offsets, strict=True)),
             context=job.workers.context,
+            open_tensors=job.plan.open_tensors,
         )
         with pipeline, job.workers.carrying(pipeline):
             file.sha256()
@@ -202,56 +261,72 @@ def _encode(shard: ShardPlan) -> EncodedHeader:
     return encode_header(shard.outputs())
 
 
-def _finish(folder: OutputFolder, checkpoint: Checkpoint, plan: QuantPlan) -> None:
+def _finish(folder: OutputFolder, plan: FolderPlan) -> None:
     """Everything beside the shards; config.json last."""
     files = {shard.file_name: folder.finished[shard.file_name] for shard in plan.shards}
-    for name in checkpoint.other_files:
-        files[name] = folder.write_file(name, checkpoint.path_of(name).read_bytes())
+    for name, path in plan.other_files.items():
+        files[name] = folder.write_file(name, path.read_bytes())
     last_files = {}
     if len(plan.shards) > 1:
-        last_files[INDEX] = encode_json(_index(plan))
-    config = {**checkpoint.config, "quantization_config": dict(plan.config_entry)}
-    last_files[CONFIG] = encode_json(config)
+        last_files[INDEX] = encode_json(_index(plan.shards))
+    last_files[CONFIG] = encode_json(plan.config)
     files.update({name: hash_bytes(data) for name, data in last_files.items()})
     folder.complete(encode_manifest(folder.identity, files), last_files)
 
 
-def _index(plan: QuantPlan) -> dict[str, Any]:
-    weight_map = {
-        output.name: shard.file_name for shard in plan.shards for output in shard.outputs()
-    }
+def _index(shards: Iterable[ShardPlan]) -> dict[str, Any]:
+    shards = tuple(shards)
+    weight_map = {output.name: shard.file_name for shard in shards for output in shard.outputs()}
     return {
-        "metadata": {"total_size": plan.weights_bytes},
+        "metadata": {"total_size": sum(shard.weights_bytes for shard in shards)},
         "weight_map": dict(sorted(weight_map.items())),
     }
 
 
 def _identify(checkpoint: Checkpoint, plan: QuantPlan) -> RunIdentity:
-    recipe = plan.recipe
-    state = {
-        shard.file_name: checkpoint.path_of(shard.file_name).stat() for shard in checkpoint.shards
-    }
-    shard_names = [shard.file_name for shard in plan.shards]
-    index = [INDEX] if len(shard_names) > 1 else []
     return RunIdentity(
-        source={
-            # A local folder's place is not part of what it is.
-            "model": checkpoint.id if checkpoint.location == "hub" else Path(checkpoint.id).name,
-            "revision": checkpoint.revision,
-            "files": {shard.file_name: shard.file_bytes for shard in checkpoint.shards},
-        },
-        options={
-            "quant": recipe.format.precision,
-            "blocksize": recipe.format.blocksize,
-            "quant_storage": recipe.format.quant_storage,
-            "skip": list(recipe.skip),
-            "compute_dtype": recipe.compute_dtype,
-            "int8_threshold": recipe.int8_threshold,
-            "max_shard_bytes": recipe.max_shard_bytes,
-        },
-        source_state={name: [stat.st_size, stat.st_mtime_ns] for name, stat in state.items()},
-        file_names=(*shard_names, *checkpoint.other_files, *index, CONFIG),
+        source=describe_source(checkpoint),
+        options=describe_recipe(plan.recipe),
+        source_state=source_state(checkpoint),
+        file_names=folder_file_names(plan.shards, checkpoint.other_files),
     )
+
+
+def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the manifest says of a checkpoint that was read."""
+    return {
+        # A local folder's place is not part of what it is.
+        "model": checkpoint.id if checkpoint.location == "hub" else Path(checkpoint.id).name,
+        "revision": checkpoint.revision,
+        "files": {shard.file_name: shard.file_bytes for shard in checkpoint.shards},
+    }
+
+
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The options that decide about quantized bytes."""
+    return {
+        "quant": recipe.format.precision,
+        "blocksize": recipe.format.blocksize,
+        "quant_storage": recipe.format.quant_storage,
+        "skip": list(recipe.skip),
+        "compute_dtype": recipe.compute_dtype,
+        "int8_threshold": recipe.int8_threshold,
+        "max_shard_bytes": recipe.max_shard_bytes,
+    }
+
+
+def source_state(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Sizes and times of the files of a checkpoint that is read."""
+    paths = {shard.file_name: checkpoint.path_of(shard.file_name) for shard in checkpoint.shards}
+    stats = {name: path.stat() for name, path in paths.items()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def folder_file_names(shards: Iterable[ShardPlan], other_files: Iterable[str]) -> tuple[str, ...]:
+    """Every file that a run writes, but the manifest."""
+    shard_names = [shard.file_name for shard in shards]
+    index = [INDEX] if len(shard_names) > 1 else []
+    return (*shard_names, *other_files, *index, CONFIG)
 
 
 def _is_finished(output: Path, identity: RunIdentity) -> bool:
@@ -267,13 +342,11 @@ def _is_finished(output: Path, identity: RunIdentity) -> bool:
     return True
 
 
-def _refuse_writing_into_source(checkpoint: Checkpoint, output: Path) -> None:
-    if checkpoint.folder is None:
-        return
-    source, target = checkpoint.folder.resolve(), output.resolve()
+def _refuse_writing_into_source(folder: Path, output: Path) -> None:
+    source, target = folder.resolve(), output.resolve()
     if target == source or source in target.parents:
         raise QtoolError(
-            f"{output} lies in the source folder {checkpoint.folder}",
+            f"{output} lies in the source folder {folder}",
             kind="usage",
             hint="choose a folder outside of it with -o",
         )

@@ -62,6 +62,7 @@ def open_workers(
             fmt,
             tile_bytes=whole_tile_bytes(reservation.tile_bytes),
             allow_nonfinite=settings.allow_nonfinite,
+            nonfinite_hint=settings.nonfinite_hint,
             pool=BufferPool(backend),
         )
         workers = TileWorkers(

@@ -1,0 +1,202 @@
+"""`qtool merge` as users and scripts see it, and what docs/merge.md shows of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.running import run
+from tests.merge.adapters import linear_layers, lora_tensors, write_adapter
+from tests.test_readme import shape_of
+from tests.tiny_models import write_llama
+
+ROOT = Path(__file__).parent.parent.parent
+DOCS = (ROOT / "docs/merge.md").read_text(encoding="utf-8")
+DEMO = ROOT / "qtool/demo_model"
+RESULT_FIELDS = {
+    *("schema", "command", "warnings", "output", "quant", "onto", "onto_reason", "base"),
+    *("backend", "backend_reason", "input_bytes", "output_bytes", "weights_bytes", "seconds"),
+    *("resumed", "tensors", "max_logit_change", "adapter_logit_change", "prompt_tokens"),
+    *("other_choices", "peak_host_bytes", "peak_device_bytes"),
+}
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    config = write_llama(tmp_path / "model", num_shards=2)
+    return write_adapter(tmp_path / "a", lora_tensors(linear_layers(config)), tmp_path / "model")
+
+
+@pytest.fixture
+def demo_adapter(tmp_path):
+    config = json.loads((DEMO / "config.json").read_text())
+    return write_adapter(tmp_path / "adapter", lora_tensors(linear_layers(config)), DEMO)
+
+
+def test_json_is_one_document_with_the_contract_s_fields(adapter, tmp_path):
+    ran = run("merge", adapter, "-o", tmp_path / "out", "--json", "--no-check")
+    assert ran.exit_code == 0 and ran.stderr == ""
+    document = ran.document
+    assert document.keys() == RESULT_FIELDS
+    assert document["schema"] == 1 and document["command"] == "merge"
+    assert document["quant"] == "bf16" and document["onto"] == "original"
+    assert document["tensors"] == {"merged": 14, "replaced": 0, "dequantized": 0, "copied": 7}
+    assert document["max_logit_change"] is None and document["warnings"] == []
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert document["output_bytes"] == sum(file.stat().st_size for file in files)
+    assert document["peak_host_bytes"] > 0 and document["seconds"] > 0
+    again = run("merge", adapter, "-o", tmp_path / "out", "--json", "--no-check").document
+    assert again["resumed"] is True
+
+
+def test_the_output_is_whole_by_every_rule(adapter, tmp_path):
+    for options in ((), ("--quant", "nf4-dq"), ("--quant", "int8", "--skip", "model.layers.0")):
+        output = tmp_path / f"out{len(options)}"
+        assert run("merge", adapter, "-o", output, "--no-check", *options).exit_code == 0
+        assert run("inspect", output, "--verify").exit_code == 0
+
+
+@pytest.mark.parametrize("quant", [None, "nf4-dq"])
+@pytest.mark.parametrize("packed", [False, True], ids=["16 bit", "packed"])
+def test_the_change_of_logits_is_small_beside_what_the_adapter_does(
+    demo_adapter, tmp_path, packed, quant
+):
+    pytest.importorskip("peft")
+    options = ["--quant", quant] if quant else []
+    if packed:
+        run("quantize", DEMO, "-o", tmp_path / "packed")
+        options += ["--base", tmp_path / "packed"]
+    ran = run(
+        "merge", demo_adapter, "-o", tmp_path / "out", "--json", "--prompt", "A cat", *options
+    )
+    document = ran.document
+    assert document["onto"] == ("dequantized" if packed else "original")
+    assert document["prompt_tokens"] > 0 and document["warnings"] == []
+    assert 0 < document["max_logit_change"] < document["adapter_logit_change"]
+    if quant is None:  # only rounded
+        assert document["max_logit_change"] < 0.05 * document["adapter_logit_change"]
+
+
+def test_onto_original_is_compared_with_the_packed_base(demo_adapter, tmp_path):
+    pytest.importorskip("peft")
+    run("quantize", DEMO, "-o", tmp_path / "packed")
+    options = ("--base", tmp_path / "packed", "--json")
+    close = run("merge", demo_adapter, "-o", tmp_path / "out", *options).document
+    config = json.loads((demo_adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "packed")
+    (demo_adapter / "adapter_config.json").write_text(json.dumps(config))
+    options = ("--base", DEMO, "--onto", "original", "--json")
+    far = run("merge", demo_adapter, "-o", tmp_path / "out2", *options).document
+    assert far["onto"] == "original" and far["base"] == str(DEMO)
+    assert far["max_logit_change"] > 4 * close["max_logit_change"]
+
+
+def test_training_on_weights_packed_while_loading_is_told_and_compared_with(demo_adapter, tmp_path):
+    pytest.importorskip("peft")
+    plain = run("merge", demo_adapter, "-o", tmp_path / "out", "--json").document
+    record = {"model": {"id": "demo", "quant": "nf4-dq"}}
+    (demo_adapter / "qtool_finetune.json").write_text(json.dumps(record))
+    warned = run("merge", demo_adapter, "-o", tmp_path / "out2", "--json").document
+    [warning] = warned["warnings"]
+    assert "trained against nf4-dq weights" in warning and "--base PACKED" in warning
+    assert warned["max_logit_change"] > 4 * plain["max_logit_change"]
+    options = ("--onto", "original", "--no-check", "--json")  # who asks for it need not be told
+    assert not run("merge", demo_adapter, "-o", tmp_path / "out3", *options).document["warnings"]
+
+
+def test_a_model_that_cannot_be_run_is_merged_and_said_so(adapter, tmp_path):
+    ran = run("merge", adapter, "-o", tmp_path / "out", "--json")  # it has no tokenizer
+    assert ran.exit_code == 0 and ran.document["max_logit_change"] is None
+    [warning] = ran.document["warnings"]
+    assert "logits were not compared" in warning and "tokenizer" in warning
+
+
+def test_without_the_run_extra_it_is_merged_and_said_so(adapter, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "qtool.runtime.requirements.importlib.util.find_spec",
+        lambda name: None if name == "torch" else find_spec(name),
+    )
+    ran = run("merge", adapter, "-o", tmp_path / "out", "--json")
+    assert ran.exit_code == 0
+    assert 'pip install "qtool[run]"' in ran.document["warnings"][0]
+
+
+def test_models_that_do_not_fit_into_memory_are_not_loaded(demo_adapter, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr("qtool.merge.logits.available_memory_bytes", lambda: (1 << 20, 1 << 30))
+    ran = run("merge", demo_adapter, "-o", tmp_path / "out", "--json")
+    assert ran.exit_code == 0 and ran.document["max_logit_change"] is None
+    assert "more than is free on any device" in ran.document["warnings"][0]
+
+
+def test_errors_are_json_with_their_kind(adapter, tmp_path):
+    ran = run("merge", adapter, "--json")
+    assert ran.exit_code == 2 and ran.error["kind"] == "usage"
+    assert "-o" in ran.error["hint"] or "--output" in ran.error["hint"]
+    ran = run("merge", tmp_path / "none", "-o", tmp_path / "out", "--json")
+    assert ran.exit_code == 1 and ran.error["kind"] == "not_found"
+    ran = run("merge", adapter, "-o", tmp_path / "out", "--base", tmp_path / "none", "--json")
+    assert ran.exit_code == 1 and ran.error["kind"] == "not_found"
+
+
+def test_stdout_has_the_answer_and_stderr_the_rest(adapter, tmp_path):
+    ran = run("merge", adapter, "-o", tmp_path / "out", "--no-check")
+    assert ran.stdout.startswith("complete, ") and "plan" not in ran.stdout
+    assert "onto the original weights (the base is not packed)" in ran.stderr
+    quiet = run("merge", adapter, "-o", tmp_path / "quiet", "--no-check", "--quiet")
+    assert quiet.stderr == "" and "complete" in quiet.stdout
+
+
+def test_merging_loads_no_torch(adapter, tmp_path):
+    from tests.test_structure import loaded_modules
+
+    loaded = loaded_modules("merge", str(adapter), "-o", str(tmp_path / "out"), "--no-check")
+    assert "numba" in loaded
+    assert loaded.isdisjoint(["torch", "transformers", "accelerate", "peft"])
+
+
+# ---- docs/merge.md ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_console_blocks_show_what_the_commands_print(demo_adapter, tmp_path):
+    pytest.importorskip("peft")
+    blocks = re.findall(r"^```console\n\$ (.+?)\n(.*?)^```", DOCS, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 2
+    for command, shown in blocks:
+        program, *words = shlex.split(command)
+        assert program == "qtool"
+        done = subprocess.run(
+            [sys.executable, "-m", "qtool", *words],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "COLUMNS": "100", "PYTHONPATH": str(ROOT)},
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}"
+        assert shape_of(done.stdout) == shape_of(shown), command
+
+
+def test_every_option_of_the_docs_exists():
+    from qtool.cli.app import build_command
+
+    known = {name for param in build_command().commands["merge"].params for name in param.opts}
+    known |= {n for p in build_command().commands["merge"].params for n in p.secondary_opts}
+    merge_lines = re.findall(r"`(--[a-z][a-z-]*)", DOCS)
+    assert set(merge_lines) <= known
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)#]+)\)", DOCS))
+def test_links_point_at_files_that_exist(link):
+    assert (ROOT / "docs" / link).exists()
