@@ -6,7 +6,7 @@
 // (SILU, GELU_TANH, GELU), COLUMNS, NUM_WEIGHTS (1 to 3), WARPS, STAGES (of a warp's ring), FRAGMENTS (1, 2: of
 // 16 rows in a tile), SLICE (columns of x that are held at a time, a multiple of a chunk; with several slices
 // at least WARPS chunks), PASS (tiles between two sums over the warps), MIN_BLOCKS (thread blocks per
-// multiprocessor).
+// multiprocessor), ADAPTED (0; 1: adapters add to the layers).
 //
 // A warp takes a tile of rows through chunks of 128 bytes, which come by asynchronous copies into a ring of
 // its own, so that warps never wait for each other while weights stream. A byte's two codes become two
@@ -22,6 +22,13 @@
 constexpr int LINE = 128;  // bytes of a row that a warp takes at a time
 #include "packed_lines.cuh"
 #include "linear_layers.cuh"
+
+#ifndef ADAPTED
+#define ADAPTED 0
+#endif
+#if ADAPTED
+#include "adapter_layers.cuh"
+#endif
 
 constexpr int THREADS = WARPS * WARP;
 constexpr int TILE = FRAGMENT_ROWS * FRAGMENTS;  // rows that a warp takes at a time
@@ -117,8 +124,14 @@ __device__ inline void load_own_chunks(const Bits* x, Place place) {
     __syncwarp();
 }
 
+#if ADAPTED
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
+    const __grid_constant__ AdaptedArguments adapted) {
+    const Arguments& args = adapted.layers;
+#else
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     const __grid_constant__ Arguments args) {
+#endif
     extern __shared__ __align__(16) uint8 shared[];
     if (uint32(__cvta_generic_to_shared(shared)) != DYNAMIC_SHARED_ADDRESS) __trap();
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -200,7 +213,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     // for another between the launch before and its first products.
     constexpr bool OWN_X = TOKENS == 1 && NORM == 0 && NUM_SLICES == 1 && WHOLE_CHUNKS && chunks_of(0) % WARPS == 0;
     if (OWN_X) __syncthreads();  // the table is filled
+#if ADAPTED
+    constexpr int BLOCK_ROWS = Tiles<TILE>::OUTPUT_ROWS * GATES;
+    for (int i = threadIdx.x; i < tiles.count * BLOCK_ROWS; i += THREADS) {
+        int which, row;
+        tiles.find(i / BLOCK_ROWS, which, row);
+        which += i % GATES;
+        row += i % BLOCK_ROWS / GATES;
+        if (row < args.weights[which].rows) fetch_ahead(adapted.adapters[which], row);
+    }
+    wait_for_activations(adapted.x_is_there);
+#else
     wait_for_prerequisites();
+#endif
 
     // Fragments read [block of 64][half][token][member][8 columns].
     auto place = [&](int octet, int token) {
@@ -316,6 +341,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
         __syncthreads();
 
         // -- sums over the warps, and what is done with them
+#if ADAPTED
+        wait_for_prerequisites();  // inner values, and that what is written here is read no more
+#endif
         constexpr int OUTPUT_ROWS = Tiles<TILE>::OUTPUT_ROWS;
         for (int i = threadIdx.x; i < (pass_end - pass * PASS) * OUTPUT_ROWS * TOKENS; i += THREADS) {
             const int tile = pass * PASS + i / (OUTPUT_ROWS * TOKENS);
@@ -332,6 +360,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
                 sums[gate] = sum_over_warps(shared, FIRST_PARTIAL, tile, value);
                 if (FORMAT == INT8) sums[gate] *= args.weights[which + gate].absmax[row] * INVERSE_127;
             }
+#if ADAPTED
+#pragma unroll 1
+            for (int gate = 0; gate < GATES; gate++) {  // one after the other: both want many registers
+                const float* inner = adapted.inner + token * adapted.inner_stride;
+                float more = adapter_sum(adapted.adapters[which + gate], row, inner);
+                if (gate == 0) sums[0] += more;
+                else sums[GATES - 1] += more;
+            }
+#endif
             finish(args, which, row, token, sums[0], sums[GATES - 1]);
         }
         if (pass_end < tiles.count) __syncthreads();

@@ -22,6 +22,7 @@ Gate = Literal["silu", "gelu_tanh", "gelu"]
 MAX_TOKENS: Final = 8
 MAX_WEIGHTS: Final = 3
 OLDEST_COMPUTE_CAPABILITY: Final = (8, 0)  # asynchronous copies, bfloat16 in tensor cores
+RANK_MULTIPLE: Final = 8  # of adapters; their matrices are filled up with zeros
 NORMS: Final[dict[Norm, int]] = {"none": 0, "rms": 1, "rms_plus_one": 2}
 _EPILOGUES: Final[dict[Epilogue, int]] = {"bias": 0, "residual": 1, "gated": 2}
 _BITS: Final[dict[Format, int]] = {"nf4": 4, "fp4": 4, "int8": 8, "plain": 16}
@@ -46,6 +47,7 @@ class LinearKind:
         norm: taken of the activations before.
         epilogue: bias alone; bias and then the residual added; or two layers, gate and up, of which
             act(gate) * up is stored.
+        adapted: adapters add to layers, before all that the epilogue does.
     """
 
     format: Format
@@ -56,6 +58,7 @@ class LinearKind:
     norm: Norm = "none"
     epilogue: Epilogue = "bias"
     gate: Gate = "silu"
+    adapted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +87,29 @@ class LinearWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterWeight:
+    """What an adapter adds to a layer, b @ inner[first : first + rank]; rank 0 adds nothing.
+
+    Attributes:
+        b: (rows, rank) of the activations' dtype, as an address, 16-byte aligned.
+        rank: a multiple of 8, as is `first`.
+        first: of its inner values among a token's.
+    """
+
+    b: int = 0
+    rank: int = 0
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """Activations and results of a launch, as addresses, rows of tokens `stride` values apart.
 
     Attributes:
         outs: one for each layer; of gate and up only the first counts.
+        inner: float32 (count, inner_stride), the inner values of adapters; 16-byte aligned.
+        x_is_there: int32, not 0 once x may be read while the launch that makes the inner values
+            still runs (see `AdapterInner`); 0 to wait for its end.
     """
 
     count: int
@@ -98,6 +119,9 @@ class Tokens:
     out_strides: tuple[int, ...]
     residual: int = 0
     residual_stride: int = 0
+    inner: int = 0
+    inner_stride: int = 0
+    x_is_there: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +148,10 @@ class _Weight(ctypes.Structure):
     )
 
 
+class _Adapter(ctypes.Structure):
+    _fields_ = (("b", ctypes.c_void_p), ("rank", ctypes.c_int), ("first", ctypes.c_int))
+
+
 def fits(kind: LinearKind) -> bool:
     """Whether the kernel takes layers of this kind: rows of whole groups of 64."""
     return kind.columns % _BLOCK == 0
@@ -134,6 +162,7 @@ class LinearFew:
 
     Args:
         max_tokens: the most tokens that `queue` will be given, up to 8.
+        adapters: one for each layer of an adapted kind.
         overlap: begin while the launch before still runs (see `Launch`).
 
     Raises:
@@ -147,11 +176,17 @@ class LinearFew:
         *,
         max_tokens: int,
         norm: NormWeight | None = None,
+        adapters: Sequence[AdapterWeight] = (),
         overlap: bool = True,
     ) -> None:
         _check(kind, weights, max_tokens, norm)
+        _check_adapters(kind, weights, adapters)
         plan = _plan(kind, len(weights), _token_class(max_tokens))
-        arguments = arguments_type(len(weights))()
+        everything: Any = _adapted_type(len(weights))()
+        for target, adapter in zip(everything.adapters, adapters, strict=False):
+            target.b, target.rank, target.first = adapter.b or None, adapter.rank, adapter.first
+        self._adapted = everything if kind.adapted else None
+        self._arguments = arguments = everything.layers
         first_tile = 0
         for target, weight in zip(arguments.weights, weights, strict=True):
             fill_weight(target, weight)
@@ -168,14 +203,14 @@ class LinearFew:
             (min(plan.num_blocks, first_tile),),
             plan.tuning.warps * 32,
             plan.shared_bytes,
-            arguments,
+            everything if kind.adapted else arguments,
             overlap=overlap,
         )
         self._max_tokens = max_tokens
 
     def set_weights(self, weights: Sequence[LinearWeight]) -> None:
         """Take other layers of the same shapes."""
-        for target, weight in zip(self._launch.arguments.weights, weights, strict=True):
+        for target, weight in zip(self._arguments.weights, weights, strict=True):
             fill_weight(target, weight)
 
     def queue(self, tokens: Tokens, stream: int) -> None:
@@ -186,7 +221,7 @@ class LinearFew:
         """
         if not 0 < tokens.count <= self._max_tokens:
             raise ValueError(f"{tokens.count} tokens, the launch takes {self._max_tokens}")
-        arguments = self._launch.arguments
+        arguments = self._arguments
         for target, out, stride in zip(
             arguments.weights, tokens.outs, tokens.out_strides, strict=False
         ):
@@ -195,6 +230,9 @@ class LinearFew:
         arguments.residual = tokens.residual or None
         arguments.residual_stride = tokens.residual_stride
         arguments.num_tokens = tokens.count
+        if self._adapted is not None:
+            self._adapted.inner, self._adapted.inner_stride = tokens.inner, tokens.inner_stride
+            self._adapted.x_is_there = tokens.x_is_there or None
         self._launch(stream)
 
 
@@ -332,6 +370,7 @@ def _defines(
         "SLICE": slice_columns,
         "PASS": pass_tiles,
         "MIN_BLOCKS": tuning.blocks,
+        "ADAPTED": int(kind.adapted),
     }
 
 
@@ -386,6 +425,22 @@ def arguments_type(num_weights: int) -> type[ctypes.Structure]:
     return Arguments
 
 
+@cache
+def _adapted_type(num_weights: int) -> type[ctypes.Structure]:
+    """`AdaptedArguments` of adapter_layers.cuh."""
+
+    class AdaptedArguments(ctypes.Structure):
+        _fields_ = (
+            ("layers", arguments_type(num_weights)),
+            ("adapters", _Adapter * num_weights),
+            ("inner", ctypes.c_void_p),
+            ("inner_stride", ctypes.c_int64),
+            ("x_is_there", ctypes.c_void_p),
+        )
+
+    return AdaptedArguments
+
+
 def fill_weight(target: Any, weight: LinearWeight) -> None:
     """Set one of `weights` of an `arguments_type`, all but its results."""
     target.packed, target.rows = weight.weight, weight.rows
@@ -415,3 +470,14 @@ def _check(
         raise ValueError(f"{kind.columns} columns are no multiple of {_BLOCK}")
     if (norm is None) != (kind.norm == "none"):
         raise ValueError(f"the norm is {kind.norm}, its weight {norm}")
+
+
+def _check_adapters(
+    kind: LinearKind, weights: Sequence[LinearWeight], adapters: Sequence[AdapterWeight]
+) -> None:
+    if len(adapters) != (len(weights) if kind.adapted else 0):
+        word = "adapted" if kind.adapted else "plain"
+        raise ValueError(f"{len(adapters)} adapters for {len(weights)} {word} layers")
+    for it in adapters:
+        if it.rank % RANK_MULTIPLE or it.first % RANK_MULTIPLE:
+            raise ValueError(f"rank {it.rank} from {it.first}, no multiples of {RANK_MULTIPLE}")

@@ -1,12 +1,17 @@
 """PEFT adapters over packed layers.
 
 Our layers are nn.Linear to PEFT, so LoRA and its kin wrap them as they wrap any linear layer.
+`split_adapter` takes such a layer apart for kernels that do LoRA themselves.
 """
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from torch import Tensor, nn
 
 from qtool.errors import Option, QtoolError
 from qtool.runtime.requirements import require_peft
@@ -52,6 +57,67 @@ def add_adapter(model: Any, folder: Path) -> None:
     if result.unexpected_keys:
         raise _mismatch(folder, f"the model has no place for {min(result.unexpected_keys)}")
     model.eval()
+
+
+# -- what kernels are told ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What a LoRA adapter adds to a linear layer: scale * (x @ a.T) @ b.T.
+
+    Args:
+        a: (rank, in_features), of PEFT's dtype; not a copy.
+        b: (out_features, rank), the same.
+        scale: alpha / r, or what rank-stabilized LoRA makes of them.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+class OtherAdapter(Exception):
+    """An adapter that is more than a `LowRank`, in a few words."""
+
+
+def split_adapter(layer: nn.Module) -> tuple[nn.Module, LowRank | None]:
+    """A layer without its adapter, and what the adapter adds; None where nothing is added.
+
+    Raises:
+        OtherAdapter: it changes the layer in another way.
+    """
+    if not has_peft_layers(layer, itself=True):
+        return layer, None
+    from peft.tuners.lora.layer import Linear
+
+    if not isinstance(layer, Linear):
+        raise OtherAdapter(f"a layer is peft's {type(layer).__name__}")
+    base: nn.Module = layer.get_base_layer()
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not names:
+        return base, None
+    if len(names) > 1:
+        raise OtherAdapter("a layer has several adapters at once")
+    (name,) = names
+    if name in layer.lora_variant:
+        variant = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
+        raise OtherAdapter(f"its adapter is {variant}, not plain LoRA")
+    if layer.lora_bias.get(name):
+        raise OtherAdapter("its adapter has biases")
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return base, LowRank(a.detach(), b.detach(), float(layer.scaling[name]))
+
+
+def has_peft_layers(model: nn.Module, *, itself: bool = False) -> bool:
+    """Whether PEFT has put something of its own into `model`, or is it `itself`."""
+    if "peft" not in sys.modules:  # then nobody has
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    modules = [model] if itself else model.modules()
+    return any(isinstance(it, BaseTunerLayer | AuxiliaryTrainingWrapper) for it in modules)
 
 
 def _mismatch(folder: Path, detail: str) -> QtoolError:

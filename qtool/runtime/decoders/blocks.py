@@ -8,7 +8,7 @@ the model runs by another path.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cupy_kernels.linear_few import Format, Gate, LinearKind, LinearWeight, fits
 from cupy_kernels.linear_few import Norm as NormKind
+from qtool.runtime.adapters import LowRank, OtherAdapter, has_peft_layers, split_adapter
 from qtool.runtime.linear import Linear4bit, LinearInt8
 from qtool.runtime.products import KERNEL_DTYPES
 
@@ -59,18 +60,31 @@ class NotFusable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Int8Rows:
+    """INT8 rows for which the activations of many tokens are rounded too, see `int8_products`."""
+
+    codes: Tensor
+    scb: Tensor
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
 class PackedRows:
     """A linear layer, or a range of rows of one, as a launch takes it.
 
     Args:
         bias: (rows,) or None.
         plain: the weight itself (rows, columns), where it is not packed.
+        adapter: what LoRA adds to these rows.
+        rounded: the weight as INT8 products take it, where they are asked for.
     """
 
     kind: LinearKind
     weight: LinearWeight
     bias: Tensor | None = None
     plain: Tensor | None = None
+    adapter: LowRank | None = None
+    rounded: Int8Rows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +186,9 @@ def describe_network(model: Any) -> FusableNetwork:
         raise NotFusable("its MLP has another activation")
     decoder = text_decoder(model)
     embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    _refuse_adapters("the embedding", embedding)
+    _refuse_adapters("the output head", head)
     reader = _Reader(
         config,
         dtype,
@@ -191,7 +208,7 @@ def describe_network(model: Any) -> FusableNetwork:
         embedding_scale=_embedding_scale(config, embedding, dtype),
         blocks=tuple(reader.block(layer, index) for index, layer in enumerate(decoder.layers)),
         final_norm=reader.norm(decoder.norm),
-        head=reader.rows(model.get_output_embeddings()),
+        head=reader.rows(head),
         logit_softcap=_softcap(
             config, "final_logit_softcapping", model_type in LOGIT_SOFTCAP_TYPES
         ),
@@ -240,13 +257,18 @@ class _Reader:
         return self.norm(before_mlp), behind_attention, behind_mlp
 
     def norm(self, module: Any) -> Norm:
+        _refuse_adapters("a norm", module)
         epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
         if not isinstance(epsilon, float) or module.weight.dtype != self.dtype:
             raise NotFusable(f"{type(module).__name__} is another kind of norm")
         return Norm(module.weight, epsilon, self.plus_one)
 
     def rows(self, module: Any, start: int = 0, stop: int | None = None) -> PackedRows:
-        """Rows [start, stop) of a linear layer."""
+        """Rows [start, stop) of a linear layer, and of its adapter."""
+        try:
+            module, adapter = split_adapter(module)
+        except OtherAdapter as reason:
+            raise NotFusable(str(reason)) from reason
         if not isinstance(module, nn.Linear):
             kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
             raise NotFusable(f"a layer is {kind}")
@@ -257,7 +279,9 @@ class _Reader:
         addresses = (found.weight.weight, found.weight.bias)
         if not fits(found.kind) or any(address % 16 for address in addresses):
             raise NotFusable(f"a layer of {module.in_features} columns does not fit the kernels")
-        return found
+        if adapter is None:
+            return found
+        return replace(found, adapter=replace(adapter, b=adapter.b[start:stop]))
 
     def _query_key_value(self, attention: Any) -> tuple[PackedRows, ...]:
         joined = getattr(attention, "qkv_proj", None)
@@ -305,6 +329,11 @@ class _Reader:
         )
 
 
+def _refuse_adapters(what: str, module: Any) -> None:
+    if has_peft_layers(module, itself=True):
+        raise NotFusable(f"an adapter changes {what}")
+
+
 def _of_one_kind(found: tuple[PackedRows, ...], what: str) -> tuple[PackedRows, ...]:
     if len({rows.kind for rows in found}) > 1:
         raise NotFusable(f"{what} are packed in different ways")
@@ -325,7 +354,7 @@ def _packed_rows(module: nn.Linear, dtype: torch.dtype, start: int, stop: int) -
             kind, weight = _four_bit_rows(module, name, start, stop, bias_at)
         else:
             kind, weight = _int8_rows(module, name, start, stop, bias_at)
-        return PackedRows(kind, weight, own_bias)
+        return PackedRows(kind, weight, own_bias, rounded=_rounded_rows(module, start, stop))
     if type(module) is not nn.Linear or module.weight.dtype != dtype:
         raise NotFusable(f"{type(module).__name__} layers have no fused kernel")
     kind = LinearKind("plain", module.in_features, KERNEL_DTYPES[dtype])
@@ -369,6 +398,12 @@ def _int8_rows(
     codes = module.weight.data_ptr() + start * module.in_features
     scb = module.SCB.data_ptr() + start * 4
     return kind, LinearWeight(stop - start, codes, scb, bias=bias_at)
+
+
+def _rounded_rows(module: Linear4bit | LinearInt8, start: int, stop: int) -> Int8Rows | None:
+    if isinstance(module, Linear4bit) or module.threshold is None or (stop - start) % 8:
+        return None
+    return Int8Rows(module.weight.data[start:stop], module.SCB[start:stop], module.threshold)
 
 
 def _embedding_scale(config: Any, module: Any, dtype: torch.dtype) -> float | None:

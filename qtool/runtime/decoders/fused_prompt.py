@@ -2,8 +2,9 @@
 
 Each packed layer is dequantized into one scratch buffer, out of which PyTorch multiplies at once,
 while the second-level cache still holds most of it; up to 64 tokens are multiplied straight from
-the packed bytes. Nothing waits for the device, and what can be made ready is made once, so that the
-host stays ahead of a block's twenty launches.
+the packed bytes, and more with INT8 layers as integers, if that is asked for. What adapters add
+comes from products of its own. Nothing waits for the device, and what can be made ready is made
+once, so that the host stays ahead of a block's twenty launches.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from cupy_kernels.dequantize_int8_rows import DequantizeInt8Rows
 from cupy_kernels.linear_few import NormWeight
 from cupy_kernels.prompt_rows import GatedRows, NormRows
 from qtool.runtime.decoders.blocks import Block, FusableNetwork, Norm, NotFusable, PackedRows
+from qtool.runtime.decoders.fused_adapters import AdapterGroup, BlockAdapters, adapters_of
 from qtool.runtime.decoders.fused_attention import AttentionLaunches
+from qtool.runtime.int8_products import add_product, find_outliers, round_activations
 from qtool.runtime.packed_products import PackedProduct, tokens_of_kernel
 from qtool.runtime.products import (
     KERNEL_DTYPES,
@@ -57,6 +60,12 @@ class Launches(Protocol):
         """Few tokens' product with a packed layer, and its bias, to `out`."""
         ...
 
+    def multiply_rounded(
+        self, layers: Sequence[PackedRows], x: Tensor, out: Tensor, *, added: bool
+    ) -> None:
+        """Many tokens' INT8 products with layers side by side, and their biases, to `out`."""
+        ...
+
 
 @dataclass(slots=True)
 class Piece:
@@ -87,6 +96,11 @@ class _Product:
         """Whether all layers are."""
         return all(layer.plain is None for layer in self.layers)
 
+    def rounds(self, x: Tensor) -> bool:
+        """Whether x is rounded to INT8 for all layers."""
+        many = x.shape[0] > MAX_FUSED_TOKENS
+        return many and all(layer.rounded is not None for layer in self.layers)
+
 
 @dataclass(frozen=True, slots=True)
 class _BlockProducts:
@@ -100,6 +114,9 @@ class _BlockProducts:
 class FusedPrompt:
     """Runs prompts over a cache of `FixedLayer`s.
 
+    Args:
+        adapters: those of the network, `adapters_of` it; made here if None.
+
     Attributes:
         max_packed_tokens: up to how many are multiplied without dequantizing.
 
@@ -109,9 +126,16 @@ class FusedPrompt:
     """
 
     def __init__(
-        self, network: FusableNetwork, launches: Launches, cache: Any, capacity: int
+        self,
+        network: FusableNetwork,
+        launches: Launches,
+        cache: Any,
+        capacity: int,
+        *,
+        adapters: Sequence[BlockAdapters] | None = None,
     ) -> None:
         self._network = network
+        self._adapters = adapters_of(network) if adapters is None else adapters
         self._launches = launches
         self._layers = cache.layers
         for block in network.blocks:
@@ -138,24 +162,32 @@ class FusedPrompt:
             launches.norm(hidden, block.attention_norm, normed)
             self._add_attention(index, products, normed, hidden, start)
             launches.norm(hidden, block.mlp_norm, normed)
-            self._add_mlp(block, products, normed, hidden)
+            self._add_mlp(index, products, normed, hidden)
         # A copy: nothing of the other tokens lives on.
         return hidden.view(batch, num_tokens, -1)[:, -1].clone()
 
     def _add_attention(
         self, index: int, products: _BlockProducts, normed: Tensor, hidden: Tensor, start: int
     ) -> None:
+        adapters, norm = self._adapters[index], self._network.blocks[index].output_norm
         query_key_value = self._product(products.query_key_value, normed)
+        if adapters.query_key_value is not None:
+            rows = [layer.weight.rows for layer in products.query_key_value.layers]
+            adapters.query_key_value.add(normed, torch.split(query_key_value, rows, dim=1))
         attended = self._attend(index, query_key_value, start)
-        norm = self._network.blocks[index].output_norm
-        self._add_product(products.output, attended, hidden, norm, normed)
+        self._add_product(products.output, attended, hidden, norm, normed, adapters.output)
 
     def _add_mlp(
-        self, block: Block, products: _BlockProducts, normed: Tensor, hidden: Tensor
+        self, index: int, products: _BlockProducts, normed: Tensor, hidden: Tensor
     ) -> None:
+        adapters, norm = self._adapters[index], self._network.blocks[index].down_norm
         gate = self._product(products.gate, normed)
-        self._launches.gate(gate, self._product(products.up, normed))
-        self._add_product(products.down, gate, hidden, block.down_norm, normed)
+        up = self._product(products.up, normed)
+        if adapters.gate_up is not None:
+            adapters.gate_up.add(normed, (gate, up))
+        self._launches.gate(gate, up)
+        del up
+        self._add_product(products.down, gate, hidden, norm, normed, adapters.down)
 
     def _attend(self, index: int, query_key_value: Tensor, start: int) -> Tensor:
         """Attention of all tokens (batch * n, heads * head_dim)."""
@@ -181,7 +213,8 @@ class FusedPrompt:
 
     def _product(self, product: _Product, x: Tensor) -> Tensor:
         """x @ weight.T + bias (n, rows of all layers)."""
-        if len(product.groups) == 1 and not self._reads_packed(product, x):
+        in_place = self._reads_packed(product, x) or product.rounds(x)
+        if len(product.groups) == 1 and not in_place:
             out = x.mm(self._dequantize(product.groups[0], x).t())
             return out if product.bias is None else out.add_(product.bias)
         return self._product_to(product, x, x.new_empty(x.shape[0], product.num_rows))
@@ -193,6 +226,9 @@ class FusedPrompt:
                 self._launches.multiply(layer, x, out[:, start : start + layer.weight.rows])
                 start += layer.weight.rows
             return out
+        if product.rounds(x):
+            self._launches.multiply_rounded(product.layers, x, out, added=False)
+            return out
         for pieces, place in _places(product, out):
             torch.mm(x, self._dequantize(pieces, x).t(), out=place)
         if product.bias is not None:
@@ -200,14 +236,28 @@ class FusedPrompt:
         return out
 
     def _add_product(
-        self, product: _Product, x: Tensor, hidden: Tensor, norm: Norm | None, scratch: Tensor
+        self,
+        product: _Product,
+        x: Tensor,
+        hidden: Tensor,
+        norm: Norm | None,
+        scratch: Tensor,
+        adapters: AdapterGroup | None,
     ) -> None:
         """Add it, or the norm of it, to `hidden`; `scratch` is as large."""
         if norm is not None:
-            self._launches.add_norm(self._product_to(product, x, scratch), norm, hidden)
+            made = self._product_to(product, x, scratch)
+            if adapters is not None:
+                adapters.add(x, (made,))
+            self._launches.add_norm(made, norm, hidden)
             return
+        if adapters is not None:
+            adapters.add(x, (hidden,))
         if self._reads_packed(product, x):
             hidden += self._product_to(product, x, scratch)
+            return
+        if product.rounds(x):
+            self._launches.multiply_rounded(product.layers, x, hidden, added=True)
             return
         for pieces, place in _places(product, hidden):
             place.addmm_(x, self._dequantize(pieces, x).t())
@@ -330,6 +380,19 @@ class PromptLaunches:
         if launch is None:
             launch = self._products[key] = PackedProduct(layer.kind, layer.weight, x.shape[0])
         launch.queue(x, out)
+
+    def multiply_rounded(
+        self, layers: Sequence[PackedRows], x: Tensor, out: Tensor, *, added: bool
+    ) -> None:
+        """See `Launches.multiply_rounded`."""
+        weights = [layer.rounded for layer in layers if layer.rounded is not None]
+        rounded = round_activations(x, find_outliers(x, weights[0].threshold))
+        start = 0
+        for layer, weight in zip(layers, weights, strict=True):
+            stop = start + layer.weight.rows
+            place = out[:, start:stop]
+            add_product(rounded, weight.codes, weight.scb, layer.bias, place, added=added)
+            start = stop
 
     @property
     def _stream(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cupy_kernels.linear_few import LinearKind, LinearWeight
+from qtool.runtime.adapters import has_peft_layers
 from qtool.runtime.decoders.blocks import (
     ACTIVATION_NAMES,
     GATES,
@@ -25,6 +26,7 @@ from qtool.runtime.decoders.blocks import (
     _four_bit_rows,
     _int8_rows,
     _Reader,
+    _refuse_adapters,
     _softcap,
     text_decoder,
 )
@@ -54,6 +56,9 @@ def describe_host_network(model: Any) -> FusableNetwork:
     if gate is None:
         raise NotFusable("its MLP has another activation")
     decoder = text_decoder(model)
+    head = model.get_output_embeddings()
+    _refuse_adapters("the embedding", embedding)
+    _refuse_adapters("the output head", head)
     reader = _HostReader(
         config,
         dtype,
@@ -72,7 +77,7 @@ def describe_host_network(model: Any) -> FusableNetwork:
         embedding_scale=_embedding_scale(config, embedding, dtype),
         blocks=tuple(reader.block(layer, index) for index, layer in enumerate(decoder.layers)),
         final_norm=reader.norm(decoder.norm),
-        head=reader.rows(model.get_output_embeddings()),
+        head=reader.rows(head),
         logit_softcap=_softcap(
             config, "final_logit_softcapping", model_type in LOGIT_SOFTCAP_TYPES
         ),
@@ -84,6 +89,8 @@ class _HostReader(_Reader):
 
     def rows(self, module: Any, start: int = 0, stop: int | None = None) -> PackedRows:
         """Rows [start, stop) of a linear layer."""
+        if has_peft_layers(module, itself=True):
+            raise NotFusable("adapters have no fused step")
         if not isinstance(module, nn.Linear):
             kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
             raise NotFusable(f"a layer is {kind}")

@@ -21,11 +21,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cupy_kernels.adapter_inner import InnerKind
 from cupy_kernels.decode_attention import AttentionShape, AttentionTensors
 from cupy_kernels.dequantize_4bit import NestedAbsmax
-from cupy_kernels.linear_few import LinearKind, LinearWeight, NormWeight, Tokens
+from cupy_kernels.linear_few import (
+    AdapterWeight,
+    LinearKind,
+    LinearWeight,
+    NormWeight,
+    Tokens,
+)
 from qtool.formats.codebooks import CODES
-from qtool.runtime.decoders import fused, fused_attention, fused_prompt
+from qtool.runtime.decoders import fused, fused_adapters, fused_attention, fused_prompt
+from qtool.runtime.int8_products import multiply_rounded_host
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -40,6 +48,7 @@ def launches_on_the_cpu() -> Iterator[None]:
     """Of a fused path that is made within."""
     replaced: dict[Any, dict[str, Any]] = {
         fused: {"LinearFew": LinearFew, "NormRows": NormRows, "argmax_rows": argmax_rows},
+        fused_adapters: {"AdapterInner": AdapterInner},
         fused_attention: {
             "decode_attention": decode_attention,
             "RotaryRows": RotaryRows,
@@ -50,6 +59,9 @@ def launches_on_the_cpu() -> Iterator[None]:
             "GatedRows": GatedRows,
             "Dequantize4bit": Dequantize4bit,
             "DequantizeInt8Rows": DequantizeInt8Rows,
+            "find_outliers": lambda x, threshold: threshold,
+            "round_activations": lambda x, threshold: (x, threshold),
+            "add_product": add_product,
             "PackedProduct": PackedProduct,
             "flash_attention": flash_attention,
         },
@@ -90,18 +102,32 @@ class LinearFew:
         *,
         max_tokens: int,
         norm: NormWeight | None = None,
+        adapters: Sequence[AdapterWeight] = (),
     ) -> None:
         assert (norm is None) == (kind.norm == "none")
+        assert len(adapters) == (len(weights) if kind.adapted else 0)
         self._kind, self._weights, self._norm = kind, weights, norm
+        self._adapters = adapters or [AdapterWeight()] * len(weights)
 
     def queue(self, tokens: Tokens, stream: int) -> None:
         kind, dtype = self._kind, DTYPES[self._kind.dtype]
         x = at(tokens.x, dtype, tokens.count, kind.columns, stride=tokens.x_stride)
         if self._norm is not None:
             x = normed(x, self._norm, kind.norm)
+        if tokens.x_is_there:
+            assert at(tokens.x_is_there, torch.int32, 1) == 1, "would wait forever"
         made = []
-        for weight in self._weights:
+        for weight, adapter in zip(self._weights, self._adapters, strict=True):
             product = x.float() @ floats_of(kind, weight).T
+            if adapter.rank:
+                inner = at(
+                    tokens.inner + 4 * adapter.first,
+                    torch.float32,
+                    tokens.count,
+                    adapter.rank,
+                    stride=tokens.inner_stride,
+                )
+                product += inner @ at(adapter.b, dtype, weight.rows, adapter.rank).float().T
             if weight.bias:
                 product += at(weight.bias, dtype, weight.rows).float()
             made.append(product.to(dtype))
@@ -119,6 +145,37 @@ class LinearFew:
                     stride=tokens.residual_stride,
                 )
             at(place, dtype, tokens.count, weight.rows, stride=stride).copy_(product)
+
+
+class AdapterInner:
+    """See `cupy_kernels.adapter_inner`."""
+
+    def __init__(
+        self,
+        kind: InnerKind,
+        *,
+        a: int,
+        scales: int,
+        max_tokens: int,
+        norm: NormWeight | None = None,
+        x_is_there: int = 0,
+    ) -> None:
+        assert (norm is None) == (kind.norm == "none")
+        self._kind, self._norm, self._a, self._scales = kind, norm, a, scales
+        self._x_is_there = x_is_there
+
+    def queue(self, tokens: Tokens, stream: int) -> None:
+        kind, dtype = self._kind, DTYPES[self._kind.dtype]
+        if self._x_is_there:
+            x_is_there = at(self._x_is_there, torch.int32, 1)
+            assert x_is_there == 0, "the product would begin too early"
+            x_is_there.fill_(1)
+        x = at(tokens.x, dtype, tokens.count, kind.columns, stride=tokens.x_stride)
+        if self._norm is not None:
+            x = normed(x, self._norm, kind.norm)
+        made = x.float() @ at(self._a, dtype, kind.rows, kind.columns).float().T
+        made *= at(self._scales, torch.float32, kind.rows)
+        at(tokens.inner, torch.float32, tokens.count, kind.rows).copy_(made)
 
 
 class PackedProduct:
@@ -194,6 +251,20 @@ class Dequantize4bit:
     def queue(self, values: int, stream: int) -> None:
         made = four_bit_floats(*self._source)
         at(values, self._dtype, made.numel()).copy_(made)
+
+
+def add_product(
+    rounded: tuple[Tensor, float],
+    codes: Tensor,
+    scb: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    added: bool,
+) -> None:
+    x, threshold = rounded
+    made = multiply_rounded_host(x, codes, scb, bias, threshold)
+    out.copy_(out + made if added else made)
 
 
 class DequantizeInt8Rows:

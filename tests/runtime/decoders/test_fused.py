@@ -13,7 +13,7 @@ pytest.importorskip("cupy", exc_type=ImportError)
 
 from qtool.runtime.decoders.caches import fixed_cache
 from qtool.runtime.decoders.capture import CaptureFailed
-from qtool.runtime.decoders.fused import FusedNetwork
+from qtool.runtime.decoders.fused import FusedNetwork, _Own
 from qtool.runtime.decoders.network import Network
 from qtool.runtime.random_model import build_random_model
 from tests.runtime.decoders.common_blocks import BASE, MODELS
@@ -122,6 +122,40 @@ def test_a_block_that_computes_something_else_is_refused() -> None:
         getattr(model.model.layers[1], part).forward = lambda x, forward=forward: 2 - forward(x)
         with pytest.raises(CaptureFailed, match="other logits at token"):
             prepared(model)
+
+
+def test_only_tokens_that_hang_on_rounding_may_differ() -> None:
+    logits = torch.tensor([[1.0, -2.0, 4.0]])
+    wrong, nearly = logits + 1, logits + 0.01
+    steady = _Own([logits], lambda: [nearly])
+    assert steady.may_be(nearly, 0) and not steady.may_be(wrong, 0)
+    assert not steady.may_be(torch.full_like(logits, torch.nan), 0)
+    doubtful = _Own([logits], lambda: [logits - 1])
+    assert doubtful.may_be(wrong, 0) and doubtful.num_near == 0
+
+
+def test_where_every_token_hangs_on_rounding_nothing_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nudged = FusedNetwork._nudged_logits
+    moved = lambda network, ids: [2 + 9 * row for row in nudged(network, ids)]  # noqa: E731
+    monkeypatch.setattr(FusedNetwork, "_nudged_logits", moved)
+    prepared(load("llama"))  # whose kernels are right: nobody asks
+    model = load("llama")
+    model.model.norm.forward = lambda x: x * 0 + x.flip(-1)
+    with pytest.raises(CaptureFailed, match="hang on rounding"):
+        prepared(model)
+
+
+def test_nudges_are_as_small_as_rounding() -> None:
+    model = load("llama")
+    network, _ = prepared(model)
+    ids = torch.arange(1, 5)[None]
+    own, nudged = network._own_logits(ids), network._nudged_logits(ids)
+    for before, after in zip(own, nudged, strict=True):
+        assert not torch.equal(before, after)
+        assert (before - after).abs().max() <= TOLERANCES["nf4-dq"] * before.abs().max()
+    assert torch.equal(network._own_logits(ids)[-1], own[-1])  # and are gone afterwards
 
 
 def test_a_build_without_windows_takes_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
