@@ -25,6 +25,7 @@ from qtool.bench.machine import describe_host, device_name, software_versions
 from qtool.bench.operations import (
     BLOCKSIZE,
     DTYPE_WORDS,
+    MIN_ROUNDED_TOKENS,
     OPERATIONS,
     PRODUCTS,
     Operation,
@@ -77,6 +78,9 @@ def bench_kernels(request: KernelRequest, on_event: OnEvent = ignore_events) -> 
     """
     operations, products = choose_operations(request.words)
     _check_numbers(request)
+    products = tuple(p for p in products if p.min_tokens <= max(request.tokens))
+    if not operations and not products:
+        raise _too_few_tokens(request)
     chosen = choose_backend(request.backend)
     on_gpu = chosen.backend.name == "cuda"
     on_event(Note(f"backend  {chosen.backend.name} ({chosen.reason})"))
@@ -101,7 +105,8 @@ def bench_kernels(request: KernelRequest, on_event: OnEvent = ignore_events) -> 
                 if products and not (on_gpu and dtype == "F32"):  # models there have 16 bit
                     for tokens in request.tokens:
                         place = _ProductPlace(on_gpu, num_threads, shape, dtype, tokens)
-                        yield place.rows(products, rival, request.repeats, on_event)
+                        if taken := [p for p in products if tokens >= p.min_tokens]:
+                            yield place.rows(taken, rival, request.repeats, on_event)
 
     groups: list[list[Row]] = []
     with _open_device(on_gpu, num_threads) as device:
@@ -147,6 +152,14 @@ def _check_numbers(request: KernelRequest) -> None:
             kind="usage",
             hint=(Option("rows", 1), " or more"),
         )
+
+
+def _too_few_tokens(request: KernelRequest) -> QtoolError:
+    return QtoolError(
+        (Option("rows", max(request.tokens)), ": activations are rounded where there are more"),
+        kind="usage",
+        hint=(Option("rows", MIN_ROUNDED_TOKENS), " or more"),
+    )
 
 
 # -- one shape and dtype --------------------------------------------------------------------------

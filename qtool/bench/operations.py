@@ -19,6 +19,7 @@ from qtool.formats.tensors import DTYPE_BITS, SourceDtype
 Shape = tuple[int, int]  # rows, columns
 
 BLOCKSIZE: Final = DEFAULT_BLOCKSIZE
+MIN_ROUNDED_TOKENS: Final = 65  # see `qtool.runtime.products.rounds_activations`
 # The contract's words for the dtypes of sources.
 DTYPE_WORDS: Final[dict[SourceDtype, str]] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
@@ -59,14 +60,26 @@ OPERATIONS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """Activations times a weight that is packed in `precision`."""
+    """Activations times a weight that is packed in `precision`.
+
+    With a `threshold` the activations are rounded to INT8, but for columns with a value of at least
+    so much; 0 rounds all. That takes more than `min_tokens`.
+    """
 
     precision: QuantizedPrecision
+    threshold: float | None = None
 
     @property
     def name(self) -> str:
         """Such as "linear nf4-dq"."""
-        return f"linear {self.precision}"
+        if self.threshold is None:
+            return f"linear {self.precision}"
+        return f"linear {self.precision} {'outliers' if self.threshold else 'rounded'}"
+
+    @property
+    def min_tokens(self) -> int:
+        """With fewer it is the product without a threshold."""
+        return 1 if self.threshold is None else MIN_ROUNDED_TOKENS
 
     @property
     def format(self) -> QuantFormat:
@@ -82,7 +95,14 @@ class Product:
         )
 
 
-PRODUCTS: Final = (Product("nf4"), Product("nf4-dq"), Product("fp4"), Product("int8"))
+PRODUCTS: Final = (
+    Product("nf4"),
+    Product("nf4-dq"),
+    Product("fp4"),
+    Product("int8"),
+    Product("int8", threshold=0.0),
+    Product("int8", threshold=6.0),
+)
 
 
 def choose_operations(

@@ -47,6 +47,10 @@ SHORT_TOKENS: Final = 128
 MIN_LAUNCHES: Final = 4
 # A product beyond is wrong, not inexact: about ten times what rounding leaves.
 LARGEST_ERROR: Final[dict[SourceDtype, float]] = {"BF16": 3e-2, "F16": 1e-2, "F32": 1e-4}
+LARGEST_ROUNDED_ERROR: Final = 3e-2  # where activations are rounded to INT8
+# How outliers are made: columns of normal activations times this, far beyond a threshold of 6.
+OUTLIER_STRIDE: Final = 1024
+OUTLIER_FACTOR: Final = 32.0
 EXACT_ROWS: Final = 2048  # of a weight that are in float64 at a time
 
 Layer = Callable[[Tensor], Tensor]
@@ -114,9 +118,14 @@ class ProductGroup:
         layer = packed_layer(*self.shape, product.format, self._torch_dtype)
         count = _num_weights(stored_bytes(self.shape, product.precision))
         own = [random_linear(layer, device=self.device, seed=seed) for seed in range(count)]
+        for module in own:
+            if product.threshold is not None:
+                module.threshold = product.threshold
+        if product.threshold:
+            x = _with_outliers(x)
         exact = exact_product(own[0], x)
         engines: list[tuple[Engine, list[Layer]]] = [("qtool", own)]
-        if self.with_rival:
+        if self.with_rival and not product.threshold:
             # Without outliers: to find them, it would wait for the device at every product.
             rivals: list[Layer] = [share_layer(module, int8_threshold=0.0) for module in own]
             engines.append(("bitsandbytes", rivals))
@@ -124,12 +133,16 @@ class ProductGroup:
         contenders = []
         for engine, layers in engines:
             error = relative_error(multiply(layers[0], x), exact)
-            if engine == "qtool" and not error <= LARGEST_ERROR[self.dtype]:
+            if engine == "qtool" and not error <= self._largest_error(product):
                 raise _is_wrong(product, self.label, error)
             errors[product.name, engine] = error
             run = partial(_multiply_in_turn, layers, x)
             contenders.append(Contender(product.name, engine, moved, run))
         return contenders
+
+    def _largest_error(self, product: Product) -> float:
+        rounds = product.threshold is not None
+        return LARGEST_ROUNDED_ERROR if rounds else LARGEST_ERROR[self.dtype]
 
     @property
     def _launches(self) -> int:
@@ -157,7 +170,7 @@ def multiply(layer: Layer, x: Tensor) -> Tensor:
             weight_dtype=layer.layer.dtype,
         )
     if isinstance(layer, LinearInt8):
-        return linear_int8(x, layer.weight, layer.SCB)
+        return linear_int8(x, layer.weight, layer.SCB, threshold=layer.threshold)
     return layer(x)
 
 
@@ -188,6 +201,13 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
     """The Frobenius norm of the difference over that of `exact`."""
     difference = torch.linalg.vector_norm(result.double() - exact)
     return float(difference / torch.linalg.vector_norm(exact))
+
+
+def _with_outliers(x: Tensor) -> Tensor:
+    """x with some columns so large that they hold outliers."""
+    made = x.clone()
+    made[:, ::OUTLIER_STRIDE] *= OUTLIER_FACTOR
+    return made
 
 
 def _multiply_in_turn(layers: Sequence[Layer], x: Tensor, i: int) -> Tensor:

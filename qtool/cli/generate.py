@@ -10,6 +10,7 @@ import typer
 
 from qtool.cli import options
 from qtool.cli.session import verb_session
+from qtool.cli.sizes import parse_threshold
 from qtool.errors import EXIT_CODES, Option, QtoolError, Words
 from qtool.formats.precisions import QuantizedPrecision
 
@@ -109,6 +110,16 @@ def generate(
             help="Pack the output head too, in memory: faster, a little less exact.",
         ),
     ] = None,
+    int8_threshold: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_threshold,
+            metavar="T|config",
+            rich_help_panel=LOADING_PANEL,
+            help="Round activations of prompts to INT8 too, as LLM.int8() does, but for columns "
+            "with a value of T or more; config: the threshold that MODEL's config.json has.",
+        ),
+    ] = None,
     adapter: Annotated[
         Path | None,
         typer.Option(metavar="DIR", rich_help_panel=LOADING_PANEL, help="A PEFT adapter."),
@@ -187,7 +198,9 @@ def generate(
         decoder = DecoderOptions(path, prefill_chunk)
         request = Request(model, chat, system, sampling, limits, decoder)
         with show.progress() as on_event:
-            options_ = LoadOptions(quant, compute_dtype, device, max_memory, adapter, head_quant)
+            options_ = LoadOptions(
+                quant, compute_dtype, device, max_memory, adapter, head_quant, int8_threshold
+            )
             loaded = load_model(model, options_, on_event=on_event)
         with loaded:
             if text is None:

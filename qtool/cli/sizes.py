@@ -1,8 +1,10 @@
-"""Byte sizes as people write them: "5GB", "512MiB", "4096"."""
+"""Numbers as people write them: sizes ("5GB", "512MiB", "4096"), and a threshold or a word."""
 
 from __future__ import annotations
 
+import math
 import re
+from typing import Literal
 
 import typer
 
@@ -22,3 +24,16 @@ def parse_size(text: str | int) -> int:
     if num_bytes < 1:
         raise typer.BadParameter(f"{text!r} is no positive size")
     return num_bytes
+
+
+def parse_threshold(text: str | float) -> float | Literal["config"]:
+    """A number from 0 on, or the word "config"."""
+    if text == "config":
+        return "config"
+    try:
+        threshold = float(text)
+    except ValueError:
+        threshold = math.nan
+    if not 0 <= threshold < math.inf:
+        raise typer.BadParameter(f'{text!r} is no threshold; expected 0 or more, or "config"')
+    return threshold

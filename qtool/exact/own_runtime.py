@@ -163,8 +163,8 @@ def products_of_a_gpu() -> Iterator[None]:
     with (
         _replaced(linear, "linear_4bit", _linear_4bit),
         _replaced(linear, "linear_int8", _linear_int8),
-        _replaced(products, "_dequantize_rows", _float_rows),
-        _replaced(products, "_dequantize_int8_rows", _float_int8_rows),
+        _replaced(products, "dequantize_rows", _float_rows),
+        _replaced(products, "dequantize_rows_int8", _float_int8_rows),
     ):
         yield
 
@@ -187,7 +187,15 @@ def _linear_4bit(
     return products._linear_4bit_cuda(x, packed, *(None,) * 5, *layer)
 
 
-def _linear_int8(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear_int8(
+    x: Tensor,
+    codes: Tensor,
+    scb: Tensor,
+    bias: Tensor | None = None,
+    *,
+    threshold: float | None = None,
+) -> Tensor:
+    assert threshold is None, "plans are of models that do not round activations"
     if _reads_packed(x):
         return x.new_empty(*x.shape[:-1], codes.shape[0])
     return products._linear_int8_cuda(x, codes, scb, bias)

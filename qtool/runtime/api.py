@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from qtool.runtime.decoders.history import KeptHistory
 from qtool.runtime.drop_in import register, unregister
 from qtool.runtime.generate import Generation, Limits, Sampling, room_for
 from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
-from qtool.runtime.model_config import FLOAT_DTYPES
+from qtool.runtime.model_config import FLOAT_DTYPES, Int8Threshold
 from qtool.runtime.prompts import Conversation, encode_text
 
 __all__ = ["load", "register", "release", "stream", "unregister"]
@@ -37,6 +38,7 @@ def load(
     adapter: str | Path | None = None,
     max_memory: str | Mapping[int | str, int | str] | None = None,
     head_quant: QuantizedPrecision | None = None,
+    int8_threshold: Int8Threshold | None = None,
 ) -> Any:
     """A model of transformers whose `generate` runs on packed weights; `model.tokenizer` is there.
 
@@ -55,6 +57,10 @@ def load(
             left over goes to disk.
         head_quant: packs the output head too, which checkpoints keep in 16 bit: faster, a little
             less exact.
+        int8_threshold: where INT8 layers multiply more than 64 tokens, round the activations to
+            INT8 too, but for columns with a value of at least so much; 0 rounds all, "config" takes
+            the threshold of config.json (bitsandbytes' 6.0 if it has none). None rounds nothing,
+            which is more exact.
 
     Raises:
         QtoolError: what is wrong with the checkpoint, the arguments or the memory.
@@ -66,6 +72,7 @@ def load(
         max_memory=_memory_limits(max_memory),
         adapter=None if adapter is None else Path(adapter),
         head_quant=_check_quant("head_quant", head_quant),
+        int8_threshold=_check_threshold(int8_threshold),
     )
     loaded = load_model(str(path_or_id), options)
     loaded.model.tokenizer = loaded.tokenizer
@@ -175,6 +182,14 @@ def _check_quant(name: str, quant: str | None) -> QuantizedPrecision | None:
     if quant is None:
         return None
     raise _usage(Option(name, quant), f"one of {', '.join(QUANTIZED_PRECISIONS)}")
+
+
+def _check_threshold(threshold: Int8Threshold | None) -> Int8Threshold | None:
+    if threshold is None or threshold == "config":
+        return threshold
+    if not isinstance(threshold, int | float) or not 0 <= threshold < math.inf:
+        raise _usage(Option("int8_threshold", threshold), '0 or more, or "config"')
+    return float(threshold)
 
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:

@@ -30,15 +30,18 @@ from qtool.checkpoint.records import Checkpoint
 from qtool.errors import QtoolError
 from qtool.events import Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
+from qtool.runtime import int8_products
 from qtool.runtime.adapters import add_adapter
 from qtool.runtime.hf_quantizer import PackedLayersConfig, wrong_shape
 from qtool.runtime.host_head import multiply_head_on_host
-from qtool.runtime.linear import PackedLayer
+from qtool.runtime.linear import Int8Layer, LinearInt8, PackedLayer
 from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
 from qtool.runtime.model_config import (
+    Int8Threshold,
     build_config,
     check_quantization,
     find_model_class,
+    int8_threshold,
     layer_compute_dtype,
     model_dtype,
 )
@@ -50,6 +53,7 @@ from qtool.runtime.placement import (
     describe_devices,
     resolve_device,
 )
+from qtool.runtime.products import KERNEL_DTYPES
 from qtool.runtime.weights import WeightSource, open_stored_weights
 
 QUIET_S: Final = 0.5  # work that takes longer is told about
@@ -57,6 +61,10 @@ GENERATION_CONFIG: Final = "generation_config.json"
 SLOW_FLOAT32: Final = (
     "config.json asks for products in float32, which is slow on a GPU; "
     "--compute-dtype bfloat16 is faster"
+)
+UNROUNDED: Final = (
+    "--int8-threshold changes nothing here: on a GPU activations are rounded only in 16 bit, by "
+    "kernels that need CuPy"
 )
 
 
@@ -66,7 +74,8 @@ class LoadOptions:
 
     `compute_dtype` is one of float32, float16, bfloat16, or None for what the checkpoint says;
     `device` and `max_memory` as `qtool.runtime.placement` reads them; `head_quant` packs the output
-    head in memory.
+    head in memory. `int8_threshold`, a number or the config's, lets INT8 layers round the
+    activations of many tokens too.
     """
 
     quant: QuantizedPrecision | None = None
@@ -75,6 +84,7 @@ class LoadOptions:
     max_memory: str | None = None
     adapter: Path | None = None
     head_quant: QuantizedPrecision | None = None
+    int8_threshold: Int8Threshold | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +141,23 @@ def load_model(
         config = build_config(checkpoint)
         tokenizer = load_tokenizer(checkpoint)
         with _open_weights(checkpoint, options, on_event) as source, ExitStack() as offloaded:
+            threshold = None
+            if options.int8_threshold is not None:
+                threshold = int8_threshold(checkpoint, source.layers, options.int8_threshold)
             context.result()
             dtypes = _Dtypes.of(checkpoint, options)
             weights_bytes = _loaded_bytes(source, dtypes.model)
             placement = choose_placement(options.device, options.max_memory, weights_bytes)
             compiling = background.submit(
-                _compile_kernels, config, source.layers, placement, dtypes
+                _compile_kernels, config, source.layers, placement, dtypes, threshold
             )
             offload_folder = offloaded.enter_context(tempfile.TemporaryDirectory())
             network = _build_model(
                 checkpoint, config, source, placement, dtypes, offload_folder, on_event
             )
             _wait_for_kernels(compiling, on_event)
+            if threshold is not None:
+                _set_int8_threshold(network, threshold, placement, dtypes, on_event)
             if options.head_quant is not None:
                 quantize_head(network, options.head_quant)
             multiply_head_on_host(network)
@@ -215,7 +230,11 @@ class _Dtypes:
 
 
 def _compile_kernels(
-    config: Any, layers: Mapping[str, PackedLayer], placement: Placement, dtypes: _Dtypes
+    config: Any,
+    layers: Mapping[str, PackedLayer],
+    placement: Placement,
+    dtypes: _Dtypes,
+    threshold: float | None,
 ) -> None:
     """Compile what the model will run, or load it from the disk cache."""
     device = placement.device
@@ -227,6 +246,9 @@ def _compile_kernels(
         from qtool.runtime.warm_up import warm_up_kernels
 
         warm_up_kernels(layers, device, dtypes.compute or dtypes.model)
+        if threshold is not None:
+            widths = [la.in_features for la in layers.values() if isinstance(la, Int8Layer)]
+            int8_products.warm_up(widths, device, dtypes.compute or dtypes.model)
 
 
 def _open_weights(checkpoint: Checkpoint, options: LoadOptions, on_event: OnEvent) -> WeightSource:
@@ -280,6 +302,18 @@ def _build_model(
     _check_report(checkpoint, report, on_event)
     network.generation_config = _generation_config(checkpoint, network)
     return network
+
+
+def _set_int8_threshold(
+    network: Any, threshold: float, placement: Placement, dtypes: _Dtypes, on_event: OnEvent
+) -> None:
+    if placement.device.type == "cuda":
+        in_16_bit = (dtypes.compute or dtypes.model) in KERNEL_DTYPES
+        if not in_16_bit or importlib.util.find_spec("cupy") is None:
+            on_event(Note(UNROUNDED, level="warning"))
+    for module in network.modules():
+        if isinstance(module, LinearInt8):
+            module.threshold = threshold
 
 
 def _wait_for_kernels(compiling: Future[None], on_event: OnEvent) -> None:

@@ -6,8 +6,9 @@ are dropped, and `trust_remote_code` is never given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from transformers import (
@@ -18,7 +19,7 @@ from transformers import (
 
 from qtool.checkpoint.records import Checkpoint
 from qtool.errors import Option, QtoolError
-from qtool.runtime.linear import PackedLayer
+from qtool.runtime.linear import Int8Layer, PackedLayer
 from qtool.runtime.weights import TORCH_DTYPES
 
 # Keys that would make transformers fetch or run something, at any depth.
@@ -49,6 +50,9 @@ FLOAT_DTYPES: Final = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+Int8Threshold = float | Literal["config"]
+DEFAULT_INT8_THRESHOLD: Final = 6.0  # bitsandbytes', where a config does not say
 
 
 def build_config(checkpoint: Checkpoint) -> Any:
@@ -160,6 +164,32 @@ def layer_compute_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtyp
         return None
     said = entry.get("bnb_4bit_compute_dtype")
     return FLOAT_DTYPES.get(said.removeprefix("torch.")) if isinstance(said, str) else None
+
+
+def int8_threshold(
+    checkpoint: Checkpoint, layers: Mapping[str, PackedLayer], asked: Int8Threshold
+) -> float:
+    """The outlier threshold that was asked for, in numbers.
+
+    Raises:
+        QtoolError: none of the layers is INT8, or config.json holds no threshold that is a number.
+    """
+    if not any(isinstance(layer, Int8Layer) for layer in layers.values()):
+        raise QtoolError(
+            (Option("int8_threshold", asked), f": {checkpoint.id} has no INT8 layers"),
+            kind="usage",
+            hint=("leave it out, or pack a full-precision model with ", Option("quant", "int8")),
+        )
+    if asked != "config":
+        return asked
+    found = _quantization_entry(checkpoint).get("llm_int8_threshold", DEFAULT_INT8_THRESHOLD)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < math.inf:
+        raise QtoolError(
+            f"{checkpoint.id}: config.json says llm_int8_threshold {found!r}, expected a number",
+            kind="bad_file",
+            hint=(Option("int8_threshold", DEFAULT_INT8_THRESHOLD), " is bitsandbytes' own"),
+        )
+    return float(found)
 
 
 def _quantization_entry(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -4,7 +4,8 @@
 
 They run on the current stream, may be captured in CUDA graphs and compiled by torch.compile, and
 have a gradient for x. Up to 64 tokens go through kernels that read the packed bytes; more through a
-dequantized copy and PyTorch's product, which is the faster one there.
+dequantized copy and PyTorch's product, which is the faster one there, or with INT8 weights, where
+that is asked for, through an INT8 product (`qtool.runtime.int8_products`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from qtool.formats.precisions import NESTED_BLOCKSIZE, QuantType
 from qtool.formats.tensors import SourceDtype
 from qtool.runtime.dequantize import dequantize_4bit, dequantize_absmax, dequantize_int8
 from qtool.runtime.dequantize_host import SOURCE_DTYPES
+from qtool.runtime.int8_products import fits_kernels, multiply_rounded, multiply_rounded_host
 from qtool.runtime.products_host import NestedAbsmax, linear_4bit_host, linear_int8_host
 
 # The largest piece of a weight that exists in floating point at a time: 128 MiB in bfloat16. Layers
@@ -44,7 +46,9 @@ _library.define(
     "Tensor? nested_absmax, Tensor? nested_quant_map, Tensor? nested_offset, Tensor? bias, "
     "str quant_type, int blocksize, int out_features, str weight_dtype) -> Tensor"
 )
-_library.define("linear_int8(Tensor x, Tensor codes, Tensor scb, Tensor? bias) -> Tensor")
+_library.define(
+    "linear_int8(Tensor x, Tensor codes, Tensor scb, Tensor? bias, float? threshold=None) -> Tensor"
+)
 
 
 def linear_4bit(
@@ -82,20 +86,42 @@ def linear_4bit(
     return cast(Tensor, product)
 
 
-def linear_int8(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ (codes * scb / 127).T + bias; activations are not rounded.
+def linear_int8(
+    x: Tensor,
+    codes: Tensor,
+    scb: Tensor,
+    bias: Tensor | None = None,
+    *,
+    threshold: float | None = None,
+) -> Tensor:
+    """x @ (codes * scb / 127).T + bias.
 
     Args:
         x: bfloat16, float16 or float32 (..., in_features).
         codes: int8 (out_features, in_features).
         scb: float32 (out_features,), absmax of each row.
+        threshold: where `rounds_activations`, x is rounded to INT8 but for columns with a value of
+            at least so much (0: all of it); None never rounds. The gradient is that of None.
     """
-    return cast(Tensor, torch.ops.qtool.linear_int8(x, codes, scb, bias))
+    return cast(Tensor, torch.ops.qtool.linear_int8(x, codes, scb, bias, threshold))
+
+
+def rounds_activations(x: Tensor, codes: Tensor, threshold: float | None) -> bool:
+    """Whether a product with INT8 weights rounds x.
+
+    Where that is asked for, and there are more than 64 tokens. On a GPU in 16 bit and with our
+    kernels only, in the shapes that they take: elsewhere nothing is rounded, which is more exact.
+    """
+    if threshold is None or x.numel() <= MAX_FUSED_TOKENS * codes.shape[1]:
+        return False
+    if x.device.type == "cpu":
+        return True
+    return has_kernels(x.device) and fits_kernels(x, codes)
 
 
 def runs_fused(x: Tensor, columns: int) -> bool:
     """Whether products of this shape and dtype on `x`'s GPU read packed bytes."""
-    if x.dtype not in KERNEL_DTYPES or not _has_kernels(x.device):
+    if x.dtype not in KERNEL_DTYPES or not has_kernels(x.device):
         return False
     from cupy_kernels import linear_few
 
@@ -107,7 +133,7 @@ def runs_fused(x: Tensor, columns: int) -> bool:
 
 
 @cache
-def _has_kernels(device: torch.device) -> bool:
+def has_kernels(device: torch.device) -> bool:
     """Whether our kernels run there; without CuPy PyTorch's own operators dequantize."""
     if device.type != "cuda" or find_spec("cupy") is None:
         return False
@@ -174,12 +200,12 @@ def _linear_4bit_cuda(
     dtype = getattr(torch, weight_dtype)
 
     def make_weight(rows: slice) -> Tensor:
-        return _dequantize_rows(packed, statistics, rows, columns, quant_type, blocksize, dtype)
+        return dequantize_rows(packed, statistics, rows, columns, quant_type, blocksize, dtype)
 
     return _multiply_in_pieces(x, make_weight, out_features, bias)
 
 
-def _dequantize_rows(
+def dequantize_rows(
     packed: Tensor,
     statistics: tuple[Tensor | None, ...],
     rows: slice,
@@ -191,7 +217,7 @@ def _dequantize_rows(
     """Rows of the weight in `dtype` (rows, columns)."""
     absmax, *nested = statistics
     start, stop = rows.start * columns, rows.stop * columns
-    wide = _has_kernels(packed.device) and packed.data_ptr() % 16 == 0 and start % 32 == 0
+    wide = has_kernels(packed.device) and packed.data_ptr() % 16 == 0 and start % 32 == 0
     # A kernel begins with a whole block, and with a whole group of absmax where that is nested.
     step = blocksize if absmax is not None else blocksize * NESTED_BLOCKSIZE
     if wide and start % step == 0 and dtype in SOURCE_DTYPES:
@@ -248,12 +274,20 @@ def _launch_dequantize(
 # -- INT8 -----------------------------------------------------------------------------------------
 
 
-def _linear_int8_cpu(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_int8_cpu(
+    x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None, threshold: float | None = None
+) -> Tensor:
+    if threshold is not None and rounds_activations(x, codes, threshold):
+        return multiply_rounded_host(x, codes, scb, bias, threshold)
     return linear_int8_host(x, codes, scb, bias=bias)
 
 
-def _linear_int8_cuda(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_int8_cuda(
+    x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None, threshold: float | None = None
+) -> Tensor:
     out_features, columns = codes.shape
+    if threshold is not None and rounds_activations(x, codes, threshold):
+        return multiply_rounded(x, codes, scb, bias, threshold)
     if runs_fused(x, columns) and codes.data_ptr() % 16 == 0:
         from cupy_kernels.linear_few import LinearKind
 
@@ -261,27 +295,29 @@ def _linear_int8_cuda(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None
         return _multiply_packed(x, kind, out_features, (codes, scb, None, None, None, None), bias)
 
     def make_weight(rows: slice) -> Tensor:
-        return _dequantize_int8_rows(codes[rows], scb[rows], x.dtype)
+        return dequantize_rows_int8(codes[rows], scb[rows], x.dtype)
 
     return _multiply_in_pieces(x, make_weight, out_features, bias)
 
 
-def _dequantize_int8_rows(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_rows_int8(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights of int8 (rows, columns) and float32 (rows,) in `dtype`."""
     misaligned = codes.data_ptr() % 16 or codes.shape[1] % 16
-    if misaligned or dtype not in SOURCE_DTYPES or not _has_kernels(codes.device):
+    if misaligned or dtype not in SOURCE_DTYPES or not has_kernels(codes.device):
         return dequantize_int8(codes, scb, dtype)
     from cupy_kernels.dequantize_int8_rows import dequantize_int8_rows
 
     values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    dequantize_int8_rows(
-        codes.data_ptr(),
-        codes.shape[0],
-        codes.shape[1],
-        scb.data_ptr(),
-        SOURCE_DTYPES[dtype],
-        values.data_ptr(),
-        torch.cuda.current_stream(codes.device).cuda_stream,
-    )
+    with torch.cuda.device(codes.device):
+        dequantize_int8_rows(
+            codes.data_ptr(),
+            codes.shape[0],
+            codes.shape[1],
+            scb.data_ptr(),
+            SOURCE_DTYPES[dtype],
+            values.data_ptr(),
+            torch.cuda.current_stream(codes.device).cuda_stream,
+        )
     return values
 
 
@@ -333,7 +369,7 @@ def _launch_for(kind: Any, weight: Any, rows: Tensor) -> Any:
     return launch
 
 
-def _pieces(out_features: int, columns: int) -> list[slice]:
+def row_pieces(out_features: int, columns: int) -> list[slice]:
     """Rows that are dequantized at a time, so many that most pieces begin with a whole group."""
     step = MAX_DEQUANTIZED_ELEMENTS // columns
     step = max(step // PIECE_ROWS * PIECE_ROWS, 1) if step >= PIECE_ROWS else max(step, 1)
@@ -345,7 +381,7 @@ def _multiply_in_pieces(
 ) -> Tensor:
     """x @ weight.T + bias, of whose rows `make_weight` makes so many at a time that they fit."""
     columns = x.shape[-1]
-    pieces = _pieces(out_features, columns)
+    pieces = row_pieces(out_features, columns)
     if len(pieces) == 1:
         return functional.linear(x, make_weight(pieces[0]).to(x.dtype), bias)
     tokens = x.reshape(-1, columns)
@@ -368,7 +404,9 @@ def _fake_4bit(x: Tensor, packed: Tensor, *others: Any) -> Tensor:
     return _make_output(x, out_features)
 
 
-def _fake_int8(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None) -> Tensor:
+def _fake_int8(
+    x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None, threshold: float | None = None
+) -> Tensor:
     return _make_output(x, codes.shape[0])
 
 
@@ -381,20 +419,15 @@ def _gradient_4bit(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     packed, *statistics = ctx.saved_tensors
     quant_type, blocksize, out_features, weight_dtype = ctx.layer
     columns = packed.numel() * 2 // out_features
-    total: Tensor | None = None
-    for rows in _pieces(out_features, columns):
-        weight = _dequantize_rows(
-            packed,
-            tuple(statistics),
-            rows,
-            columns,
-            quant_type,
-            blocksize,
-            getattr(torch, weight_dtype),
+    dtype = getattr(torch, weight_dtype)
+
+    def make_weight(rows: slice) -> Tensor:
+        return dequantize_rows(
+            packed, tuple(statistics), rows, columns, quant_type, blocksize, dtype
         )
-        part = gradient[..., rows] @ weight.to(gradient.dtype)
-        total = part if total is None else total + part
-    return (total, *(None,) * 6, _bias_gradient(ctx, gradient, 7), *(None,) * 4)
+
+    of_x = _multiply_gradient(gradient, make_weight, columns) if ctx.needs_input_grad[0] else None
+    return (of_x, *(None,) * 6, _bias_gradient(ctx, gradient, 7), *(None,) * 4)
 
 
 def _keep_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -403,12 +436,29 @@ def _keep_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient_int8(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     codes, scb = ctx.saved_tensors
-    total: Tensor | None = None
-    for rows in _pieces(*codes.shape):
-        weight = dequantize_int8(codes[rows], scb[rows], gradient.dtype)
-        part = gradient[..., rows] @ weight
-        total = part if total is None else total + part
-    return total, None, None, _bias_gradient(ctx, gradient, 3)
+
+    def make_weight(rows: slice) -> Tensor:
+        return dequantize_rows_int8(codes[rows], scb[rows], gradient.dtype)
+
+    of_x = None
+    if ctx.needs_input_grad[0]:
+        of_x = _multiply_gradient(gradient, make_weight, codes.shape[1])
+    return of_x, None, None, _bias_gradient(ctx, gradient, 3), None
+
+
+def _multiply_gradient(
+    gradient: Tensor, make_weight: Callable[[slice], Tensor], columns: int
+) -> Tensor:
+    """gradient @ weight, of whose rows `make_weight` makes so many at a time that they fit."""
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    total = rows.new_empty(rows.shape[0], columns)
+    for piece in row_pieces(rows.shape[1], columns):
+        # No name for a weight, so that it is gone before the next is made.
+        if piece.start == 0:
+            torch.mm(rows[:, piece], make_weight(piece).to(rows.dtype), out=total)
+        else:
+            total.addmm_(rows[:, piece], make_weight(piece).to(rows.dtype))
+    return total.view(*gradient.shape[:-1], columns)
 
 
 def _bias_gradient(ctx: Any, gradient: Tensor, index: int) -> Tensor | None:

@@ -44,7 +44,7 @@ def test_products_are_timed_in_graphs_and_are_as_exact_as_their_rivals(shape, dt
     assert result.warnings == ()
     for tokens in (1, 8, 64):
         rows = [row for row in result.rows if row.tokens == tokens]
-        for product in PRODUCTS:
+        for product in (p for p in PRODUCTS if p.min_tokens <= tokens):
             by_engine = {row.engine: row for row in rows if row.op == product.name}
             assert by_engine.keys() == {"qtool", "bitsandbytes", "torch"}
             assert 0 < by_engine["qtool"].relative_error < (4e-3 if dtype == "BF16" else 1e-3)

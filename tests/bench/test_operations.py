@@ -26,7 +26,8 @@ def test_words_choose_operations_and_products():
     assert names() == [known.name for known in (*OPERATIONS, *PRODUCTS)]
     assert names("nf4") == ["quantize nf4", "dequantize nf4", "linear nf4"]
     assert names("dequantize") == ["dequantize nf4", "dequantize nf4-dq", "dequantize int8"]
-    assert names("linear") == ["linear nf4", "linear nf4-dq", "linear fp4", "linear int8"]
+    assert names("linear int8") == ["linear int8", "linear int8 rounded", "linear int8 outliers"]
+    assert names("linear") == ["linear nf4", "linear nf4-dq", "linear fp4", *names("linear int8")]
     assert names("quantize fp4", "dequantize int8") == ["quantize fp4", "dequantize int8"]
 
 
