@@ -17,8 +17,9 @@ KERNELS = PACKAGE.parent / "cupy_kernels"
 LAYERS = [
     {"cli"},
     {"report"},
-    {"bench", "demo", "exact"},
-    {"doctor", "finetune", "inspection", "optim", "planner", "runtime"},
+    {"bench", "demo", "exact", "merge"},
+    {"finetune"},
+    {"doctor", "inspection", "optim", "planner", "runtime"},
     {"quantize"},
     {"architecture", "backends", "checkpoint"},
     {"formats"},
@@ -30,7 +31,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HOMES = {
     "typer": {"cli"},
     "rich": {"report"},
-    "torch": {"bench", "exact", "runtime", "finetune", "optim"},
+    "torch": {"bench", "exact", "runtime", "finetune", "merge", "optim"},
     "transformers": {"bench", "exact", "runtime", "finetune"},
     "accelerate": {"runtime", "finetune"},
     "peft": {"exact", "runtime", "finetune"},

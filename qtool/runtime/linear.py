@@ -1,12 +1,13 @@
 """Linear layers that hold packed weights, multiplied by our operators.
 
 Subclasses of nn.Linear, so that PEFT wraps them and transformers' isinstance checks hold; their
-`weight` is the packed one. Statistics are buffers that no `.to(dtype)` changes.
+`weight` is the packed one. Statistics are buffers that no `.to(dtype)` changes. Gradients reach the
+input and a bias, never the weight, of which no floating-point copy outlives a product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,15 @@ from torch import Tensor, nn
 
 from qtool.formats.precisions import NESTED_BLOCKSIZE, QuantType
 from qtool.runtime.dequantize import dequantize_4bit, dequantize_int8
-from qtool.runtime.products import linear_4bit, linear_int8
-from qtool.runtime.products_host import NestedAbsmax
+from qtool.runtime.products import (
+    dequantize_rows,
+    dequantize_rows_int8,
+    linear_4bit,
+    linear_int8,
+    row_pieces,
+)
+from qtool.runtime.products_host import MAX_HOST_ELEMENTS, NestedAbsmax
+from qtool.runtime.requantize import pack_4bit, pack_int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +66,15 @@ class _PackedLinear(nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     def row_decoder(self, dtype: torch.dtype) -> RowDecoder:
-        """A function that makes rows [start, stop) of the weight: `dtype` (stop - start, in)."""
+        """A function that makes rows [start, stop) of the weight: `dtype` (stop - start, in).
+
+        On a GPU by PyTorch's operators, so that it can check what our kernels make.
+        """
         raise NotImplementedError
+
+    def decode_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The same rows as `row_decoder` makes, the fastest way: `dtype` (rows, in)."""
+        return self.row_decoder(dtype)(rows.start, rows.stop)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out) in the dtype of `x` and `bias`."""
@@ -68,6 +83,62 @@ class _PackedLinear(nn.Linear):
     def dequantize(self) -> Tensor:
         """The whole weight [out, in] as bitsandbytes dequantizes it."""
         raise NotImplementedError
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """`weight` [out, in] in this layer's format, by the names of its parameter and buffers."""
+        raise NotImplementedError
+
+    def requantize(self, weight: Tensor) -> None:
+        """Take `weight` instead, packed in the same format into the same memory.
+
+        The codes are those that `qtool quantize` makes of it.
+
+        Args:
+            weight: floating point [out, in], on any device.
+
+        Raises:
+            QtoolError: bad_file, for NaN and infinity; the layer is as it was.
+        """
+        expected = (self.out_features, self.in_features)
+        if tuple(weight.shape) != expected:
+            raise ValueError(f"weight: expected shape {list(expected)}, found {list(weight.shape)}")
+        self.set_packed(self.pack(weight.to(self.weight.device)))
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """What holds the weight, by name: the packed one and its statistics."""
+        return {"weight": self.weight.detach(), **dict(self.named_buffers(recurse=False))}
+
+    def set_packed(self, parts: dict[str, Tensor]) -> None:
+        """Copy `parts`, as `pack` or `packed_tensors` returns them, into this layer's tensors."""
+        for name, tensor in self.packed_tensors().items():
+            tensor.copy_(parts[name])
+
+    def add_product(self, x: Tensor, out: Tensor) -> None:
+        """out += x @ weight.T: `x` (tokens, in), `out` (tokens, out) of its dtype; no gradient.
+
+        For many tokens: the weight is dequantized, piece by piece.
+        """
+        for rows, weight in self._float_pieces(x.dtype):
+            out[:, rows].addmm_(x, weight.t())
+            del weight  # before the next is made
+
+    def add_input_gradient(self, gradient: Tensor, out: Tensor) -> None:
+        """out += gradient @ weight: `gradient` (tokens, out), `out` (tokens, in) of its dtype."""
+        for rows, weight in self._float_pieces(gradient.dtype):
+            out.addmm_(gradient[:, rows], weight)
+            del weight
+
+    def _float_pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and what they hold, so many at a time as products dequantize."""
+        if self.weight.is_cuda:
+            for rows in row_pieces(self.out_features, self.in_features):
+                yield rows, self.decode_rows(rows, dtype)
+            return
+        decode = self.row_decoder(dtype)
+        step = max(MAX_HOST_ELEMENTS // self.in_features, 1)
+        for start in range(0, self.out_features, step):
+            rows = slice(start, min(start + step, self.out_features))
+            yield rows, decode(rows.start, rows.stop)
 
     @property
     def W_q(self) -> Tensor:
@@ -78,10 +149,24 @@ class _PackedLinear(nn.Linear):
         return self.weight
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out), computed in `compute_dtype`, returned in the input's dtype."""
-        dtype = self.compute_dtype or input.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return self.multiply(input.to(dtype), bias).to(input.dtype)
+        """(..., in) -> (..., out), computed in `compute_dtype`, returned in the input's dtype.
+
+        Under autocast both are autocast's, as they are for any nn.Linear.
+        """
+        dtype, returned = self.product_dtypes(input)
+        return self.multiply(input.to(dtype), self.bias_in(dtype)).to(returned)
+
+    def bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias (out,), if there is one, as a product in `dtype` adds it."""
+        return None if self.bias is None else self.bias.to(dtype)
+
+    def product_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """What a product with `x` is computed in, and what is returned."""
+        device_type = x.device.type
+        if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+            autocast = torch.get_autocast_dtype(device_type)
+            return autocast, autocast
+        return self.compute_dtype or x.dtype, x.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # model.to(bfloat16) would round absmax: move the statistics, never convert them.
@@ -153,6 +238,22 @@ class Linear4bit(_PackedLinear):
 
         return decode
 
+    def decode_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """By our kernels where they run."""
+        if not self.weight.is_cuda:
+            return super().decode_rows(rows, dtype)
+        nested, layer = self.nested, self.layer
+        values = dequantize_rows(
+            self.weight,
+            (None, *nested.tensors) if nested else (self.absmax, None, None, None, None),
+            rows,
+            self.in_features,
+            layer.quant_type,
+            layer.blocksize,
+            layer.dtype,
+        )
+        return values.to(dtype)
+
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `qtool.runtime.products`."""
         return linear_4bit(
@@ -177,7 +278,12 @@ class Linear4bit(_PackedLinear):
 
     def dequantize(self) -> Tensor:
         """The whole weight [out, in] in its recorded dtype, bit-equal to bitsandbytes'."""
-        return self.row_decoder(self.layer.dtype)(0, self.out_features)
+        return self.decode_rows(slice(0, self.out_features), self.layer.dtype)
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """See `qtool.runtime.requantize`."""
+        layer = self.layer
+        return pack_4bit(weight, layer.quant_type, layer.blocksize, double_quant=layer.double_quant)
 
     def _float_absmax(self) -> Tensor:
         nested = self.nested
@@ -197,9 +303,14 @@ class LinearInt8(_PackedLinear):
 
     Parameters and buffers: weight int8 (out, in), SCB float32 (out,) = absmax of each row,
     bias (out,) or None.
+
+    Attributes:
+        threshold: if set, products of many tokens round the activations to INT8 too, but for
+            columns with a value of at least so much; see `qtool.runtime.products.linear_int8`.
     """
 
     SCB: Tensor
+    threshold: float | None = None
 
     def __init__(
         self,
@@ -219,13 +330,21 @@ class LinearInt8(_PackedLinear):
             self.weight[start:stop], self.SCB[start:stop], dtype
         )
 
+    def decode_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """By our kernel where it runs."""
+        return dequantize_rows_int8(self.weight[rows], self.SCB[rows], dtype)
+
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `qtool.runtime.products`."""
-        return linear_int8(x, self.weight, self.SCB, bias)
+        return linear_int8(x, self.weight, self.SCB, bias, threshold=self.threshold)
 
     def dequantize(self) -> Tensor:
         """The whole weight [out, in] in float32, bit-equal to bitsandbytes'."""
-        return self.row_decoder(torch.float32)(0, self.out_features)
+        return self.decode_rows(slice(0, self.out_features), torch.float32)
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """See `qtool.runtime.requantize`."""
+        return pack_int8(weight)
 
 
 def build_linear(

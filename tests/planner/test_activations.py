@@ -252,7 +252,7 @@ def test_dequantizing_in_the_pieces_that_the_plan_assumes(monkeypatch):
     assert products.PIECE_ROWS == weights.PIECE_ROWS
     assert dequantize.CHUNK_ELEMENTS["cuda"] == weights.CHUNK_ELEMENTS
     for num_rows, columns in ((1280, 512), (28_672, 8192), (8192, 28_672), (3, 1 << 27), (700, 3)):
-        found = [rows.stop - rows.start for rows in products._pieces(num_rows, columns)]
+        found = [rows.stop - rows.start for rows in products.row_pieces(num_rows, columns)]
         planned = weights.piece_rows(num_rows, columns)
         assert planned[:2] == found[:2] and planned[-1] == found[-1]
 

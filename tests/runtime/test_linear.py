@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qtool.runtime import products_host
+from qtool.runtime import linear, products_host
 from qtool.runtime.linear import FourBitLayer, Int8Layer, Linear4bit, LinearInt8, build_linear
 
 OUT, IN = 37, 22  # 814 weights: no whole number of blocks, blocks straddle rows
@@ -123,6 +123,53 @@ def test_gradients_reach_the_input_and_no_packed_weight() -> None:
     expected = torch.ones(3, OUT) @ layer.dequantize()
     torch.testing.assert_close(x.grad, expected)
     assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32])
+@pytest.mark.parametrize("kind", ["4bit", "int8"])
+def test_autocast_holds_for_packed_layers_as_for_others(
+    kind: str, compute_dtype: torch.dtype | None
+) -> None:
+    layer = filled() if kind == "4bit" else filled_int8()
+    layer.compute_dtype = compute_dtype
+    plain = nn.Linear(IN, OUT)
+    plain.weight.data, plain.bias.data = layer.dequantize().float(), layer.bias.float()
+    x = torch.randn(3, IN, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = layer(x), plain(x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    found.float().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        assert layer(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("max_elements", [1, 3 * WHOLE_IN, 1 << 22])
+@pytest.mark.parametrize("kind", ["4bit", "int8"])
+def test_products_and_gradients_are_added_to_what_is_there(
+    monkeypatch: pytest.MonkeyPatch, max_elements: int, kind: str
+) -> None:
+    layer = filled(WHOLE_IN, dtype=torch.float32) if kind == "4bit" else filled_int8(WHOLE_IN)
+    monkeypatch.setattr(linear, "MAX_HOST_ELEMENTS", max_elements)
+    x, y = torch.randn(50, WHOLE_IN), torch.randn(50, OUT)
+    out, gradient = y.clone(), x.clone()
+    layer.add_product(x, out)
+    layer.add_input_gradient(y, gradient)
+    weight = layer.dequantize()
+    torch.testing.assert_close(out, y + x @ weight.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, x + y @ weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["4bit", "4bit-dq", "int8"])
+def test_packed_tensors_are_taken_out_and_put_back(kind: str) -> None:
+    layer = filled_int8() if kind == "int8" else filled(double_quant=kind.endswith("dq"))
+    before = {name: tensor.clone() for name, tensor in layer.packed_tensors().items()}
+    assert before.keys() == layer.state_dict().keys() - {"bias"}
+    layer.requantize(torch.randn(OUT, IN))
+    assert any(not torch.equal(t, before[n]) for n, t in layer.packed_tensors().items())
+    layer.set_packed(before)
+    assert all(torch.equal(t, before[n]) for n, t in layer.packed_tensors().items())
 
 
 def test_meta_layers_declare_the_shapes_of_the_format() -> None:
