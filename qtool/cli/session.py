@@ -20,7 +20,7 @@ from qtool.errors import EXIT_TERMINATED, QtoolError
 from qtool.report.output import ColorChoice, Output
 
 AGAIN_AFTER_S: Final = 0.05  # by then a destructor is over, or it meets the next one
-RUN_AGAIN: Final = "run the command again; `qtool quantize` continues where it stopped"
+RUN_AGAIN: Final = "run the command again; `quantize` and `merge` continue where they stopped"
 
 
 @contextmanager

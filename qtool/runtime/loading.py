@@ -149,7 +149,13 @@ def load_model(
             weights_bytes = _loaded_bytes(source, dtypes.model)
             placement = choose_placement(options.device, options.max_memory, weights_bytes)
             compiling = background.submit(
-                _compile_kernels, config, source.layers, placement, dtypes, threshold
+                _compile_kernels,
+                config,
+                source.layers,
+                placement,
+                dtypes,
+                options,
+                threshold,
             )
             offload_folder = offloaded.enter_context(tempfile.TemporaryDirectory())
             network = _build_model(
@@ -234,6 +240,7 @@ def _compile_kernels(
     layers: Mapping[str, PackedLayer],
     placement: Placement,
     dtypes: _Dtypes,
+    options: LoadOptions,
     threshold: float | None,
 ) -> None:
     """Compile what the model will run, or load it from the disk cache."""
@@ -245,10 +252,11 @@ def _compile_kernels(
     if layers and device.type == "cuda" and importlib.util.find_spec("cupy") is not None:
         from qtool.runtime.warm_up import warm_up_kernels
 
-        warm_up_kernels(layers, device, dtypes.compute or dtypes.model)
+        dtype = dtypes.compute or dtypes.model
+        warm_up_kernels(layers, device, dtype, adapted=options.adapter is not None)
         if threshold is not None:
             widths = [la.in_features for la in layers.values() if isinstance(la, Int8Layer)]
-            int8_products.warm_up(widths, device, dtypes.compute or dtypes.model)
+            int8_products.warm_up(widths, device, dtype)
 
 
 def _open_weights(checkpoint: Checkpoint, options: LoadOptions, on_event: OnEvent) -> WeightSource:

@@ -22,9 +22,15 @@ NUM_THREADS: Final = 4
 
 
 def warm_up_kernels(
-    layers: Mapping[str, PackedLayer], device: torch.device, dtype: torch.dtype
+    layers: Mapping[str, PackedLayer],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    adapted: bool = False,
 ) -> None:
     """Compile and load kernels for the products of one token with `layers`.
+
+    With `adapted` those that add adapters, which most of a model's layers then have.
 
     Does nothing where there are none: without a GPU that they run on, or in float32.
     """
@@ -32,7 +38,8 @@ def warm_up_kernels(
         return
     if torch.cuda.get_device_capability(device) < OLDEST_COMPUTE_CAPABILITY:
         return
-    wanted = {(kind, count) for kind, count in _kinds(layers, dtype) if fits(kind)}
+    kinds = _kinds(layers, dtype, adapted=adapted)
+    wanted = {(kind, count) for kind, count in kinds if fits(kind)}
 
     def compile_one(kind_and_count: tuple[LinearKind, int]) -> None:
         with torch.cuda.device(device):
@@ -43,12 +50,13 @@ def warm_up_kernels(
 
 
 def _kinds(
-    layers: Mapping[str, PackedLayer], dtype: torch.dtype
+    layers: Mapping[str, PackedLayer], dtype: torch.dtype, *, adapted: bool
 ) -> Iterator[tuple[LinearKind, int]]:
     """Kinds of launches with the number of layers in one."""
     for name, layer in layers.items():
         kind = _kind_of(layer, dtype)
         yield kind, 1
+        kind = replace(kind, adapted=adapted)
         match name.rpartition(".")[2]:
             case "q_proj":
                 yield replace(kind, norm="rms"), 3
