@@ -47,5 +47,5 @@ clean:  ## remove what the other targets made
 	@touch $@
 
 .venv/installed-test: .venv/installed-run
-	$(INSTALL) ".[run,test,$(or $(CUDA),cuda13)]"  # the tests compile the kernels on any machine
+	$(INSTALL) ".[run,finetune,test,$(or $(CUDA),cuda13)]"  # the tests compile the kernels on any machine
 	@touch $@

@@ -21,7 +21,18 @@ from qtool.report.output import Output
 
 # The function of qtool.cli.VERB that bears its name is the command.
 # A module with SUBVERBS is a group: they are its commands, and that function is only its help.
-VERBS = ("estimate", "sizing", "quantize", "inspect", "generate", "demo", "bench", "doctor")
+VERBS = (
+    "estimate",
+    "sizing",
+    "quantize",
+    "inspect",
+    "generate",
+    "finetune",
+    "merge",
+    "demo",
+    "bench",
+    "doctor",
+)
 HELP = "Does this language model fit my GPU? Plan its memory, quantize it, inspect it, run it."
 EPILOG = "Every option can also be set by a variable: --compute-dtype by QTOOL_COMPUTE_DTYPE."
 

@@ -10,6 +10,7 @@ from typing import Final
 from qtool.errors import Option, QtoolError
 
 RUN_PACKAGES: Final = ("torch", "transformers", "accelerate")
+FINETUNE_PACKAGES: Final = ("trl", "peft", "datasets")
 OLDEST_TRANSFORMERS: Final = (5, 10)  # older releases follow hostile paths and names in checkpoints
 
 
@@ -32,6 +33,18 @@ def require_run_extra() -> None:
             kind="unsupported",
             hint='pip install --upgrade "qtool[run]"',
         )
+
+
+def require_finetune_extra() -> None:
+    """The same for training."""
+    missing = [name for name in FINETUNE_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise QtoolError(
+            f"fine-tuning needs {_listed(missing)}, not installed here",
+            kind="unsupported",
+            hint='pip install "qtool[finetune]"',
+        )
+    require_run_extra()
 
 
 def require_peft() -> None:

@@ -1,0 +1,133 @@
+"""The model that is trained: loaded by our own loader, with adapters or with all weights trainable.
+
+What is not packed keeps the dtype that products are computed in: embeddings, norms and head are
+frozen and gain nothing from float32, which PEFT's prepare_model_for_kbit_training would give them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final, cast
+
+import torch
+import transformers
+from peft import LoraConfig
+
+from qtool.checkpoint.records import Checkpoint
+from qtool.errors import Option, QtoolError
+from qtool.events import OnEvent
+from qtool.finetune.lora_layers import wrap_with_lora
+from qtool.finetune.plan import PlannedRun, local_rank
+from qtool.finetune.records import ComputeDtype, FinetuneRequest
+from qtool.finetune.trainer import Placement
+from qtool.formats.precisions import QuantizedPrecision
+from qtool.optim import keep_embeddings_32bit
+from qtool.planner.lora import ALL_LINEAR
+from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
+from qtool.runtime.placement import resolve_device
+
+SHORT_NAMES: Final[dict[str, ComputeDtype]] = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def choose_placement(request: FinetuneRequest) -> Placement:
+    """One device for this process, and what it computes in.
+
+    Raises:
+        QtoolError: a device that is not there, or a dtype that it cannot train in.
+    """
+    device = _one_device(request.device)
+    asked = request.training.compute_dtype
+    is_cuda = device.type == "cuda"
+    if asked == "float16" and not is_cuda:
+        raise QtoolError(
+            (Option("compute_dtype", "float16"), " trains on GPUs only"),
+            kind="unsupported",
+            hint=Option("compute_dtype", "bfloat16"),
+        )
+    if asked is None:
+        has_bfloat16 = not is_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+        asked = "bfloat16" if has_bfloat16 else "float16"
+    return Placement(device, asked)
+
+
+def load_base(planned: PlannedRun, place: Placement, on_event: OnEvent) -> LoadedModel:
+    """The model with its weights on `place`, packed on its way in where the plan says so."""
+    options = LoadOptions(
+        quant=cast(QuantizedPrecision | None, planned.loads_quant),
+        compute_dtype=weights_dtype(planned.request, place),
+        device=str(place.device),
+    )
+    return load_model(planned.request.model, options, on_event=on_event)
+
+
+def weights_dtype(request: FinetuneRequest, place: Placement) -> ComputeDtype:
+    """What unpacked weights are held in.
+
+    Where all of them are trained in float16, whose gradients are scaled, they must be float32.
+    """
+    if request.method != "full":
+        return place.compute_dtype
+    master = SHORT_NAMES[request.training.master_dtype]
+    return "float32" if place.compute_dtype != "bfloat16" else master
+
+
+def make_trainable(
+    network: Any, request: FinetuneRequest, checkpoint: Checkpoint
+) -> tuple[Any, int]:
+    """The network with what `request` trains, and how many parameters that are.
+
+    Raises:
+        QtoolError: targets that the model does not have.
+    """
+    transformers.set_seed(request.training.seed)  # adapters begin at random
+    network.config.use_cache = False
+    if request.method == "full":
+        for parameter in network.parameters():
+            parameter.requires_grad_(True)
+        keep_embeddings_32bit(network)
+    else:
+        network = _with_adapters(network, request, checkpoint)
+    return network, sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def base_name(checkpoint: Checkpoint, request: FinetuneRequest) -> str:
+    """What an adapter calls its base: MODEL as it was given, without the revision."""
+    return checkpoint.id if checkpoint.location == "hub" else request.model
+
+
+def _with_adapters(network: Any, request: FinetuneRequest, checkpoint: Checkpoint) -> Any:
+    lora = request.lora
+    network.requires_grad_(False)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets) if lora.targets else ALL_LINEAR,
+        use_rslora=lora.rslora,
+    )
+    wrapped = wrap_with_lora(network, config)
+    # A folder here: with a Hub id PEFT would look the base up there at each save.
+    wrapped.peft_config["default"].base_model_name_or_path = str(checkpoint.folder)
+    if lora.dtype == "bf16":
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return wrapped
+
+
+def _one_device(device: str) -> torch.device:
+    """This process's; all other GPUs are hidden from it, lest the Trainer spread the model over
+    them."""
+    is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if device == "cpu" or not torch.cuda.is_available():
+        return resolve_device(device)
+    if is_one_of_many:
+        return torch.device("cuda", local_rank())
+    found = resolve_device(device)
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        names = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = names.split(",") if names else [str(n) for n in range(torch.cuda.device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[found.index or 0].strip()
+        found = torch.device("cuda", 0)
+    return found

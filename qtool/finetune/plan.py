@@ -1,0 +1,234 @@
+"""Before anything is loaded: the method and the precision, the plan of `estimate`, and the verdict.
+
+planned = plan_run(request, checkpoint, max_length=1024)
+planned.require_fit()
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from qtool.checkpoint.records import Checkpoint
+from qtool.errors import Option, QtoolError
+from qtool.finetune.records import DEFAULT_MAX_LENGTH, FinetuneRequest
+from qtool.planner.estimate import EstimateRequest, estimate_opened
+from qtool.planner.gpus import MIB, Gpu, local_gpus
+from qtool.planner.lora import ALL_LINEAR, HEADS, target_layers
+from qtool.planner.model import PlannedModel, describe_model
+from qtool.planner.optimizers import find_optimizer
+from qtool.planner.records import Estimate, MemoryPlan, Tuning, Workload
+
+DEFAULT_QUANT: Final = "nf4-dq"
+HOST_NAME: Final = "this machine's memory"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """What will be trained, on what, and what that takes.
+
+    Args:
+        loads_quant: what the model is packed to on its way in; None loads it as it is stored.
+        estimate: one plan, on the device that will train if that is known.
+    """
+
+    request: FinetuneRequest
+    model: PlannedModel
+    loads_quant: str | None
+    max_length: int
+    estimate: Estimate
+    gpu: Gpu | None
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """The memory of one process."""
+        return self.estimate.plans[0]
+
+    @property
+    def quant(self) -> str | None:
+        """The base's precision where it is packed."""
+        return self.loads_quant or self.model.stored_precision
+
+    @property
+    def is_known(self) -> bool:
+        """Whether more than the weights is counted in the plan."""
+        return "activations" in self.plan.components
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is no reason to stop."""
+        return not self.is_known or all(fit.verdict != "no" for fit in self.plan.fits)
+
+    def require_fit(self) -> None:
+        """Raise QtoolError (no_fit), with what would fit, unless it fits or is forced."""
+        if self.fits or self.request.force:
+            return
+        from qtool.planner.gpus import GIB
+
+        plan, [answer, *_] = self.plan, self.plan.fits
+        changes = ", or ".join(suggestion.change for suggestion in plan.suggestions)
+        raise QtoolError(
+            f"training needs {plan.peak_bytes / GIB:,.2f} GiB at its peak, and "
+            f"{answer.usable_bytes / GIB:,.2f} GiB of {answer.gpu.name} can be used",
+            kind="no_fit",
+            hint=(
+                f"fits with {changes}" if changes else "no single change makes it fit",
+                "; ",
+                Option("force"),
+                " tries all the same",
+            ),
+        )
+
+
+def plan_run(request: FinetuneRequest, checkpoint: Checkpoint) -> PlannedRun:
+    """Choose and plan; pure but for asking the machine what it has.
+
+    Raises:
+        QtoolError: options that contradict the model or each other.
+    """
+    model = describe_model(checkpoint)
+    loads_quant = _check_method(request, model)
+    max_length = _choose_length(request, model)
+    training, lora = request.training, request.lora
+    architecture = model.architecture
+    if lora.targets is not None and request.method != "full":
+        _refuse_heads(lora.targets)
+        if architecture is not None:
+            target_layers(architecture, lora.targets)
+    find_optimizer(training.optimizer)
+    workload = Workload(
+        context=max_length,
+        batch=training.batch,
+        mode=request.method,
+        tuning=Tuning(
+            lora_r=lora.r,
+            lora_targets=lora.targets,
+            lora_dropout=lora.dropout,
+            adapter_dtype=lora.dtype,
+            optimizer=training.optimizer,
+            gradient_checkpointing=training.gradient_checkpointing,
+        ),
+    )
+    gpu = _training_device(request.device)
+    asked = EstimateRequest(
+        model=request.model,
+        quants=(_planned_quant(request, model, loads_quant),),
+        context=max_length,
+        workload=workload,
+    )
+    estimate = estimate_opened(model, (gpu,) if gpu else (), asked)
+    return PlannedRun(request, model, loads_quant, max_length, estimate, gpu)
+
+
+def _planned_quant(request: FinetuneRequest, model: PlannedModel, loads_quant: str | None) -> str:
+    is_float32 = request.training.master_dtype == "fp32"
+    unpacked = "fp32" if request.method == "full" and is_float32 else "bf16"
+    return loads_quant or model.stored_precision or unpacked
+
+
+def _check_method(request: FinetuneRequest, model: PlannedModel) -> str | None:
+    """What to pack the model to while loading; raises where method, model and quant disagree."""
+    method, quant, stored = request.method, request.quant, model.stored_precision
+    if method == "qlora":
+        if stored is None:
+            return quant or DEFAULT_QUANT
+        if quant is not None and quant != stored:
+            raise QtoolError(
+                (f"{model.id} is quantized already ({stored}), and ", Option("quant", quant)),
+                kind="usage",
+                hint=("leave out ", Option("quant"), ", or give the full-precision model"),
+            )
+        return None
+    if stored is not None or quant is not None:
+        what = f"{model.id} is packed ({stored})" if stored else Option("quant", quant)
+        trains = "trains all weights" if method == "full" else "wants a 16-bit base"
+        raise QtoolError(
+            (Option("method", method), f" {trains}, and packed ones are not: ", what),
+            kind="usage",
+            hint=(Option("method", "qlora"), ", or the full-precision model"),
+        )
+    return None
+
+
+def _choose_length(request: FinetuneRequest, model: PlannedModel) -> int:
+    asked = request.data.max_length
+    made_for = model.architecture.max_context if model.architecture else None
+    if asked is None:
+        return min(DEFAULT_MAX_LENGTH, made_for or DEFAULT_MAX_LENGTH)
+    if made_for is not None and asked > made_for:
+        raise QtoolError(
+            (
+                Option("max_length", asked),
+                f": {model.id} was made for {made_for:,} tokens (max_position_embeddings)",
+            ),
+            kind="usage",
+            hint=(Option("max_length", made_for), " is the longest"),
+        )
+    return asked
+
+
+def _refuse_heads(targets: tuple[str, ...]) -> None:
+    for name in targets:
+        if name.rpartition(".")[2] in HEADS:
+            raise QtoolError(
+                (
+                    Option("lora_targets", ",".join(targets)),
+                    f": {name} is the output head, whose loss is computed from its weight alone, "
+                    "so an adapter on it would never be trained",
+                ),
+                kind="unsupported",
+                hint=(Option("lora_targets", ALL_LINEAR), ", or names without it"),
+            )
+
+
+# -- the device -----------------------------------------------------------------------------------
+
+
+def local_rank() -> int:
+    """Which of the processes of this machine this is, under `accelerate launch`."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _training_device(device: str) -> Gpu | None:
+    """The GPU that this process will train on, or the host; None where its memory is not known."""
+    if device == "cpu":
+        return _host()
+    try:
+        gpus = local_gpus()
+    except QtoolError:
+        return _host()  # what PyTorch finds without nvidia-smi cannot be asked before it is loaded
+    index = _physical_index(device)
+    return gpus[index] if index is not None and index < len(gpus) else None
+
+
+def _physical_index(device: str) -> int | None:
+    """nvidia-smi's number of the GPU; None where CUDA_VISIBLE_DEVICES names GPUs otherwise."""
+    _, _, asked = device.partition(":")
+    place = int(asked) if asked.isdigit() else local_rank()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return place
+    names = [name.strip() for name in visible.split(",")]
+    return int(names[place]) if place < len(names) and names[place].isdigit() else None
+
+
+def _host() -> Gpu | None:
+    """The memory of this machine as a device to fit on."""
+    try:
+        page_bytes = os.sysconf("SC_PAGE_SIZE")
+        total_mib = page_bytes * os.sysconf("SC_PHYS_PAGES") // MIB
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
+            lines = dict(line.split(":", 1) for line in file)
+        free_mib = int(lines["MemAvailable"].split()[0]) >> 10
+    except (OSError, ValueError, KeyError):
+        return None
+    return Gpu(
+        name=HOST_NAME,
+        vendor="host",
+        memory_gb=round(total_mib / 1024, 1),
+        memory_mib=total_mib,
+        visible_mib=total_mib,
+        basis={"visible_mib": "confirmed"},
+        free_mib=free_mib,
+    )

@@ -1,0 +1,356 @@
+"""DATA as rows: text, prompt and completion, or messages; what is wrong with one is said by line.
+
+    rows = open_rows(DataOptions(source="chats.jsonl"))
+    rows.check()
+    for row in rows: ...
+
+A .txt file is one running text. JSONL is read here, so that errors can name the line; Parquet files
+and Hub datasets through `datasets`. Nothing here knows tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+from qtool.errors import Option, QtoolError
+from qtool.finetune.records import DataFile, DataOptions
+
+Kind = Literal["running text", "text", "prompt and completion", "messages"]
+Fields = Mapping[str, Any]
+
+PROMPT, COMPLETION, MESSAGES, TEXT = "prompt", "completion", "messages", "text"
+JSON_SUFFIXES: Final = (".jsonl", ".ndjson", ".json")
+COLUMNS_HINT: Final = (
+    'rows hold "text", or "prompt" and "completion", or "messages" (a list of {"role", "content"})'
+)
+BLOCK_CHARACTERS: Final = 1 << 16  # of a running text at once
+
+
+class Row(NamedTuple):
+    """One row; `number` counts lines of a file or rows of a dataset, from 1."""
+
+    number: int
+    fields: Fields
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows that can be gone through more than once.
+
+    Args:
+        source: what errors call it.
+        unit: "line" or "row", for errors.
+        columns: what the rows have; found with the first one.
+        text_column: which of them is plain text.
+    """
+
+    source: str
+    unit: str
+    columns: tuple[str, ...]
+    kind: Kind
+    text_column: str
+    revision: str | None
+    _iterate: Callable[[], Iterator[Row]]
+    _path: Path | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        return self._iterate()
+
+    def check(self) -> DataFile:
+        """Look at every row; returns what it came from.
+
+        Raises:
+            QtoolError: bad_file, with the line or row.
+        """
+        count = 0
+        for row in self:
+            self._check_row(row)
+            count += 1
+        if not count:
+            raise no_rows(self.source)
+        sha256 = None if self._path is None else _sha256(self._path)
+        return DataFile(self.source, sha256, count, self.revision)
+
+    def error(self, row: Row, what: str, hint: str = COLUMNS_HINT) -> QtoolError:
+        """Something is wrong with a row."""
+        return QtoolError(
+            f"{self.source}, {self.unit} {row.number}: {what}", kind="bad_file", hint=hint
+        )
+
+    def _check_row(self, row: Row) -> None:
+        match self.kind:
+            case "text" | "running text":
+                self._check_text(row, self.text_column)
+            case "messages":
+                self._check_messages(row, MESSAGES)
+            case "prompt and completion" if isinstance(row.fields.get(PROMPT), str):
+                self._check_text(row, PROMPT)
+                self._check_text(row, COMPLETION)
+            case _:
+                self._check_messages(row, PROMPT)
+                self._check_messages(row, COMPLETION)
+
+    def _check_text(self, row: Row, column: str) -> None:
+        value = row.fields.get(column)
+        if not isinstance(value, str):
+            raise self.error(row, f'"{column}": expected text, found {_found(row.fields, column)}')
+
+    def _check_messages(self, row: Row, column: str) -> None:
+        messages = row.fields.get(column)
+        if not isinstance(messages, list | tuple) or not messages:
+            found = "an empty list" if messages == [] else _found(row.fields, column)
+            raise self.error(row, f'"{column}": expected a list of messages, found {found}')
+        for place, message in enumerate(messages, start=1):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise self.error(
+                    row, f'"{column}", message {place}: expected {{"role", "content"}}'
+                )
+
+
+def open_rows(options: DataOptions, source: str | None = None) -> Rows:
+    """The rows of `options.source`, or of `source` with the same options; the first is looked at.
+
+    Raises:
+        QtoolError: not_found, bad_file, network or auth; usage for columns that are not known.
+    """
+    source = options.source if source is None else source
+    path = Path(source)
+    if path.is_dir():
+        raise QtoolError(
+            f"{source} is a folder, expected a .jsonl, .parquet or .txt file or a Hub dataset",
+            kind="usage",
+            hint="name the file in it",
+        )
+    if not path.exists():
+        if path.suffix in (*JSON_SUFFIXES, ".parquet", ".txt") or source.count("/") > 1:
+            raise QtoolError(f"{source} does not exist", kind="not_found", hint="check the path")
+        return _hub_rows(source, options)
+    suffix = path.suffix.lower()
+    if suffix in JSON_SUFFIXES:
+        return _of_kind(source, "line", lambda: _json_lines(path), options, path=path)
+    if suffix == ".parquet":
+        return _parquet_rows(path, source, options)
+    if suffix == ".txt":
+        running = Rows(
+            source, "block", (TEXT,), "running text", TEXT, None, lambda: _text_blocks(path), path
+        )
+        return running
+    raise QtoolError(
+        f"{source}: expected a name that ends in .jsonl, .parquet or .txt, found "
+        f"{path.suffix or 'none of them'}",
+        kind="usage",
+        hint="rename the file if it is one of these",
+    )
+
+
+def no_rows(source: str) -> QtoolError:
+    """There is nothing to learn from."""
+    return QtoolError(f"{source} holds no rows", kind="bad_file", hint=COLUMNS_HINT)
+
+
+def _of_kind(
+    source: str,
+    unit: str,
+    iterate: Callable[[], Iterator[Row]],
+    options: DataOptions,
+    *,
+    columns: Sequence[str] | None = None,
+    path: Path | None = None,
+    revision: str | None = None,
+) -> Rows:
+    """Rows of the kind that their columns say."""
+    first = next(iterate(), None)
+    if first is None:
+        raise no_rows(source)
+    names = tuple(first.fields) if columns is None else tuple(columns)
+    column = options.text_column or TEXT
+    rows = Rows(source, unit, names, "text", column, revision, iterate, path)
+    if options.text_column is not None:
+        if column not in names:
+            raise QtoolError(
+                (Option("text_column", column), f": {source} has {_listed(names)}"),
+                kind="usage",
+                hint="name one of these columns",
+            )
+        return rows
+    if PROMPT in names and COMPLETION in names:
+        return replace(rows, kind="prompt and completion")
+    if MESSAGES in names:
+        return replace(rows, kind="messages")
+    if TEXT in names:
+        return rows
+    raise QtoolError(
+        f"{source}: none of the known columns, found {_listed(names)}",
+        kind="bad_file",
+        hint=(f"{COLUMNS_HINT}; ", Option("text_column", "NAME"), " names another column of text"),
+    )
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line.rstrip())
+            except ValueError as error:
+                raise _not_json(path, number, line, error) from error
+            if not isinstance(fields, dict):
+                raise QtoolError(
+                    f"{path}, line {number}: expected a JSON object, found {_kind_of(fields)}",
+                    kind="bad_file",
+                    hint=COLUMNS_HINT,
+                )
+            yield Row(number, fields)
+
+
+def _not_json(path: Path, number: int, line: bytes, error: ValueError) -> QtoolError:
+    if isinstance(error, UnicodeDecodeError):
+        what, hint = f"not UTF-8 at byte {error.start}", "convert the file to UTF-8"
+    else:
+        what = f"not JSON: {error}"
+        if isinstance(error, json.JSONDecodeError):  # the line that it would name is its own
+            what = f"not JSON: {error.msg} at column {error.pos + 1}"
+        hint = "every line is one JSON object"
+        if line.lstrip()[:1] == b"[":
+            hint += f"; `jq -c '.[]' {path}` makes lines of a JSON array"
+    return QtoolError(f"{path}, line {number}: {what}", kind="bad_file", hint=hint)
+
+
+def _text_blocks(path: Path) -> Iterator[Row]:
+    """Blocks of whole lines, so that no tokenizer has to take the file at once."""
+    block: list[str] = []
+    number, length = 0, 0
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for line in file:
+                block.append(line)
+                length += len(line)
+                if length >= BLOCK_CHARACTERS:
+                    number += 1
+                    yield Row(number, {TEXT: "".join(block)})
+                    block, length = [], 0
+    except UnicodeDecodeError as error:
+        raise QtoolError(
+            f"{path}: not UTF-8 at byte {error.start} of a block",
+            kind="bad_file",
+            hint="convert the file to UTF-8",
+        ) from error
+    if block:
+        yield Row(number + 1, {TEXT: "".join(block)})
+
+
+def _parquet_rows(path: Path, source: str, options: DataOptions) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _bad_parquet(path, error) from error
+
+    def iterate() -> Iterator[Row]:
+        number = 0
+        try:
+            for batch in file.iter_batches(batch_size=1024):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(number, fields)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _bad_parquet(path, error) from error
+
+    names = file.schema_arrow.names
+    return _of_kind(source, "row", iterate, options, columns=names, path=path)
+
+
+def _bad_parquet(path: Path, error: Exception) -> QtoolError:
+    first_line = str(error).partition("\n")[0]
+    return QtoolError(
+        f"{path}: not a readable Parquet file: {first_line}",
+        kind="bad_file",
+        hint="fetch or write it again",
+    )
+
+
+# -- the Hub --------------------------------------------------------------------------------------
+
+
+def _hub_rows(source: str, options: DataOptions) -> Rows:
+    name, _, revision = source.partition("@")
+    dataset = _load_from_hub(name, revision or None, options)
+
+    def iterate() -> Iterator[Row]:
+        for number, fields in enumerate(dataset, start=1):
+            yield Row(number, fields)
+
+    return _of_kind(
+        source, "row", iterate, options, columns=dataset.column_names, revision=revision or None
+    )
+
+
+def _load_from_hub(name: str, revision: str | None, options: DataOptions) -> Any:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        return datasets.load_dataset(name, options.subset, split=options.split, revision=revision)
+    except DatasetNotFoundError as error:
+        gated = "gated" in str(error).lower()
+        raise QtoolError(
+            f"{name}: no such file, and "
+            + (
+                "the Hub gives it only to accounts that were granted access"
+                if gated
+                else "no such dataset on the Hub, or it is private"
+            ),
+            kind="auth" if gated else "not_found",
+            hint="check the name; for a private one log in with `hf auth login` or set HF_TOKEN",
+        ) from error
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise QtoolError(
+            f"{name}: {_first_line(error)}",
+            kind="usage" if isinstance(error, ValueError) else "bad_file",
+            hint=(Option("subset"), " and ", Option("split"), " choose a part of a dataset"),
+        ) from error
+    except (ConnectionError, OSError) as error:
+        raise QtoolError(
+            f"{name}: no such file, and the Hub cannot be reached: {_first_line(error)}",
+            kind="network",
+            hint="check the path, the connection and HF_HUB_OFFLINE",
+        ) from error
+
+
+# -- words ----------------------------------------------------------------------------------------
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(f'"{name}"' for name in names[:8])
+    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "no column"
+
+
+def _found(fields: Fields, column: str) -> str:
+    return _kind_of(fields[column]) if column in fields else "nothing"
+
+
+def _kind_of(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,235 @@
+"""OUT while it is made: what run it holds, which saves are whole, and how it becomes finished.
+
+    OUT/checkpoints/run.json                what the run depends on, written first
+    OUT/checkpoints/checkpoint-N/           the Trainer's save after step N
+    OUT/checkpoints/checkpoint-N/whole.json every file of it with its size, synced, written last
+    OUT/adapter_model.safetensors, ...      the result
+    OUT/qtool_finetune.json                 the manifest, the last file to appear
+
+A save that was cut short has no `whole.json`, or other sizes than it says, and is never resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from qtool import __version__
+from qtool.errors import Option, QtoolError
+
+CHECKPOINTS: Final = "checkpoints"
+LOCK: Final = ".lock"
+RUN: Final = "run.json"
+WHOLE: Final = "whole.json"
+MANIFEST: Final = "qtool_finetune.json"
+MANIFEST_SCHEMA: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """OUT."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the Trainer saves."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """Of a finished run."""
+        return _read_json(self.path / MANIFEST)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it holds a run of ours, finished or not."""
+        return self.manifest is not None or (self.checkpoints / RUN).is_file()
+
+    def check(self, *, resume: bool, restart: bool) -> None:
+        """Object to what OUT holds, before any work.
+
+        Raises:
+            QtoolError: foreign files; a run that neither option says what to do with.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise QtoolError(
+                f"{self.path} is a file, expected a folder to write",
+                kind="usage",
+                hint="choose another -o",
+            )
+        if not self.is_begun:
+            first = self._first_foreign()
+            if first is not None:
+                raise QtoolError(
+                    f"{self.path} is not empty and holds no run of qtool finetune (found {first})",
+                    kind="usage",
+                    hint="choose another folder with -o; files of others are never overwritten",
+                )
+        elif not (resume or restart):
+            state = "a finished run" if self.manifest is not None else "an unfinished run"
+            raise QtoolError(
+                f"{self.path} holds {state}",
+                kind="usage",
+                hint=(
+                    *(() if self.manifest is not None else (Option("resume"), " continues it, ")),
+                    Option("restart"),
+                    " begins anew, or choose another -o",
+                ),
+            )
+
+    def begin(self, identity: Mapping[str, Any], *, resume: bool, restart: bool) -> Path | None:
+        """Start a run, or find the save to go on from; None begins at step 0.
+
+        Raises:
+            QtoolError: the run that is there depends on something else.
+        """
+        if restart:
+            self.discard()
+        found = _read_json(self.checkpoints / RUN)
+        if resume and found is not None:
+            self._require_same(found, identity)
+            self._drop_torn()
+            return self.last_whole()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        _write_synced(self.checkpoints / RUN, encode_json(identity))
+        return None
+
+    def discard(self) -> None:
+        """Remove a run of ours: its saves, and what its manifest lists."""
+        names = (self.manifest or {}).get("files", [])
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        for name in names:
+            if Path(name).name == name:
+                (self.path / name).unlink(missing_ok=True)
+        for path in self.checkpoints.glob("*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:  # which this process holds
+                path.unlink()
+
+    def last_whole(self) -> Path | None:
+        """The latest save that is whole."""
+        return next((path for path in reversed(self._saves()) if is_whole(path)), None)
+
+    def finish(self, made: Path, manifest: Mapping[str, Any]) -> None:
+        """Move the files of `made` into OUT, then write the manifest that lists them."""
+        names = sorted(path.name for path in made.iterdir())
+        for name in names:
+            _sync(made / name)
+            (made / name).replace(self.path / name)
+        made.rmdir()
+        self.write_manifest({**manifest, "files": names})
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Whole or not at all."""
+        _write_synced(self.path / MANIFEST, encode_json(manifest))
+
+    def _first_foreign(self) -> str | None:
+        """A file that no run of ours made: one that ended before it began left only its lock."""
+        paths = sorted(self.path.rglob("*")) if self.path.is_dir() else []
+        own = (self.checkpoints, self.checkpoints / LOCK)
+        return next((str(p.relative_to(self.path)) for p in paths if p not in own), None)
+
+    def _saves(self) -> list[Path]:
+        """In the order of their steps."""
+        found = {}
+        for path in self.checkpoints.glob("checkpoint-*"):
+            match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+            if match and path.is_dir():
+                found[int(match[1])] = path
+        return [found[step] for step in sorted(found)]
+
+    def _drop_torn(self) -> None:
+        """Remove saves that were cut short, lest the Trainer count them among those it keeps."""
+        for path in self._saves():
+            if not is_whole(path):
+                shutil.rmtree(path)
+
+    def _require_same(self, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        differences = [
+            f"{part} is {json.dumps(old)} there, {json.dumps(new)} now"
+            for part, old, new in _differences(found, identity)
+        ]
+        if differences:
+            raise QtoolError(
+                f"{self.path} was begun with other settings: {'; '.join(differences[:4])}",
+                kind="usage",
+                hint=(
+                    "give the same to continue it, or ",
+                    Option("restart"),
+                    " to begin anew",
+                ),
+            )
+
+
+def mark_whole(save: Path) -> None:
+    """Say that a save is complete: sync its files and list them with their sizes."""
+    paths = sorted(path for path in save.rglob("*") if path.is_file() and path.name != WHOLE)
+    for path in paths:
+        _sync(path)
+    sizes = {str(path.relative_to(save)): path.stat().st_size for path in paths}
+    _write_synced(save / WHOLE, encode_json({"files": sizes}))
+
+
+def is_whole(save: Path) -> bool:
+    """Whether every file that `whole.json` lists is there with its size."""
+    listed = (_read_json(save / WHOLE) or {}).get("files")
+    if not isinstance(listed, dict) or not listed:
+        return False
+    try:
+        return all((save / name).stat().st_size == size for name, size in listed.items())
+    except OSError:
+        return False
+
+
+def identity_of(settings: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two runs the same."""
+    return {"qtool_version": __version__, **settings, **data}
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON as the files of OUT are written."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> list[tuple[str, object, object]]:
+    wanted = json.loads(json.dumps(wanted))
+    names = [*wanted, *(name for name in found if name not in wanted)]
+    return [
+        (name, found.get(name), wanted.get(name))
+        for name in names
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_bytes(data)
+    _sync(unfinished)
+    unfinished.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,227 @@
+"""`qtool finetune` in words: the plan, the steps as they pass, and what was learned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from qtool.events import OnEvent
+from qtool.finetune.plan import PlannedRun
+from qtool.finetune.records import FinetuneResult, OnProgress, Progress
+from qtool.finetune.run import Prepared, is_main_process
+from qtool.planner.records import MemoryPlan
+from qtool.report.estimate import GROUPS, EstimateView, estimate_document, shown_name
+from qtool.report.loss_curve import loss_svg, loss_text
+from qtool.report.output import Output
+from qtool.report.units import GIB, format_count, format_gib
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+CURVE_NAME: Final = "loss.svg"
+REFRESHES_PER_S: Final = 4
+LINE_EVERY_S: Final = 30.0  # in a log
+WIDE_COLUMNS: Final = 120
+
+
+def report_plan(output: Output, prepared: Prepared, *, dry_run: bool) -> None:
+    """Say what will be trained and what it takes; for a dry run that is the answer."""
+    for line in _plan_lines(prepared):
+        output.note(line)
+    if dry_run:
+        output.answer(EstimateView(prepared.planned.estimate))
+        rows = [file._asdict() for file in prepared.files]
+        output.document({**estimate_document(prepared.planned.estimate), "data": rows})
+
+
+def report_result(output: Output, prepared: Prepared, result: FinetuneResult) -> None:
+    """Draw the loss, then say what was written and what it took."""
+    _write_curve(result)
+    request = prepared.planned.request
+    for line in loss_text([step.loss for step in result.history]):
+        output.note(line)
+    held_out = "" if result.eval_loss is None else f", held out {result.eval_loss:.4f}"
+    trained = format_count(result.trainable_parameters)
+    kind = "checkpoint" if result.method == "full" else "adapter"
+    output.answer_line(
+        f"{result.output}: {kind}, {trained} parameters trained in {result.steps:,} steps, loss "
+        f"{result.first_loss:.4f} → {result.final_loss:.4f}{held_out}"
+    )
+    for line in _statistics(result):
+        output.note(line)
+    if result.method == "full":
+        output.note(f"next: qtool generate {result.output} PROMPT")
+    else:
+        output.note(f"next: qtool generate {request.model} PROMPT --adapter {result.output}")
+    output.document(result.to_dict())
+
+
+@contextmanager
+def run_progress(output: Output, prepared: Prepared) -> Iterator[tuple[OnEvent, OnProgress]]:
+    """Yield what shows loading, and what shows each step: a bar on a terminal, a line now and then
+    elsewhere."""
+    planned = prepared.planned
+    memory_bytes = planned.plan.allocated_peak_bytes if planned.is_known else None
+    console = output._console(stderr=True)
+    with ExitStack() as loading, ExitStack() as training:
+        on_event = loading.enter_context(output.progress())
+        if output.quiet or output.json_mode or not is_main_process():
+            yield on_event, lambda progress: None
+        elif not console.is_terminal or output.verbose:
+            every_s = 0.0 if output.verbose else LINE_EVERY_S
+            yield on_event, _Lines(output, memory_bytes, every_s=every_s)
+        else:
+            bar = _Bar(console, memory_bytes, before=loading.close)
+            training.callback(bar.stop)
+            yield on_event, bar
+
+
+# -- steps ----------------------------------------------------------------------------------------
+
+
+class _Bar:
+    """One line that is drawn again; it begins with the first step, when loading is over."""
+
+    def __init__(
+        self, console: Console, planned_bytes: int | None, *, before: Callable[[], None]
+    ) -> None:
+        self._console = console
+        self._before = before
+        self._planned_bytes = planned_bytes
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._before()  # a terminal has room for one
+            self._bar = _new_bar(self._console)
+            self._bar.start()
+            self._task = self._bar.add_task("training", total=progress.total_steps, item="")
+        assert self._task is not None
+        item = " · ".join(_parts(progress, self._planned_bytes))
+        self._bar.update(self._task, completed=progress.step, item=item)
+
+    def stop(self) -> None:
+        """Take it off the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class _Lines:
+    """A line for the first and the last step, and one every `every_s` seconds."""
+
+    def __init__(self, output: Output, planned_bytes: int | None, *, every_s: float) -> None:
+        self._output = output
+        self._planned_bytes = planned_bytes
+        self._every_s = every_s
+        self._last_s: float | None = None
+        self._last_step = 0
+
+    def __call__(self, progress: Progress) -> None:
+        now_s = time.perf_counter()
+        is_due = self._last_s is None or now_s - self._last_s >= self._every_s
+        is_last = progress.step == progress.total_steps
+        if progress.step == self._last_step or not (is_due or is_last):
+            return
+        self._last_s, self._last_step = now_s, progress.step
+        parts = " · ".join(_parts(progress, self._planned_bytes))
+        self._output.note(f"step {progress.step:,}/{progress.total_steps:,} · {parts}")
+
+
+def _new_bar(console: Console) -> Bar:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    return Bar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30 if console.width >= WIDE_COLUMNS else 8),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[item]}"),
+        console=console,
+        refresh_per_second=REFRESHES_PER_S,
+        transient=True,
+    )
+
+
+def _parts(progress: Progress, planned_bytes: int | None) -> Iterator[str]:
+    held_out = "" if progress.eval_loss is None else f" ({progress.eval_loss:.3f})"
+    yield f"loss {progress.loss:.3f}{held_out}"
+    yield f"{progress.tokens_per_s:,.0f} tok/s"
+    if progress.memory_bytes is not None:
+        planned = "" if planned_bytes is None else f"/{planned_bytes / GIB:.2f}"
+        yield f"{progress.memory_bytes / GIB:.2f}{planned} GiB"
+    yield f"{_duration(progress.left_s)} left"
+
+
+def _duration(seconds: float) -> str:
+    """ "42 s", "12 min", "3 h 05"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d}"
+
+
+# -- before and after -----------------------------------------------------------------------------
+
+
+def _plan_lines(prepared: Prepared) -> Iterator[str]:
+    planned = prepared.planned
+    request, facts = planned.request, planned.model.facts
+    revision = f"@{facts.revision[:7]}" if facts.revision else ""
+    base = planned.quant or planned.plan.quant
+    how = f"{request.method} on {base}" if request.method != "full" else f"full, {base}"
+    rank = "" if request.method == "full" else f", r {request.lora.r}"
+    yield (
+        f"plan     {shown_name(facts.id)}{revision} ({facts.architecture or 'unknown'}) · {how}"
+        f"{rank}, {request.training.optimizer}"
+    )
+    yield (
+        f"         steps of {request.training.grad_accum} x {request.training.batch} sequences of "
+        f"at most {planned.max_length:,} tokens"
+    )
+    if planned.is_known:
+        yield f"memory   {_memory_text(planned)}"
+    rows = " + ".join(f"{file.rows:,}" for file in prepared.files)
+    counted = "" if prepared.rows.kind == "running text" else f", {rows} rows"
+    yield f"data     {prepared.rows.source}: {prepared.rows.kind}{counted}"
+
+
+def _memory_text(planned: PlannedRun) -> str:
+    plan = planned.plan
+    parts = ", ".join(_group_texts(plan))
+    text = f"{format_gib(plan.peak_bytes)} GiB at the peak ({parts})"
+    for fit in plan.fits:
+        verdict = {"yes": "fits", "tight": "just fits", "no": "does not fit"}[fit.verdict]
+        text += f"; {verdict} {format_gib(fit.usable_bytes)} GiB of {fit.gpu.short_name}"
+    return text
+
+
+def _group_texts(plan: MemoryPlan) -> Iterator[str]:
+    for name, _, _, members in GROUPS:
+        found = [plan.components[member].bytes for member in members if member in plan.components]
+        if found:
+            yield f"{name} {format_gib(sum(found))}"
+
+
+def _statistics(result: FinetuneResult) -> Iterator[str]:
+    resumed = result.resumed_from_step
+    since = "" if resumed is None else f", resumed after step {resumed:,}"
+    yield (
+        f"{result.tokens:,} tokens, {result.tokens_per_s:,.0f} tok/s, "
+        f"{_duration(result.seconds)} on {result.device}{since}"
+    )
+    if result.allocated_peak_bytes is not None:
+        planned = result.planned_allocated_peak_bytes
+        beside = "" if planned is None else f", {format_gib(planned)} GiB planned"
+        yield f"{format_gib(result.allocated_peak_bytes)} GiB allocated at the peak{beside}"
+
+
+def _write_curve(result: FinetuneResult) -> None:
+    points = [(step.step, step.loss) for step in result.history]
+    svg = loss_svg(points, result.eval_history, title=Path(result.output).name)
+    (Path(result.output) / CURVE_NAME).write_text(svg, encoding="utf-8")

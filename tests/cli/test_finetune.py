@@ -1,0 +1,309 @@
+"""`qtool finetune` as a user meets it: streams, JSON, errors, signals, terminals, processes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from safetensors.numpy import load_file
+
+from qtool.runtime import requirements
+from tests.cli.running import Ran, run
+
+PROGRAM = (sys.executable, "-m", "qtool", "finetune")
+QUICK = (
+    *("--device", "cpu", "--max-length", 32, "--batch", 2, "--grad-accum", 1, "--lora-r", 4),
+    *("--lr", 5e-3),
+)
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+STORY = "Once upon a time there was a little girl named Lily. She had a red ball.\n"
+DOCUMENT = {
+    "schema": int,
+    "command": str,
+    "output": str,
+    "method": str,
+    "quant": str,
+    "first_loss": float,
+    "final_loss": float,
+    "eval_loss": float,
+    "steps": int,
+    "tokens": int,
+    "tokens_per_s": float,
+    "seconds": float,
+    "allocated_peak_bytes": type(None),
+    "planned_peak_bytes": int,
+    "planned_allocated_peak_bytes": int,
+    "trainable_parameters": int,
+    "device": str,
+    "resumed_from_step": type(None),
+    "warnings": list,
+}
+
+
+@pytest.fixture
+def stories(test_data: Path) -> Path:
+    return test_data / "models" / "stories260K-hf"
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Path:
+    path = tmp_path / "story.txt"
+    path.write_text("".join(f"{number} {STORY}" for number in range(60)))
+    return path
+
+
+def rows(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_json_is_one_document_with_the_contracts_fields(
+    stories: Path, story: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ran = run(
+        *("finetune", stories, story, "-o", out, *QUICK, "--max-steps", 6),
+        *("--eval-split", "0.1", "--json"),
+    )
+    assert (ran.exit_code, ran.stderr) == (0, "")
+    document = ran.document
+    assert set(document) == set(DOCUMENT)
+    for name, kind in DOCUMENT.items():
+        assert type(document[name]) is kind, name
+    assert document["command"] == "finetune"
+    assert document["output"] == str(out)
+    assert document["steps"] == 6
+    assert document["tokens"] == 6 * 2 * 32
+    assert document["warnings"] == []
+    drawing = ElementTree.parse(out / "loss.svg").getroot()
+    assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_the_answer_goes_to_stdout_and_the_rest_to_stderr(
+    stories: Path, story: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ran = run("finetune", stories, story, "-o", out, *QUICK, "--max-steps", 4)
+    assert re.fullmatch(
+        rf"{re.escape(str(out))}: adapter, 23 k parameters trained in 4 steps, "
+        r"loss \d\.\d{4} → \d\.\d{4}\n",
+        ran.stdout,
+    )
+    for said in ("plan     stories260K-hf", "memory   ", "running text", "step 1/4 · loss ", "┤"):
+        assert said in ran.stderr
+    again = run("finetune", stories, story, "-o", out, *QUICK, "--max-steps", 4, "--resume")
+    assert (again.exit_code, again.stdout) == (0, ran.stdout)
+    refused = run("finetune", stories, story, "-o", out, *QUICK, "--json")
+    assert (refused.exit_code, refused.error["kind"]) == (2, "usage")
+    assert "--restart begins anew" in refused.error["hint"]
+
+
+def test_the_adapter_runs_in_generate(stories: Path, story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    learned = run("finetune", stories, story, "-o", out, *QUICK, "--max-steps", 30, "--quiet")
+    assert (learned.exit_code, learned.stderr) == (0, "")
+    arguments = ("generate", stories, "7 Once upon", "--max-new-tokens", 12, "--json")
+    with_it = run(*arguments, "--quant", "nf4-dq", "--adapter", out).document
+    without = run(*arguments, "--quant", "nf4-dq").document
+    assert with_it["token_ids"] != without["token_ids"]
+    assert with_it["text"].startswith(" a time there was a little girl")
+
+
+def test_a_dry_run_plans_and_writes_nothing(stories: Path, story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ran = run("finetune", stories, story, "-o", out, *QUICK, "--dry-run", "--json")
+    assert ran.exit_code == 0
+    [plan] = ran.document["plans"]
+    assert (plan["mode"], plan["quant"], plan["context"], plan["batch"]) == (
+        *("qlora", "nf4-dq"),
+        *(32, 2),
+    )
+    assert ran.document["data"][0]["source"] == str(story)
+    assert not out.exists()
+    shown = run("finetune", stories, story, "-o", out, *QUICK, "--dry-run")
+    assert "GPU memory in GiB" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind", "said"),
+    [
+        (('{"text": "a"}', "{"), "bad_file", "line 2: not JSON"),
+        (('{"question": "a"}',), "bad_file", 'found "question"'),
+        ((), "bad_file", "line 1: not JSON"),
+        (('{"text": 4}',), "bad_file", 'line 1: "text": expected text, found a number'),
+        (('{"messages": [{"role": "user", "content": "a"}]}',), "unsupported", "no chat template"),
+    ],
+)
+def test_bad_data_is_an_error_with_its_line(
+    stories: Path, tmp_path: Path, lines: tuple[str, ...], kind: str, said: str
+) -> None:
+    data = rows(tmp_path / "rows.jsonl", *(lines or ("[",)))
+    ran = run("finetune", stories, data, "-o", tmp_path / "out", *QUICK, "--json")
+    assert (ran.exit_code, ran.error["kind"]) == (1, kind)
+    assert said in ran.error["message"]
+
+
+def test_flags_are_called_what_they_are(stories: Path, story: Path, tmp_path: Path) -> None:
+    def refused(*arguments: object) -> Ran:
+        return run("finetune", stories, story, "-o", tmp_path / "out", *arguments, "--json")
+
+    ran = refused("--lora-targets", "q_porj")
+    assert (ran.exit_code, ran.error["kind"]) == (2, "usage")
+    assert "q_proj" in ran.error["hint"]
+    ran = refused("--max-length", 4096)
+    assert "--max-length 4096" in ran.error["message"]
+    ran = refused("--eval-split", "1.5")
+    assert "--eval-split 1.5: expected a share" in ran.error["message"]
+    ran = refused("--resume", "--restart")
+    assert ran.exit_code == 2
+    ran = refused("--method", "lora", "--quant", "nf4")
+    assert "--method lora wants a 16-bit base" in ran.error["message"]
+
+
+def test_a_missing_extra_names_the_command(
+    stories: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requirements, "FINETUNE_PACKAGES", ("trl", "no_such_package"))
+    ran = run("finetune", stories, story, "-o", tmp_path / "out", "--json")
+    assert (ran.exit_code, ran.error["kind"]) == (1, "unsupported")
+    assert ran.error["hint"] == 'pip install "qtool[finetune]"'
+
+
+# -- processes ------------------------------------------------------------------------------------
+
+
+def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*PROGRAM, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ONE_THREAD, **environment},
+    )
+
+
+def wait_for(process: subprocess.Popen[str], words: str) -> str:
+    """stderr up to the line that holds `words`."""
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if words in line:
+            return said
+    pytest.fail(f"never said {words!r}: {said}")
+
+
+def losses(out: Path) -> Any:
+    return json.loads((out / "qtool_finetune.json").read_text())["losses"]
+
+
+def test_killed_and_resumed_it_ends_in_the_same_bits(
+    stories: Path, story: Path, tmp_path: Path
+) -> None:
+    arguments = (stories, story, *QUICK, "--max-steps", 12, "--save-steps", 4)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(*arguments, "-o", whole, "-q").wait(300) == 0
+    process = start(*arguments, "-o", killed, "-v")
+    wait_for(process, "step 7/12")
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
+    assert not (killed / "adapter_model.safetensors").exists()
+    resumed = start(*arguments, "-o", killed, "--resume")
+    _, said = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, said
+    # The kill may come after the step that follows, and that may be a save.
+    assert re.search("resumed after step [48]", said)
+    assert losses(killed) == losses(whole)
+    weights = [load_file(out / "adapter_model.safetensors") for out in (whole, killed)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(stories: Path, story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(stories, story, "-o", out, *QUICK, "--max-steps", 5000, "-v")
+    wait_for(process, "step 3/5,000")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert re.search(r"error: interrupted after step \d+ of 5000; it is saved", said)
+    assert "hint: the same command with --resume goes on from there" in said
+    [save] = (out / "checkpoints").glob("checkpoint-*")
+    assert (save / "whole.json").is_file()
+    assert (save / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_on_a_terminal_one_line_shows_the_steps(
+    stories: Path, story: Path, tmp_path: Path, columns: int
+) -> None:
+    arguments = (stories, story, "-o", tmp_path / "out", *QUICK, "--max-steps", 40)
+    shown = run_on_terminal(columns, *arguments)
+    assert "training" in shown
+    bars = [line for line in re.split(r"[\r\n]", shown) if "tok/s" in line and "left" in line]
+    assert bars
+    assert all(len(line.rstrip()) <= columns for line in bars)
+    assert re.search(r"\d+/40 loss \d\.\d+ · [\d,]+ tok/s · .* left", bars[-1])
+
+
+def run_on_terminal(columns: int, *arguments: object) -> str:
+    """What the terminal got, without colours and cursor movements."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(ONE_THREAD, TERM="xterm-256color")
+        os.environ.pop("NO_COLOR", None)
+        os.execv(PROGRAM[0], [*PROGRAM, *map(str, arguments)])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    data = b""
+    deadline_s = time.monotonic() + 300
+    while time.monotonic() < deadline_s:
+        if not select.select([terminal], [], [], 1)[0]:
+            continue
+        try:
+            chunk = os.read(terminal, 65536)
+        except OSError:  # the program has ended
+            break
+        if not chunk:
+            break
+        data += chunk
+    _, status = os.waitpid(pid, 0)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data.decode(errors="replace"))
+    assert os.waitstatus_to_exitcode(status) == 0, text
+    return text
+
+
+def test_two_processes_train_one_adapter(stories: Path, story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    launched = subprocess.run(
+        [
+            # What `accelerate launch` starts; its own --cpu starts one process.
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2"),
+            *("-m", "qtool", "finetune", str(stories), str(story), "-o", str(out)),
+            *map(str, QUICK),
+            *("--max-steps", "4", "--json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, **ONE_THREAD},
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stderr
+    document = json.loads(launched.stdout)
+    assert document["steps"] == 4
+    assert document["tokens"] == 4 * 2 * 2 * 32  # both processes' batches
+    assert len(losses(out)) == 4

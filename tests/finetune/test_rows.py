@@ -1,0 +1,152 @@
+"""DATA as rows: which columns are found, and what is said of a line that is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from qtool.errors import QtoolError
+from qtool.finetune.records import DataOptions
+from qtool.finetune.rows import BLOCK_CHARACTERS, open_rows
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def refused(source: str, **options: Any) -> QtoolError:
+    with pytest.raises(QtoolError) as caught:
+        open_rows(DataOptions(source=source, **options)).check()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"text": "a", "id": 3}, "text"),
+        ({"prompt": "a", "completion": "b", "text": "c"}, "prompt and completion"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "prompt and completion"),
+        ({"messages": CHAT, "text": "a"}, "messages"),
+    ],
+)
+def test_columns_say_what_rows_are(tmp_path: Path, row: Any, kind: str) -> None:
+    source = write(tmp_path / "rows.jsonl", row, row)
+    rows = open_rows(DataOptions(source=source))
+    assert rows.kind == kind
+    data = Path(source).read_bytes()
+    assert rows.check() == (source, hashlib.sha256(data).hexdigest(), 2, None)
+
+
+def test_another_column_of_text_can_be_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", {"body": "a", "messages": CHAT})
+    rows = open_rows(DataOptions(source=source, text_column="body"))
+    assert (rows.kind, rows.text_column) == ("text", "body")
+    error = refused(source, text_column="boody")
+    assert error.kind == "usage"
+    assert '"body", "messages"' in error.message
+
+
+def test_empty_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\n{"text": "a"}\n\n{"text": 1}\n')
+    error = refused(str(path))
+    assert f'{path}, line 4: "text": expected text, found a number' in error.message
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{text: 1}", "line 2: not JSON: Expecting property name"),
+        ('{"text": "a"', "line 2: not JSON"),
+        ('["a"]', "line 2: expected a JSON object, found a list"),
+        ('{"other": "a"}', 'line 2: "text": expected text, found nothing'),
+        ('{"text": null}', 'line 2: "text": expected text, found null'),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{line}\n')
+    error = refused(str(path))
+    assert error.kind == "bad_file"
+    assert said in error.message
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    assert "line 2: not UTF-8" in refused(str(path)).message
+
+
+def test_a_json_array_is_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[\n{"text": "a"}\n]\n')
+    assert f"jq -c '.[]' {path}" in refused(str(path)).hint
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": []}, '"messages": expected a list of messages, found an empty list'),
+        ({"messages": "Hi"}, '"messages": expected a list of messages, found text'),
+        ({"messages": [CHAT[0], {"content": "a"}]}, '"messages", message 2: expected {"role"'),
+        ({"prompt": "a", "completion": CHAT}, '"completion": expected text, found a list'),
+        ({"prompt": CHAT, "completion": "a"}, '"completion": expected a list of messages'),
+    ],
+)
+def test_rows_of_another_shape_are_refused(tmp_path: Path, row: Any, said: str) -> None:
+    assert said in refused(write(tmp_path / "rows.jsonl", row)).message
+
+
+def test_unknown_columns_are_listed(tmp_path: Path) -> None:
+    error = refused(write(tmp_path / "rows.jsonl", {"instruction": "a", "output": "b"}))
+    assert error.kind == "bad_file"
+    assert 'found "instruction", "output"' in error.message
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.txt"])
+def test_an_empty_file_holds_no_rows(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    assert "holds no rows" in refused(str(tmp_path / name)).message
+
+
+def test_what_is_no_file_of_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    assert refused(str(tmp_path / "rows.csv")).kind == "usage"
+    assert refused(str(tmp_path)).kind == "usage"
+    assert refused(str(tmp_path / "none.jsonl")).kind == "not_found"
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", "b", None], "n": [1, 2, 3]}), path)
+    rows = open_rows(DataOptions(source=str(path)))
+    assert [row.fields["text"] for row in rows] == ["a", "b", None]
+    assert 'row 3: "text": expected text, found null' in refused(str(path)).message
+    path.write_bytes(b"PAR1 and more")
+    assert "not a readable Parquet file" in refused(str(path)).message
+
+
+def test_a_text_file_is_one_running_text(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    text = "".join(f"line {number}\r\n" for number in range(BLOCK_CHARACTERS // 8))
+    path.write_bytes(text.encode())
+    rows = open_rows(DataOptions(source=str(path)))
+    assert rows.kind == "running text"
+    assert rows.check().rows > 1
+    assert "".join(row.fields["text"] for row in rows) == text
+
+
+def test_a_dataset_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    error = refused("nobody/nothing-at-all")
+    assert error.kind in ("network", "not_found")
+    assert "nobody/nothing-at-all" in error.message

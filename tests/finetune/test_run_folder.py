@@ -1,0 +1,114 @@
+"""OUT: what is refused, which saves count, what a restart removes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qtool.errors import QtoolError
+from qtool.finetune.run_folder import RunFolder, identity_of, is_whole, mark_whole
+
+IDENTITY = identity_of({"model": "m", "lr": 0.1}, {"tokens_sha256": "a"})
+
+
+def begun(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    assert folder.begin(IDENTITY, resume=False, restart=False) is None
+    return folder
+
+
+def save(folder: RunFolder, step: int, *, whole: bool = True) -> Path:
+    path = folder.checkpoints / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "adapter_model.safetensors").write_bytes(b"weights")
+    (path / "trainer_state.json").write_text("{}")
+    if whole:
+        mark_whole(path)
+    return path
+
+
+def test_a_new_or_empty_folder_is_taken(tmp_path: Path) -> None:
+    RunFolder(tmp_path).check(resume=False, restart=False)
+    RunFolder(tmp_path / "new").check(resume=True, restart=False)
+
+
+def test_files_of_others_are_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    for restart in (False, True):
+        with pytest.raises(QtoolError, match=r"not empty .* \(found thesis.tex\)"):
+            RunFolder(tmp_path).check(resume=False, restart=restart)
+    with pytest.raises(QtoolError, match="is a file"):
+        RunFolder(tmp_path / "thesis.tex").check(resume=False, restart=False)
+
+
+def test_a_run_that_ended_before_it_began_is_not_in_the_way(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out")
+    folder.checkpoints.mkdir(parents=True)
+    (folder.checkpoints / ".lock").touch()
+    folder.check(resume=False, restart=False)
+    (folder.checkpoints / "mine").touch()
+    with pytest.raises(QtoolError, match="found checkpoints/mine"):
+        folder.check(resume=False, restart=False)
+
+
+def test_a_run_that_is_there_wants_a_word(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "out")
+    with pytest.raises(QtoolError, match="holds an unfinished run") as caught:
+        folder.check(resume=False, restart=False)
+    assert "resume continues it, restart begins anew" in caught.value.hint
+    folder.write_manifest({"files": []})
+    with pytest.raises(QtoolError, match="holds a finished run"):
+        folder.check(resume=False, restart=False)
+    folder.check(resume=True, restart=False)
+    folder.check(resume=False, restart=True)
+
+
+def test_the_last_whole_save_is_resumed(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "out")
+    save(folder, 2)
+    expected = save(folder, 10)
+    torn = save(folder, 12, whole=False)
+    assert folder.begin(IDENTITY, resume=True, restart=False) == expected
+    assert not torn.exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "no list", "list cut"])
+def test_a_torn_save_does_not_count(tmp_path: Path, damage: str) -> None:
+    path = save(begun(tmp_path / "out"), 1)
+    assert is_whole(path)
+    match damage:
+        case "missing":
+            (path / "trainer_state.json").unlink()
+        case "shorter":
+            (path / "adapter_model.safetensors").write_bytes(b"weight")
+        case "no list":
+            (path / "whole.json").unlink()
+        case "list cut":
+            (path / "whole.json").write_text('{"files": {"a')
+    assert not is_whole(path)
+
+
+def test_other_settings_are_named(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "out")
+    other = identity_of({"model": "m", "lr": 0.2}, {"tokens_sha256": "a"})
+    with pytest.raises(QtoolError, match=r"lr is 0\.1 there, 0\.2 now"):
+        folder.begin(other, resume=True, restart=False)
+
+
+def test_restart_removes_what_the_run_made_and_nothing_else(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "out")
+    save(folder, 1)
+    made = folder.checkpoints / "result"
+    made.mkdir()
+    (made / "adapter_config.json").write_text("{}")
+    folder.finish(made, {"schema": 1})
+    assert json.loads((folder.path / "qtool_finetune.json").read_text()) == {
+        "schema": 1,
+        "files": ["adapter_config.json"],
+    }
+    (folder.path / "notes.txt").write_text("mine")
+    assert folder.begin(IDENTITY, resume=False, restart=True) is None
+    assert sorted(path.name for path in folder.path.iterdir()) == ["checkpoints", "notes.txt"]
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["run.json"]

@@ -1,0 +1,275 @@
+"""Training itself: what is written, that it goes on where it was, and that it stops on NaN."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qtool.errors import QtoolError
+from qtool.finetune.records import (
+    DataOptions,
+    FinetuneRequest,
+    FinetuneResult,
+    LoraOptions,
+    TrainingOptions,
+)
+from qtool.finetune.run import prepare, train
+from qtool.finetune.trainer import Watch
+
+STORY = "Once upon a time there was a little girl named Lily. She had a red ball.\n"
+PAIRS = [
+    {"prompt": "The cat sat on the", "completion": f" mat number {number} and slept."}
+    for number in range(12)
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def request_(test_data: Path, tmp_path: Path) -> FinetuneRequest:
+    story = tmp_path / "story.txt"
+    story.write_text("".join(f"{number} {STORY}" for number in range(60)))
+    return FinetuneRequest(
+        model=str(test_data / "models/stories260K-hf"),
+        output=tmp_path / "out",
+        device="cpu",
+        data=DataOptions(source=str(story), max_length=32),
+        lora=LoraOptions(r=4, dropout=0.1),
+        training=TrainingOptions(lr=5e-3, max_steps=4, batch=2, grad_accum=2, save_steps=2),
+    )
+
+
+def with_training(request: FinetuneRequest, **changes: Any) -> FinetuneRequest:
+    return replace(request, training=replace(request.training, **changes))
+
+
+def with_data(request: FinetuneRequest, path: Path, rows: Any, **changes: Any) -> FinetuneRequest:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return replace(request, data=replace(request.data, source=str(path), **changes))
+
+
+def run(request: FinetuneRequest, warnings: list[Any] | None = None) -> FinetuneResult:
+    warn = (warnings if warnings is not None else []).append
+    prepared = prepare(request, warn=warn)
+    prepared.planned.require_fit()
+    return train(prepared, warn=warn, on_progress=lambda progress: None)
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("quant", ["nf4-dq", "int8"])
+def test_qlora_makes_a_standard_adapter(request_: FinetuneRequest, quant: Any) -> None:
+    request = with_training(replace(request_, quant=quant), max_steps=20)
+    result = run(request)
+    assert result.final_loss < result.first_loss - 0.3
+    config = json.loads((request.output / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == request.model
+    assert set(config["target_modules"]) == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    # Stock PEFT takes it over the full-precision base, where it does what it learned.
+    base = AutoModelForCausalLM.from_pretrained(request.model, dtype=torch.float32)
+    ids = torch.tensor([[1, 403, 407, 261, 378, 432]])
+    before = base(ids, labels=ids).loss
+    model = peft.PeftModel.from_pretrained(base, str(request.output))
+    assert sum(tensor.numel() for tensor in adapter(request.output).values()) == (
+        result.trainable_parameters
+    )
+    assert model(ids, labels=ids).loss != before
+
+
+def test_the_manifest_says_what_was_done(request_: FinetuneRequest, test_data: Path) -> None:
+    result = run(request_)
+    manifest = json.loads((request_.output / "qtool_finetune.json").read_text())
+    assert manifest["model"] == {"id": request_.model, "revision": None, "quant": "nf4-dq"}
+    assert manifest["data"][0]["source"] == request_.data.source
+    assert len(manifest["data"][0]["sha256"]) == 64
+    assert manifest["options"]["lora_r"] == 4
+    assert manifest["options"]["lr"] == 5e-3
+    assert set(manifest["versions"]) >= {"torch", "peft", "trl", "transformers"}
+    assert "adapter_model.safetensors" in manifest["files"]
+    assert FinetuneResult.from_manifest(manifest) == result
+    assert [step.step for step in result.history] == [1, 2, 3, 4]
+    assert result.tokens == 4 * 2 * 2 * 32
+    assert result.planned_peak_bytes and result.planned_allocated_peak_bytes
+    assert result.allocated_peak_bytes is None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
+    request_: FinetuneRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    request = with_training(request_, optimizer=optimizer, max_steps=6, save_steps=3)
+    data = replace(request.data, eval_split="0.1")
+    request = replace(request, data=data, lora=LoraOptions(r=16, dropout=0.1))
+    expected = run(request)
+    stopped = replace(request, output=tmp_path / "stopped")
+    stop_after(monkeypatch, 5)  # between saves, in the middle of an epoch
+    with pytest.raises(QtoolError, match="interrupted after step 5 of 6; it is saved") as caught:
+        run(stopped)
+    assert caught.value.exit_code == 130
+    monkeypatch.undo()
+    with pytest.raises(QtoolError, match="holds an unfinished run"):
+        run(stopped)
+    resumed = run(replace(stopped, resume=True))
+    assert resumed.resumed_from_step == 5
+    assert resumed.history == expected.history
+    assert resumed.eval_history == expected.eval_history
+    assert resumed.tokens == expected.tokens
+    found, wanted = adapter(stopped.output), adapter(request.output)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    # Asked again it has nothing to do; asked for something else it says what.
+    assert run_finished(replace(stopped, resume=True)) == resumed
+
+
+def run_finished(request: FinetuneRequest) -> FinetuneResult | None:
+    return prepare(request, warn=lambda words: None).finished
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    original = Watch.on_step_end
+
+    def stopping(self: Watch, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            self.stop_signal = 2
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Watch, "on_step_end", stopping)
+
+
+def test_other_settings_cannot_go_on(
+    request_: FinetuneRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(monkeypatch, 2)
+    with pytest.raises(QtoolError, match="interrupted"):
+        run(request_)
+    monkeypatch.undo()
+    other = replace(with_training(request_, batch=1), resume=True)
+    with pytest.raises(QtoolError, match="batch is 2 there, 1 now"):
+        run(other)
+    result = run(replace(with_training(request_, batch=1), restart=True))
+    assert (result.steps, result.resumed_from_step) == (4, None)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_stops_before_it_is_saved(
+    request_: FinetuneRequest, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    request = with_training(request_, max_steps=8)
+    from qtool.finetune.trainer import Trainer
+
+    original = Trainer.compute_loss
+
+    def broken(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, model, inputs, *args, **kwargs)
+        if self.state.global_step < 3:
+            return loss
+        if where == "loss":
+            return loss * float("nan")
+        return loss + (loss * 0).sqrt()  # an infinite slope where nothing is to be seen
+
+    monkeypatch.setattr(Trainer, "compute_loss", broken)
+    with pytest.raises(QtoolError, match="at step 4, so training stopped") as caught:
+        run(request)
+    assert caught.value.exit_code == 1
+    assert "lr=0.00125" in caught.value.hint.replace("'", "")
+    saves = sorted(path.name for path in (request.output / "checkpoints").glob("checkpoint-*"))
+    assert saves == ["checkpoint-2"]
+
+
+def test_full_trains_all_weights_into_a_checkpoint(request_: FinetuneRequest) -> None:
+    request = with_training(replace(request_, method="full"), lr=1e-3, max_steps=6)
+    result = run(request)
+    assert result.final_loss < result.first_loss
+    model = AutoModelForCausalLM.from_pretrained(request.output)
+    assert result.trainable_parameters == sum(p.numel() for p in model.parameters())
+    base = AutoModelForCausalLM.from_pretrained(request.model, dtype=model.dtype)
+    pairs = zip(model.parameters(), base.parameters(), strict=True)
+    assert all(not torch.equal(new, old) for new, old in pairs)
+    assert (request.output / "tokenizer.json").is_file()
+
+
+def test_lora_trains_a_base_that_is_not_packed(request_: FinetuneRequest) -> None:
+    result = run(with_training(replace(request_, method="lora"), optimizer="lion", lr=1e-3))
+    assert result.quant is None
+    assert result.final_loss < result.first_loss
+
+
+def test_prompts_are_not_learned(request_: FinetuneRequest, tmp_path: Path) -> None:
+    request = with_data(request_, tmp_path / "pairs.jsonl", PAIRS)
+    learned = run(request)
+    data = replace(request.data, completion_only=False)
+    everything = run(replace(request, output=tmp_path / "all", data=data))
+    assert learned.first_loss != everything.first_loss
+    assert learned.tokens == everything.tokens
+
+
+def test_packing_changes_no_loss(request_: FinetuneRequest, tmp_path: Path) -> None:
+    """Sequences in one row do not see each other: the mean over all tokens is the same."""
+    request = with_data(request_, tmp_path / "pairs.jsonl", PAIRS, max_length=128)
+    request = replace(request, lora=LoraOptions(dropout=0.0))
+    request = with_training(request, batch=12, grad_accum=1, max_steps=1, compute_dtype="float32")
+    one_by_one = run(request)
+    packed = replace(request, output=tmp_path / "packed", data=replace(request.data, packing=True))
+    assert run(packed).first_loss == pytest.approx(one_by_one.first_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"quant": "nf4", "method": "lora"}, "wants a 16-bit base"),
+        ({"method": "full", "quant": "int8"}, "trains all weights"),
+        ({"lora": LoraOptions(targets=("q_porj",))}, "'q_porj' matches no linear layer"),
+        ({"lora": LoraOptions(targets=("q_proj", "lm_head"))}, "lm_head is the output head"),
+        ({"training": TrainingOptions(optimizer="adamm")}, "optimizer 'adamm' is not known"),
+        ({"device": "cuda:7"}, "cuda"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(
+    request_: FinetuneRequest, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(QtoolError, match=said):
+        run(replace(request_, **changes))
+
+
+def test_a_length_beyond_the_context_is_refused(request_: FinetuneRequest) -> None:
+    request = replace(request_, data=replace(request_.data, max_length=100_000))
+    with pytest.raises(QtoolError, match="was made for 512 tokens"):
+        run(request)
+
+
+def test_what_does_not_fit_is_not_begun(
+    request_: FinetuneRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qtool.finetune import plan
+    from qtool.planner.gpus import vram_class
+
+    monkeypatch.setattr(plan, "_training_device", lambda device: vram_class(0.125))
+    with pytest.raises(QtoolError, match="training needs") as caught:
+        run(request_)
+    assert (caught.value.kind, caught.value.exit_code) == ("no_fit", 3)
+    assert not request_.output.exists()
+    assert run(replace(request_, force=True)).steps == 4
+
+
+def test_cut_sequences_are_told_of(request_: FinetuneRequest, tmp_path: Path) -> None:
+    request = with_data(request_, tmp_path / "rows.jsonl", [{"text": STORY * 3}] * 8)
+    warnings: list[Any] = []
+    run(request, warnings)
+    assert any("8 of 8 sequences are longer than" in str(words) for words in warnings)
