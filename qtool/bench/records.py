@@ -10,7 +10,13 @@ from typing import Any, Literal
 from qtool.errors import QtoolError
 
 Engine = Literal[
-    "limit", "qtool", "bitsandbytes", "torch", "transformers", "transformers+bitsandbytes"
+    "limit",
+    "qtool",
+    "bitsandbytes",
+    "torch",
+    "transformers",
+    "transformers+bitsandbytes",
+    "peft+bitsandbytes",
 ]
 
 

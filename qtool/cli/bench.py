@@ -13,7 +13,7 @@ from qtool.cli import options
 from qtool.cli.session import verb_session
 from qtool.formats.precisions import Precision, QuantizedPrecision
 
-SUBVERBS = ("quantize", "kernels", "generate", "optimizers")
+SUBVERBS = ("quantize", "kernels", "generate", "finetune", "optimizers")
 EXAMPLES = (
     "qtool bench quantize",
     "qtool bench quantize ./Llama-3.1-8B --work-dir /mnt/nvme",
@@ -25,6 +25,8 @@ EXAMPLES = (
     "qtool bench generate",
     "qtool bench generate ./Llama-3.1-8B-nf4 --prompt 128 --prompt 2048 --batch 1 --batch 8",
     "qtool bench generate --shape llama-3.1-70b-4layers --against bitsandbytes",
+    "qtool bench finetune --against bitsandbytes",
+    "qtool bench finetune --shape llama-3.2-1b --batch 4 --length 1024",
     "qtool bench optimizers",
     "qtool bench optimizers --case full --no-rival --output full.json",
 )
@@ -310,6 +312,72 @@ def generate(
         with show.progress() as on_event:
             result = bench_generate(request, on_event)
         report_generate(show, result, output)
+
+
+def finetune(
+    ctx: typer.Context,
+    shape: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="llama-3.1-8b, llama-3.2-1b, or the path of a config.json; the weights are "
+            "random.",
+        ),
+    ] = "llama-3.1-8b",
+    quant: Annotated[
+        QuantizedPrecision, typer.Option(metavar="P", help="int8, fp4, fp4-dq, nf4 or nf4-dq.")
+    ] = "nf4-dq",
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences in a step.")] = 2,
+    length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each.")] = 2048,
+    lora_r: Annotated[int, typer.Option(metavar="R", min=1, help="Rank of the adapters.")] = 16,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Compute activations again in the backward pass.")
+    ] = True,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of each.")] = 10,
+    against: Annotated[
+        Literal["bitsandbytes"] | None,
+        typer.Option(help="Train with PEFT + bitsandbytes too.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: OutputFile = None,
+    config: options.ConfigFile = None,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    color: options.Color = "auto",
+) -> None:
+    """Measure a step of QLoRA, and its memory beside the plan.
+
+    A plain loop: forward pass in bf16, loss, backward pass, AdamW with states in 8 bit. Adapters
+    are on all linear layers, in fp32, with dropout 0.05. All engines train over the same packed
+    bytes, on the same random tokens.
+    """
+    with verb_session(
+        ctx, "bench finetune", json_output=json_output, quiet=quiet, verbose=verbose, color=color
+    ) as show:
+        from qtool.report.bench import check_output
+        from qtool.runtime.requirements import require_peft, require_run_extra
+
+        require_run_extra()
+        require_peft()
+        check_output(output)
+        from qtool.bench.finetune import FinetuneBenchRequest, bench_finetune
+        from qtool.report.bench_finetune import report_finetune
+
+        request = FinetuneBenchRequest(
+            shape=shape,
+            quant=quant,
+            batch=batch,
+            length=length,
+            lora_r=lora_r,
+            steps=steps,
+            gradient_checkpointing=gradient_checkpointing,
+            against=against,
+            device=device,
+        )
+        with show.progress() as on_event:
+            result = bench_finetune(request, on_event)
+        report_finetune(show, result, output)
 
 
 def optimizers(

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -74,7 +74,7 @@ def check_output(path: Path | None) -> None:
 def report_kernels(output: Output, result: BenchResult, path: Path | None) -> None:
     """The table, the cost of double quantization, the document."""
     _warn(output, result)
-    output.answer(*_head(result), *_tables(result.rows))
+    output.answer(*head_lines(result.device, result.versions), *_tables(result.rows))
     for ratio in result.details["double_quant_ratios"]:
         if ratio["engine"] == "qtool":
             where = [ratio["dtype"], ratio["shape"], *_tokens_text(ratio["tokens"])]
@@ -82,27 +82,27 @@ def report_kernels(output: Output, result: BenchResult, path: Path | None) -> No
                 f"{ratio['op']} takes {ratio['seconds_ratio']:.2f}x the time of "
                 f"{ratio['op'].removesuffix('-dq')} ({', '.join(where)})"
             )
-    output.answer(_dim(KERNEL_FOOTNOTE.format(n=result.rows[0].n)))
+    output.answer(dim_text(KERNEL_FOOTNOTE.format(n=result.rows[0].n)))
     if any(row.tokens is not None for row in result.rows):
-        output.answer(_dim(PRODUCT_FOOTNOTE))
-    _finish(output, bench_document(result), path, result.interruption)
+        output.answer(dim_text(PRODUCT_FOOTNOTE))
+    finish_bench(output, bench_document(result), path, result.interruption)
 
 
 def report_quantize(output: Output, result: BenchResult, path: Path | None) -> None:
     """The table, what it means, memory, the document."""
     _warn(output, result)
-    output.answer(*_head(result), *_tables(result.rows), "")
+    output.answer(*head_lines(result.device, result.versions), *_tables(result.rows), "")
     for line in _quantize_lines(result):
         output.answer(line)
     n = next(row.n for row in result.rows if row.engine == "qtool")
-    output.answer(_dim(QUANTIZE_FOOTNOTE.format(n=n, **result.details["storage"])))
-    _finish(output, bench_document(result), path)
+    output.answer(dim_text(QUANTIZE_FOOTNOTE.format(n=n, **result.details["storage"])))
+    finish_bench(output, bench_document(result), path)
 
 
 def report_optimizers(output: Output, result: BenchResult, path: Path | None) -> None:
     """The table, what the states take, the document."""
     _warn(output, result)
-    output.answer(*_head(result), *_tables(result.rows), "")
+    output.answer(*head_lines(result.device, result.versions), *_tables(result.rows), "")
     for size in result.details["state_sizes"]:
         if size["engine"] == "qtool":
             output.answer(
@@ -110,8 +110,8 @@ def report_optimizers(output: Output, result: BenchResult, path: Path | None) ->
                 "states per parameter"
             )
     limit = result.limits["copy"].bytes_per_s / 1e9
-    output.answer(_dim(OPTIMIZER_FOOTNOTE.format(n=result.rows[0].n, limit=limit)))
-    _finish(output, bench_document(result), path, result.interruption)
+    output.answer(dim_text(OPTIMIZER_FOOTNOTE.format(n=result.rows[0].n, limit=limit)))
+    finish_bench(output, bench_document(result), path, result.interruption)
 
 
 def report_generate(output: Output, result: GenerateBenchResult, path: Path | None) -> None:
@@ -119,17 +119,19 @@ def report_generate(output: Output, result: GenerateBenchResult, path: Path | No
     for warning in result.warnings:
         output.warn(warning)
     head_quant = f", output head {result.head_quant}" if result.head_quant else ""
-    output.answer(*_head(result), f"{result.model}, {result.quant}{head_quant}")
+    output.answer(
+        *head_lines(result.device, result.versions), f"{result.model}, {result.quant}{head_quant}"
+    )
     for size in dict.fromkeys(run.size for run in result.runs):
         runs = [run for run in result.runs if run.size == size]
         output.answer("", size.text, _generate_table(runs))
     for text in dict.fromkeys(_generate_lines(result.runs)):
         output.answer(text)
     limit = result.limit.bytes_per_s / 1e9
-    output.answer(_dim(GENERATE_FOOTNOTE.format(n=result.runs[0].n, limit=limit)))
+    output.answer(dim_text(GENERATE_FOOTNOTE.format(n=result.runs[0].n, limit=limit)))
     if any(run.allocated_peak_bytes for run in result.runs):
-        output.answer(_dim(MEMORY_FOOTNOTE))
-    _finish(output, generate_document(result), path, result.interruption)
+        output.answer(dim_text(MEMORY_FOOTNOTE))
+    finish_bench(output, generate_document(result), path, result.interruption)
 
 
 def _generate_table(runs: Sequence[GenerateRun]) -> Table:
@@ -233,7 +235,7 @@ def generate_document(result: GenerateBenchResult) -> dict[str, Any]:
     }
 
 
-def _finish(
+def finish_bench(
     output: Output,
     fields: dict[str, Any],
     path: Path | None,
@@ -259,11 +261,12 @@ def _warn(output: Output, result: BenchResult) -> None:
 # -- the tables -----------------------------------------------------------------------------------
 
 
-def _head(result: BenchResult | GenerateBenchResult) -> Iterable[Text]:
+def head_lines(device: str, versions: Mapping[str, str]) -> Iterable[Text]:
+    """What was measured on, and with which software."""
     from rich.text import Text
 
-    yield Text(result.device, "bold")
-    yield _dim(", ".join(f"{name} {version}" for name, version in result.versions.items()))
+    yield Text(device, "bold")
+    yield dim_text(", ".join(f"{name} {version}" for name, version in versions.items()))
 
 
 def _tables(rows: Sequence[Row]) -> Iterable[Any]:
@@ -332,7 +335,8 @@ def _digits(value: float) -> int:
     return 0 if value >= 1000 else 1 if value >= 100 else 2
 
 
-def _dim(text: str) -> Text:
+def dim_text(text: str) -> Text:
+    """For what explains."""
     from rich.text import Text
 
     return Text(text, "dim")

@@ -1,0 +1,81 @@
+"""How `qtool bench finetune` looks: a table of steps and memory, and the JSON document."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from qtool.bench.finetune import FinetuneBenchResult, FinetuneRun
+from qtool.report.bench import dim_text, finish_bench, head_lines, time_text
+from qtool.report.estimate import new_table
+from qtool.report.output import Output
+from qtool.report.units import format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FOOTNOTE: Final = (
+    "step: median ± median absolute deviation of {n}, after two that do not count; vs qtool: time "
+    "over qtool's; memory: the most that PyTorch handed out; plan: what `estimate --mode qlora` "
+    "says of it"
+)
+
+
+def report_finetune(output: Output, result: FinetuneBenchResult, path: Path | None) -> None:
+    """The table, the document."""
+    for warning in result.warnings:
+        output.warn(warning)
+    request = result.request
+    checkpointing = "" if request.gradient_checkpointing else ", no checkpointing"
+    output.answer(
+        *head_lines(result.device, result.versions),
+        f"{result.model}, {request.quant}, {request.batch} x {request.length} tokens, "
+        f"LoRA of rank {request.lora_r}{checkpointing}",
+        "",
+        _table(result.runs),
+    )
+    output.answer(dim_text(FOOTNOTE.format(n=result.runs[0].n)))
+    finish_bench(output, _document(result), path, result.interruption)
+
+
+def _table(runs: tuple[FinetuneRun, ...]) -> Table:
+    table = new_table()
+    table.add_column("engine", no_wrap=True)
+    for name in ("step", "tokens/s", "vs qtool", "memory", "plan"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        table.add_row(*_cells(run, runs[0]), style="bold" if run is runs[0] else None)
+    return table
+
+
+def _cells(run: FinetuneRun, own: FinetuneRun) -> Iterator[str]:
+    yield run.engine.replace("bitsandbytes", "bnb")
+    yield time_text(run.step_seconds_median, run.step_seconds_mad if run.n > 1 else None)
+    yield f"{run.tokens_per_s:,.0f}"
+    yield "" if run is own else f"{run.step_seconds_median / own.step_seconds_median:.2f}x"
+    yield format_bytes(run.allocated_peak_bytes) if run.allocated_peak_bytes else ""
+    planned = run.planned_peak_bytes
+    if planned is None or not run.allocated_peak_bytes:
+        yield ""
+    else:
+        yield f"{format_bytes(planned)} ({planned / run.allocated_peak_bytes - 1:+.1%})"
+
+
+def _document(result: FinetuneBenchResult) -> dict[str, Any]:
+    request = result.request
+    return {
+        "argv": sys.argv[1:],
+        "device": result.device,
+        "host": result.host,
+        "versions": result.versions,
+        "model": result.model,
+        "quant": request.quant,
+        "batch": request.batch,
+        "context": request.length,
+        "lora_r": request.lora_r,
+        "gradient_checkpointing": request.gradient_checkpointing,
+        "runs": [asdict(run) for run in result.runs],
+    }

@@ -1,0 +1,65 @@
+"""`bench_finetune` on the CPU, with a model of some kilobytes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("peft")
+
+from qtool.bench import finetune
+from qtool.bench.finetune import FinetuneBenchRequest, bench_finetune
+from qtool.errors import QtoolError
+from tests.bench.tiny_shape import write_tiny_shape
+from tests.cli.running import run
+
+
+@pytest.fixture
+def request_(tmp_path):
+    shape = str(write_tiny_shape(tmp_path))
+    return FinetuneBenchRequest(shape=shape, batch=2, length=24, lora_r=4, steps=3, device="cpu")
+
+
+@pytest.mark.parametrize("quant", ["nf4-dq", "int8"])
+def test_both_engines_train_the_same_adapters(request_, quant):
+    pytest.importorskip("bitsandbytes")
+    result = bench_finetune(replace(request_, quant=quant, against="bitsandbytes"))
+    own, rival = result.runs
+    assert result.warnings == ()
+    assert (own.engine, rival.engine) == ("qtool", "peft+bitsandbytes")
+    assert own.trainable_parameters == rival.trainable_parameters > 0
+    assert own.tokens_per_s == pytest.approx(48 / own.step_seconds_median)
+    # After as many steps on the same tokens, from the same adapters but for dropout.
+    assert own.final_loss == pytest.approx(rival.final_loss, rel=0.01)
+    assert own.planned_peak_bytes > 0 and rival.planned_peak_bytes is None
+
+
+def test_a_rival_that_fails_is_a_warning(request_, monkeypatch):
+    def fail(network):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(finetune, "share_network", fail)
+    result = bench_finetune(replace(request_, against="bitsandbytes"))
+    assert len(result.runs) == 1
+    assert result.warnings == ("peft+bitsandbytes is not measured: no such kernel",)
+
+
+def test_what_cannot_be_measured(request_):
+    with pytest.raises(QtoolError, match="over a packed model"):
+        bench_finetune(replace(request_, quant="bf16"))
+    with pytest.raises(QtoolError, match="was made for"):
+        bench_finetune(replace(request_, length=1 << 30))
+
+
+def test_the_command(tmp_path):
+    shape = write_tiny_shape(tmp_path)
+    path = tmp_path / "finetune.json"
+    words = ("bench", "finetune", "--shape", shape, "--device", "cpu", "--steps", "2")
+    words += ("--length", "16", "--lora-r", "2")
+    ran = run(*words, "--output", path, "--json")
+    assert ran.exit_code == 0 and ran.document["complete"]
+    assert [row["engine"] for row in ran.document["runs"]] == ["qtool"]
+    assert json.loads(path.read_text())["runs"] == ran.document["runs"]
+    assert "tokens/s" in run(*words).stdout
