@@ -11,11 +11,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from qtool.bench.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.bench.contenders import Contender
 from qtool.bench.operations import BLOCKSIZE, Operation
 from qtool.bench.weights import Array, Weight
 from qtool.formats.tensors import SourceDtype
+from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 
 INT8_BACK: Final = Operation("dequantize", "int8")  # it does so to float32 only
 

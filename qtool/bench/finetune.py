@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from qtool.bench.bitsandbytes_layers import share_network
-from qtool.bench.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.bench.interruption import gather
 from qtool.bench.machine import describe_host, device_name, software_versions
 from qtool.bench.model_shapes import DEFAULT_SHAPE, read_model_shape
@@ -36,6 +35,7 @@ from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantizedPrecision
 from qtool.optim import AdamW8bit
 from qtool.planner.estimate import EstimateRequest, estimate_opened
 from qtool.planner.records import Tuning, Workload
+from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.runtime.loading import LoadedModel, quiet_transformers
 from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
 from qtool.runtime.placement import resolve_device

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from qtool.bench.bitsandbytes_layers import share_network
-from qtool.bench.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.bench.generate_engines import GenerateEngine, QtoolEngine, TransformersEngine
 from qtool.bench.generate_records import GenerateBenchResult, GenerateRun, Samples, Size, Timing
 from qtool.bench.generate_subject import Subject, choose_subject
@@ -32,6 +31,7 @@ from qtool.bench.torch_device import measure_copy
 from qtool.errors import Option, QtoolError
 from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import Precision
+from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.runtime.decoders.choose import DecoderOptions
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qtool.bench.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.bench.generate_records import Timing
 from qtool.bench.records import Engine
 from qtool.errors import QtoolError
+from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.runtime.decoders.choose import DecoderOptions, choose_decoder
 from qtool.runtime.decoders.protocol import Sampling
 from qtool.runtime.loading import LoadedModel, quiet_transformers

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from qtool.architecture import build_architecture
 from qtool.backends.cpu import num_usable_cores
-from qtool.bench.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.bench.contenders import Contender, Run, Sample, measure
 from qtool.bench.interruption import gather
 from qtool.bench.kernels import COPY, MIN_REPEATS
@@ -32,6 +31,7 @@ from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
 from qtool.optim import AdamW8bit, Lion8bit, SGD8bit
 from qtool.planner.lora import ALL_LINEAR, features, target_layers
+from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.runtime.memory import out_of_memory_as_error
 from qtool.runtime.placement import resolve_device
 

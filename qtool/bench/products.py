@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtool.bench.bitsandbytes_layers import share_layer
-from qtool.bench.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.bench.contenders import Contender, Measured, measure
 from qtool.bench.operations import (
     DTYPE_WORDS,
@@ -31,6 +30,7 @@ from qtool.bench.torch_device import copy_contender, make_clock
 from qtool.errors import QtoolError
 from qtool.events import OnEvent
 from qtool.formats.tensors import SourceDtype
+from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.runtime.linear import Linear4bit, LinearInt8, build_linear
 from qtool.runtime.memory import out_of_memory_as_error
 from qtool.runtime.products import linear_4bit, linear_int8

@@ -7,7 +7,6 @@ needs `qtool[run]` and peft, and memory for one of them at a time.
 from __future__ import annotations
 
 import gc
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -94,15 +93,8 @@ def compare_logits(
 
 
 def _add_adapter(loaded: LoadedModel, adapter: Path) -> None:
-    """Without what peft and what it imports have to say about it."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with quiet_transformers():
-            add_adapter(loaded.model, adapter)
-    finally:
-        logger.setLevel(level)
+    with quiet_transformers():
+        add_adapter(loaded.model, adapter)
 
 
 def _load(model: str, options: LoadOptions, on_event: OnEvent) -> LoadedModel:

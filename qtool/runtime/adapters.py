@@ -14,6 +14,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from qtool.errors import Option, QtoolError
+from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.runtime.requirements import require_peft
 
 CONFIG_NAME: Final = "adapter_config.json"
@@ -28,8 +29,6 @@ def add_adapter(model: Any, folder: Path) -> None:
             model.
     """
     require_peft()
-    from peft import PeftConfig, PeftModel
-
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise QtoolError(
@@ -41,15 +40,8 @@ def add_adapter(model: Any, folder: Path) -> None:
                 ),
             )
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-        if config.is_prompt_learning:
-            raise QtoolError(
-                f"{folder}: {config.peft_type} adapters learn a prompt, not weights",
-                kind="unsupported",
-                hint="LoRA and other adapters of linear layers run here",
-            )
-        wrapped = PeftModel(model, config)
-        result = wrapped.load_adapter(str(folder), "default", is_trainable=False)
+        with quiet_bitsandbytes():  # PEFT imports it where it is installed
+            result = _load_adapter(model, folder)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise _mismatch(folder, str(error)) from error
     if result.missing_keys:
@@ -57,6 +49,21 @@ def add_adapter(model: Any, folder: Path) -> None:
     if result.unexpected_keys:
         raise _mismatch(folder, f"the model has no place for {min(result.unexpected_keys)}")
     model.eval()
+
+
+def _load_adapter(model: Any, folder: Path) -> Any:
+    """PEFT's word on which keys were missing or too many."""
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(str(folder))
+    if config.is_prompt_learning:
+        raise QtoolError(
+            f"{folder}: {config.peft_type} adapters learn a prompt, not weights",
+            kind="unsupported",
+            hint="LoRA and other adapters of linear layers run here",
+        )
+    wrapped = PeftModel(model, config)
+    return wrapped.load_adapter(str(folder), "default", is_trainable=False)
 
 
 # -- what kernels are told ------------------------------------------------------------------------
