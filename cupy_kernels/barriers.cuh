@@ -11,10 +11,7 @@ __device__ inline void init_barrier(uint64* barrier, int count) {
 __device__ inline void arrive(uint64* barrier) {
     __syncwarp();
     if (threadIdx.x % WARP == 0) {
-        uint64 state;
-        asm volatile("mbarrier.arrive.shared.b64 %0, [%1];"
-                     : "=l"(state)
-                     : "r"(uint32(__cvta_generic_to_shared(barrier)))
+        asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(uint32(__cvta_generic_to_shared(barrier)))
                      : "memory");
     }
 }
@@ -30,4 +27,10 @@ __device__ inline void wait_for_phase(uint64* barrier, uint32 phase) {
         "}" ::"r"(uint32(__cvta_generic_to_shared(barrier))),
         "r"(phase)
         : "memory");
+}
+
+// A barrier of the first THREADS threads.
+template <int THREADS>
+__device__ inline void meet() {
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 }

@@ -14,7 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Final, get_args
 
-from cupy_kernels import argmax_rows, decode_attention, linear_some, optimizer_8bit, prompt_rows
+from cupy_kernels import (
+    adapter_inner,
+    argmax_rows,
+    decode_attention,
+    linear_some,
+    optimizer_8bit,
+    prompt_rows,
+)
+from cupy_kernels.adapter_inner import InnerKind
 from cupy_kernels.decode_attention import HEAD_NORMS, AttentionShape
 from cupy_kernels.launch import DTYPES
 from cupy_kernels.linear_few import LinearKind, Norm, SharedMemory, specialise
@@ -53,6 +61,20 @@ LINEARS: Final = (
     (LinearKind("plain", 4096, "BF16", norm="rms"), 1),
     (LinearKind("plain", 14336, "F16", epilogue="residual"), 1),
     (LinearKind("plain", 1408, "BF16", norm="rms", epilogue="gated", gate="gelu"), 2),
+    (LinearKind("nf4", 4096, "BF16", nested=True, norm="rms", adapted=True), 3),
+    (LinearKind("nf4", 4096, "BF16", nested=True, epilogue="residual", adapted=True), 1),
+    (LinearKind("nf4", 4096, "BF16", nested=True, norm="rms", epilogue="gated", adapted=True), 2),
+    (LinearKind("nf4", 14336, "BF16", nested=True, epilogue="residual", adapted=True), 1),
+    (LinearKind("int8", 4096, "F16", norm="rms", epilogue="gated", adapted=True), 2),
+    (LinearKind("plain", 1408, "BF16", adapted=True), 1),
+)
+# Of adapters of several layers together, those of a large rank among them.
+ADAPTERS: Final = (
+    InnerKind(4096, 48, "BF16", "rms"),
+    InnerKind(14336, 16, "BF16"),
+    InnerKind(28672, 512, "BF16"),
+    InnerKind(8192, 768, "F16", "rms"),
+    InnerKind(1408, 8, "BF16", "rms_plus_one"),
 )
 TOKENS: Final = (1, 8)
 
@@ -96,6 +118,10 @@ class Specialisation:
     defines: tuple[tuple[str, str | int], ...] = ()
     purpose: str = ""
 
+    def target_of(self, target: str) -> str:
+        """What to compile for: warpgroups are instructions that no later GPU has (sm_90a)."""
+        return f"{target}a" if dict(self.defines).get("WARPGROUPS") else target
+
     def __str__(self) -> str:
         values = " ".join(str(value) for _, value in self.defines)
         return f"{self.name} {self.purpose or values}".rstrip()
@@ -121,6 +147,8 @@ def specialisations(target: str) -> Iterator[Specialisation]:
     yield from _of_optimizers(int(target.removeprefix("sm_")))
     if target in SHARED_KIB:
         yield from _of_products(shared_memory(target))
+        if target == "sm_90":
+            yield from _of_warpgroups(shared_memory(target))
         yield from _of_the_decode_step()
 
 
@@ -150,8 +178,16 @@ def _of_formats() -> Iterator[Specialisation]:
             yield _make("quantize_int8_rows", SOURCE=dtype, ROW_THREADS=threads, OCTETS=octets)
         yield _make("dequantize_int8_rows", TARGET=dtype)
         yield _make("count_nonfinite", SOURCE=dtype)
+    yield from _of_rounded_activations()
     yield _make("quantize_absmax")
     yield _make("dequantize_absmax")
+
+
+def _of_rounded_activations() -> Iterator[Specialisation]:
+    for dtype in (DTYPES["BF16"], DTYPES["F16"]):
+        yield _make("int8_outliers", SOURCE=dtype)
+        for threads, octets in ROW_SHAPES[dtype]:
+            yield _make("int8_activations", SOURCE=dtype, ROW_THREADS=threads, OCTETS=octets)
 
 
 def _of_optimizers(compute_capability: int) -> Iterator[Specialisation]:
@@ -180,10 +216,25 @@ def _of_products(gpu: SharedMemory) -> Iterator[Specialisation]:
                 continue
             purpose = f"{_in_words(kind)} x{num_weights}, tokens {tokens}"
             yield Specialisation("linear_few", tuple(defines.items()), purpose)
+    for adapters in ADAPTERS:
+        for tokens in TOKENS:
+            defines = adapter_inner.specialise(adapters, tokens)
+            yield _make("adapter_inner", **defines)
     for kind in SOME_LINEARS:
         for tokens in linear_some.TOKEN_CLASSES:
             plan = linear_some.specialise(kind, SOME_ROWS, tokens, gpu)
             yield Specialisation("linear_some", plan.defines, f"{_in_words(kind)}, tokens {tokens}")
+
+
+def _of_warpgroups(gpu: SharedMemory) -> Iterator[Specialisation]:
+    for kind in filter(linear_some.multiplies_in_groups, SOME_LINEARS):
+        for tokens, tunings in linear_some.GROUP_TUNINGS.items():
+            for tuning in tunings:
+                plan = linear_some.plan_with(tuning, kind, SOME_ROWS, tokens, gpu)
+                if plan is not None:
+                    warps = f"{tuning.row_warps} x {tuning.column_warps} warps in groups"
+                    purpose = f"{_in_words(kind)}, tokens {tokens}, {warps}"
+                    yield Specialisation(plan.kernel, plan.defines, purpose)
 
 
 def _in_words(kind: LinearKind) -> str:
@@ -211,6 +262,8 @@ def _of_the_decode_step() -> Iterator[Specialisation]:
                 )
             )
     for dtype in (DTYPES["BF16"], DTYPES["F16"]):
+        for added in (0, 1):
+            yield _make("int8_sums", ACTIVATION=dtype, ADDED=added)
         yield _make(
             "argmax_rows", ACTIVATION=dtype, BLOCKS=argmax_rows.BLOCKS, WARPS=argmax_rows.WARPS
         )
@@ -255,7 +308,7 @@ def _print_resources(targets: list[str]) -> None:
     used: dict[str, dict[str, Resources]] = {}
     for target in targets:
         for kernel in specialisations(target):
-            compiled = compile_kernel(kernel.name, dict(kernel.defines), target)
+            compiled = compile_kernel(kernel.name, dict(kernel.defines), kernel.target_of(target))
             used.setdefault(str(kernel), {})[target] = resources(compiled)
     width = max(map(len, used))
     sys.stdout.write("registers per thread / bytes spilled; - where it does not run\n")

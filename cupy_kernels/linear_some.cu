@@ -25,12 +25,12 @@
 #include "barriers.cuh"
 #include "packed_lines.cuh"
 #include "linear_layers.cuh"
+#include "linear_tiles.cuh"
 #include "warpgroups.cuh"
 
 constexpr int WARPS = ROW_WARPS * COLUMN_WARPS;
 constexpr int THREADS = WARPS * WARP;
 constexpr int TILE = FRAGMENT_ROWS * FRAGMENTS;  // rows of a warp
-constexpr int HALF_ROWS = FRAGMENT_ROWS / 2;
 constexpr int TOKEN_TILES = TOKENS / 8;
 constexpr int64 ROW_BYTES = int64(COLUMNS) * BITS / 8;
 constexpr int CHUNKS = (COLUMNS + CHUNK - 1) / CHUNK;
@@ -75,18 +75,6 @@ struct SomeArguments {
     int units, longer;     // of each block; the first `longer` blocks have one more
 };
 
-// The units of all thread blocks, in order.
-struct Share {
-    int units, longer;
-
-    __device__ int begin(int block) const { return block * units + min(block, longer); }
-
-    __device__ int owner(int unit) const {
-        const int in_longer = longer * (units + 1);
-        return unit < in_longer ? unit / (units + 1) : longer + (unit - in_longer) / units;
-    }
-};
-
 // A unit on the way through a thread block's units.
 struct Place {
     int unit, tile, group;
@@ -101,11 +89,6 @@ struct Place {
         }
     }
 };
-
-// The row of a fragment that is line `line` of it: a lane's two rows are neighbours, which are stored together.
-__device__ constexpr int row_of_line(int line) {
-    return line % HALF_ROWS * 2 + line / HALF_ROWS % 2 + line / FRAGMENT_ROWS * FRAGMENT_ROWS;
-}
 
 // Of the dynamic map in lines.
 __device__ inline float entry_of(const uint8* map, uint32 code) {
@@ -215,22 +198,6 @@ struct Window {
         }
     }
 };
-
-// Stores outputs of two neighbouring rows, of which the first is even.
-__device__ inline void store_rows(const Weight& weight, bool pairs, int row, int token, float first, float second) {
-    const bool has_second = row + 1 < weight.rows;
-    if (weight.bias != nullptr) {
-        first += ACTIVATION::widen(weight.bias[row]);
-        if (has_second) second += ACTIVATION::widen(weight.bias[row + 1]);
-    }
-    Bits* target = weight.out + token * weight.out_stride + row;
-    if (pairs) {
-        *reinterpret_cast<uint32*>(target) = ACTIVATION::narrow_pair(first, second);
-    } else {
-        target[0] = ACTIVATION::narrow(first);
-        if (has_second) target[1] = ACTIVATION::narrow(second);
-    }
-}
 
 // The sums of a lane: rows 2 * group and the next of each fragment, tokens 2 * member and the next of each tile.
 struct Totals {

@@ -1,4 +1,4 @@
-"""Launches linear_some.cu: products of some tokens, up to 64, with a linear layer."""
+"""Launches linear_some.cu and linear_groups.cu: products of up to 64 tokens with a linear layer."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from cupy_kernels.loader import (
     load_kernel,
     load_kernel_of_one_architecture,
 )
+from cupy_kernels.token_map import TokenMap, fill_map
 
 if TYPE_CHECKING:
     import cupy
@@ -41,7 +42,7 @@ _MAP_LINES: Final = 8
 _X_BUFFERS: Final = 3
 _RESERVED_SHARED_BYTES: Final = 1024  # that the driver takes of each thread block's
 
-# For warps to count arrivals in, whatever the layer: four bytes for each warp with rows of its own.
+# For warps to count arrivals in, whatever the layer: four bytes for each warp of the launch.
 COUNTER_BYTES: Final = 1 << 14
 
 
@@ -52,6 +53,14 @@ class _Arguments(ctypes.Structure):
         ("arrived", ctypes.c_void_p),
         ("units", ctypes.c_int),
         ("longer", ctypes.c_int),
+    )
+
+
+class _GroupArguments(ctypes.Structure):
+    _fields_ = (
+        ("tokens", TokenMap),
+        *_Arguments._fields_,
+        ("padding", ctypes.c_byte * 64),  # to a multiple of 64, at least
     )
 
 
@@ -81,19 +90,22 @@ class LinearSome:
         plan: Plan | None = None,
     ) -> None:
         plan = plan or _plan(kind, weight.rows, max_tokens)
-        arguments = _Arguments()
+        arguments = _GroupArguments() if plan.tuning.x_stages else _Arguments()
         fill_weight(arguments.layers.weights[0], weight)
         arguments.layers.blocksize_log2 = kind.blocksize.bit_length() - 1
         arguments.units, arguments.longer = divmod(plan.num_units, plan.num_blocks)
         self._launch = Launch(
             plan.load(),
             (plan.num_blocks,),
-            plan.tuning.warps * 32,
+            plan.threads,
             plan.shared_bytes,
             arguments,
             overlap=overlap,
         )
         self._max_tokens = max_tokens
+        self._columns = kind.columns
+        self._map_tokens = plan.tokens if plan.tuning.x_stages else 0
+        self._mapped: tuple[int, int, int] | None = None
         self.sum_bytes = plan.sum_bytes
 
     def set_weight(self, weight: LinearWeight) -> None:
@@ -121,7 +133,16 @@ class LinearSome:
         layers.x, layers.x_stride = tokens.x, tokens.x_stride
         layers.num_tokens = tokens.count
         arguments.arrived, arguments.partials = counters, sums
+        if self._map_tokens:
+            self._map(tokens)
         self._launch(stream)
+
+    def _map(self, tokens: Tokens) -> None:
+        place = tokens.x, tokens.x_stride, tokens.count
+        if place != self._mapped:
+            target = self._launch.arguments.tokens
+            fill_map(target, *place, columns=self._columns, box=self._map_tokens)
+            self._mapped = place
 
 
 def compile_for(kind: LinearKind, rows: int, max_tokens: int) -> None:
@@ -147,6 +168,9 @@ class Tuning:
         unroll: blocks of 64 columns that the compiler interleaves.
         warpgroups: four warps multiply together, as those of Hopper can; 4-bit weights in blocks of
             64 or more, and a multiple of four warps with rows of their own.
+        x_stages: of the ring of activations of linear_groups.cu, which has warpgroups, lines of 128
+            bytes and steps of 64 columns; a multiple of four. 0: linear_some.cu.
+        relative_time: that a weight takes, with tunings between which `Plan.cost` decides.
     """
 
     row_warps: int
@@ -158,6 +182,8 @@ class Tuning:
     blocks: int = 1
     unroll: int = 1
     warpgroups: bool = False
+    x_stages: int = 0
+    relative_time: float = 1.0
 
     @property
     def warps(self) -> int:
@@ -189,8 +215,9 @@ SMALL_TUNINGS: Final = (Tuning(4, 1, 2, 2), Tuning(4, 1, 1, 2))
 GROUP_TUNINGS: Final[dict[int, tuple[Tuning, ...]]] = {
     32: (Tuning(16, 1, 1, 2, step_values=8192, warpgroups=True),),
     64: (
-        Tuning(12, 1, 1, 3, step_values=8192, warpgroups=True),
-        Tuning(8, 1, 1, 3, step_values=16384, warpgroups=True),
+        Tuning(8, 1, 2, 2, warpgroups=True, x_stages=8),
+        Tuning(4, 2, 2, 2, warpgroups=True, x_stages=4, relative_time=1.08),
+        Tuning(12, 1, 1, 2, warpgroups=True, x_stages=8, relative_time=1.12),
     ),
 }
 
@@ -206,21 +233,39 @@ class Plan:
         num_units: units of work of the launch, which its thread blocks share.
         sum_bytes: of each thread block's sums of its first tile and of its last.
         block_values: weights of the busiest thread block.
+        shared_sums: of other thread blocks that the last one of a tile, or of two, may have to add.
     """
 
     defines: tuple[tuple[str, str | int], ...]
     tuning: Tuning
+    tokens: int
     shared_bytes: int
     num_units: int
     num_blocks: int
     sum_bytes: int
     block_values: int
+    shared_sums: int
+
+    @property
+    def cost(self) -> float:
+        """Of the busiest thread block, in weights: a sum takes about as long (docs/kernels.md)."""
+        return self.block_values * self.tuning.relative_time + self.shared_sums
+
+    @property
+    def threads(self) -> int:
+        """Of a thread block."""
+        return (self.tuning.warps + (4 if self.tuning.x_stages else 0)) * 32
+
+    @property
+    def kernel(self) -> str:
+        """The name of its .cu file."""
+        return "linear_groups" if self.tuning.x_stages else "linear_some"
 
     def load(self) -> cupy.RawKernel:
         """The kernel, compiled and loaded."""
         if self.tuning.warpgroups:
-            return load_kernel_of_one_architecture("linear_some", **dict(self.defines))
-        return load_kernel("linear_some", cooperative=False, **dict(self.defines))
+            return load_kernel_of_one_architecture(self.kernel, **dict(self.defines))
+        return load_kernel(self.kernel, cooperative=False, **dict(self.defines))
 
 
 def specialise(
@@ -237,8 +282,11 @@ def specialise(
     """
     groups = GROUP_TUNINGS.get(tokens, ()) if has_warpgroups and multiplies_in_groups(kind) else ()
     for tunings in (groups, TUNINGS[tokens], SMALL_TUNINGS):
-        plans = (plan_with(tuning, kind, rows, tokens, gpu) for tuning in tunings)
-        best = _best([plan for plan in plans if plan is not None])
+        found = (plan_with(tuning, kind, rows, tokens, gpu) for tuning in tunings)
+        plans = [plan for plan in found if plan is not None]
+        if plans and tunings is groups:
+            return min(plans, key=lambda plan: plan.cost)
+        best = _best(plans)
         if best is not None:
             return best
     raise ValueError(
@@ -268,12 +316,16 @@ def plan_with(
     line_bytes = max(tuning.line_bytes, _BLOCK * bits // 8)
     chunk = line_bytes * 8 // bits
     step_columns = min(max(tuning.step_values // tokens, _BLOCK), chunk)
-    shared_bytes = _shared_bytes(tuning, kind, tokens, line_bytes, step_columns)
+    if tuning.x_stages:
+        shared_bytes = _shared_bytes_of_groups(tuning, tokens)
+    else:
+        shared_bytes = _shared_bytes(tuning, kind, tokens, line_bytes, step_columns)
     limit = min(gpu.block_bytes, gpu.multiprocessor_bytes // tuning.blocks - _RESERVED_SHARED_BYTES)
     if shared_bytes > limit:
         return None
     chunks = ceil_div(kind.columns, chunk)
-    num_units = ceil_div(rows, tuning.rows) * ceil_div(chunks, tuning.column_warps)
+    tile_units = ceil_div(chunks, tuning.column_warps)
+    num_units = ceil_div(rows, tuning.rows) * tile_units
     block_units = ceil_div(num_units, gpu.multiprocessors * tuning.blocks)
     num_blocks = ceil_div(num_units, block_units)
     defines: dict[str, str | int] = {
@@ -288,22 +340,35 @@ def plan_with(
         "NUM_WEIGHTS": 1,
         "ROW_WARPS": tuning.row_warps,
         "COLUMN_WARPS": tuning.column_warps,
-        "FRAGMENTS": tuning.fragments,
         "STAGES": tuning.stages,
-        "X_COLUMNS": step_columns,
-        "UNROLL": min(tuning.unroll, step_columns // _BLOCK),
         "MIN_BLOCKS": tuning.blocks,
+        "FRAGMENTS": tuning.fragments,
         "WARPGROUPS": int(tuning.warpgroups),
     }
+    if tuning.x_stages:
+        defines["X_STAGES"] = tuning.x_stages
+    else:
+        defines["X_COLUMNS"] = step_columns
+        defines["UNROLL"] = min(tuning.unroll, step_columns // _BLOCK)
     return Plan(
         defines=tuple(defines.items()),
         tuning=tuning,
+        tokens=tokens,
         shared_bytes=shared_bytes,
         num_units=num_units,
         num_blocks=num_blocks,
         sum_bytes=num_blocks * 2 * tuning.rows * tokens * 4,
         block_values=block_units * tuning.rows * tuning.column_warps * chunk,
+        shared_sums=_partial_tiles(tile_units, block_units) * tuning.rows * tokens,
     )
+
+
+def _partial_tiles(tile_units: int, block_units: int) -> int:
+    """How many parts of tiles the last thread block adds: of one tile, or of the two it cuts."""
+    if tile_units % block_units == 0:
+        blocks = tile_units // block_units
+        return blocks if blocks > 1 else 0
+    return 2 * (ceil_div(tile_units, block_units) + 1)
 
 
 def _shared_bytes(
@@ -318,6 +383,15 @@ def _shared_bytes(
     ring_bytes = tuning.column_warps * tuning.rows * line_bytes * tuning.stages
     sum_bytes = (tuning.column_warps - 1) * tuning.rows * tokens * 4
     return table_bytes + (0 if in_gaps else lines * _LINE_BYTES) + ring_bytes + sum_bytes
+
+
+def _shared_bytes_of_groups(tuning: Tuning, tokens: int) -> int:
+    """Table, with map and barriers in its gaps; activations; rings; sums of column warps."""
+    table_bytes = _TABLE_LINES * 2 * _LINE_BYTES
+    x_bytes = tuning.x_stages * tuning.column_warps * tokens * _LINE_BYTES
+    ring_bytes = tuning.column_warps * tuning.rows * _LINE_BYTES * tuning.stages
+    sum_bytes = (tuning.column_warps - 1) * tuning.rows * tokens * 4
+    return table_bytes + x_bytes + ring_bytes + sum_bytes
 
 
 def _plan(kind: LinearKind, rows: int, max_tokens: int) -> Plan:

@@ -18,11 +18,26 @@ __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned
 
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-__device__ inline void wait_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Until no more than so many of the last that were committed are in flight.
+template <int PENDING = 0>
+__device__ inline void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
 
 // A register that products in flight use: neither read nor used again before this place.
 __device__ inline void settle(float& value) { asm volatile("" : "+f"(value)::"memory"); }
 __device__ inline void settle(uint32& value) { asm volatile("" : "+r"(value)::"memory"); }
+
+// Registers of each thread from here on: what some groups release others take.
+template <int COUNT>
+__device__ inline void release_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+__device__ inline void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
 
 #define SUMS_1(i) "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])
 #define SUMS_2(i) SUMS_1(i), SUMS_1(i + 1)

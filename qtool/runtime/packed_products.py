@@ -61,6 +61,8 @@ class PackedProduct:
             out: (tokens, rows), which may lie apart.
         """
         stream: int = torch.cuda.current_stream(x.device).cuda_stream
+        if x.stride(0) < x.shape[1]:  # such as one row repeated, which the copy engine refuses
+            x = x.contiguous()
         tokens = Tokens(x.shape[0], x.data_ptr(), x.stride(0), (out.data_ptr(),), (out.stride(0),))
         if self._few is not None:
             self._few.queue(tokens, stream)

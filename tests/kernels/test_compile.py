@@ -18,6 +18,8 @@ USUAL_BLOCKSIZES = {64, 4096}
 # Bytes that are spilled knowingly. 16 warps leave a thread 128 registers, which the norm before
 # eight tokens exceeds a little on sm_100; 8 warps might be faster there or not: none was measured.
 KNOWN_SPILLS = {("sm_100", "linear_few"): 128}
+# With adapters the same norm exceeds them on sm_90 too, before eight tokens.
+KNOWN_SPILLS |= {("sm_90", "linear_few"): 24}
 # 64 tokens' sums, and as many of a block, are half of a thread's registers, which pointers exceed.
 KNOWN_SPILLS |= {(target, "linear_some"): 192 for target in TARGETS}
 
@@ -51,7 +53,9 @@ def test_kernels_of_the_decode_step_begin_with_sm_80():
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_without_spilling(target, record_property):
     def compiled(kernel):
-        return resources(compile_kernel(kernel.name, dict(kernel.defines), target))
+        return resources(
+            compile_kernel(kernel.name, dict(kernel.defines), kernel.target_of(target))
+        )
 
     kernels = list(kernels_for(target))
     with ThreadPoolExecutor(2) as pool:
@@ -66,17 +70,19 @@ def test_every_kernel_compiles_without_spilling(target, record_property):
     assert not spilling
 
 
-@pytest.mark.parametrize("tokens", [8, 64])
-def test_products_of_warpgroups_compile_for_hopper_alone(tokens):
-    tuning = linear_some.Tuning(12, 1, 1, 3, warpgroups=True)
+@pytest.mark.parametrize(
+    ("tokens", "tuning"),
+    [(tokens, tuning) for tokens, found in linear_some.GROUP_TUNINGS.items() for tuning in found],
+)
+def test_products_of_warpgroups_compile_for_hopper_alone(tokens, tuning):
     kind = LinearKind("nf4", 4096, "BF16", nested=True)
     plan = linear_some.plan_with(tuning, kind, 4096, tokens, shared_memory("sm_90"))
     assert plan is not None
-    compiled = compile_kernel("linear_some", dict(plan.defines), "sm_90a")
+    compiled = compile_kernel(plan.kernel, dict(plan.defines), "sm_90a")
     assert resources(compiled).spilled_bytes == 0
     assert "serializ" not in compiled.log  # what the compiler says where it waits for each product
     with pytest.raises(CompileError, match="wgmma"):
-        compile_kernel("linear_some", dict(plan.defines), "sm_90")
+        compile_kernel(plan.kernel, dict(plan.defines), "sm_90")
 
 
 def test_ptx_is_made_for_the_driver_to_compile():

@@ -1,19 +1,22 @@
-"""How linear_some.cu is specialised for a GPU's shared memory: pure arithmetic, without a GPU."""
+"""How linear_some.cu and linear_groups.cu are specialised for a GPU, without one."""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 
 import pytest
 
+from cupy_kernels import linear_some, token_map
 from cupy_kernels.inventory import SHARED_KIB
-from cupy_kernels.linear_few import LinearKind, LinearWeight, SharedMemory
+from cupy_kernels.linear_few import LinearKind, LinearWeight, SharedMemory, Tokens
 from cupy_kernels.linear_some import (
     COUNTER_BYTES,
     GROUP_TUNINGS,
     TOKEN_CLASSES,
     TUNINGS,
     LinearSome,
+    Plan,
     Tuning,
     multiplies_in_groups,
     plan_with,
@@ -48,9 +51,15 @@ def plans(gpu):
 
 
 def test_shared_memory_holds_all_parts_and_the_gpu_has_it(gpu):
-    """The layout in linear_some.cu, in numbers."""
+    """The layouts in the .cu files, in numbers."""
     for kind, _, tokens, plan in plans(gpu):
         defines = dict(plan.defines)
+        blocks = plan.tuning.blocks
+        assert plan.shared_bytes <= gpu.block_bytes
+        assert blocks * (plan.shared_bytes + RESERVED_BYTES) <= gpu.multiprocessor_bytes
+        if plan.tuning.x_stages:
+            assert plan.shared_bytes == bytes_of_groups(defines)
+            continue
         has_table = BITS[defines["FORMAT"]] == 4
         warps = defines["ROW_WARPS"] * defines["COLUMN_WARPS"]
         lines = 3 * defines["COLUMN_WARPS"] * defines["X_COLUMNS"] // 64 * tokens
@@ -60,16 +69,26 @@ def test_shared_memory_holds_all_parts_and_the_gpu_has_it(gpu):
         column_sums = (defines["COLUMN_WARPS"] - 1) * plan.tuning.rows * tokens * 4
         parts = (256 * 256 * has_table, 0 if in_gaps else lines * 128, rings, column_sums)
         assert sum(parts) == plan.shared_bytes, kind
-        blocks = plan.tuning.blocks
-        assert plan.shared_bytes <= gpu.block_bytes
-        assert blocks * (plan.shared_bytes + RESERVED_BYTES) <= gpu.multiprocessor_bytes
+
+
+def bytes_of_groups(defines):
+    """Table with gaps, activations, rings, sums that column warps give to each other."""
+    warps = defines["ROW_WARPS"] * defines["COLUMN_WARPS"]
+    x_bytes = defines["X_STAGES"] * defines["COLUMN_WARPS"] * defines["TOKENS"] * 128
+    rings = warps * defines["STAGES"] * defines["FRAGMENTS"] * 16 * defines["LINE"]
+    rows = defines["ROW_WARPS"] * defines["FRAGMENTS"] * 16
+    given = (defines["COLUMN_WARPS"] - 1) * rows * defines["TOKENS"] * 4
+    return 256 * 256 + x_bytes + rings + given
 
 
 def test_steps_are_whole_blocks_of_a_line(gpu):
     for kind, _, _, plan in plans(gpu):
         defines = dict(plan.defines)
         columns = defines["LINE"] * 8 // BITS[defines["FORMAT"]]
-        assert columns % defines["X_COLUMNS"] == 0 and defines["X_COLUMNS"] % 64 == 0, kind
+        if plan.tuning.x_stages:
+            assert defines["X_STAGES"] % (columns // 64) == 0
+        else:
+            assert columns % defines["X_COLUMNS"] == 0 and defines["X_COLUMNS"] % 64 == 0, kind
 
 
 def test_thread_blocks_share_all_units_and_have_room_for_their_sums(gpu):
@@ -79,13 +98,13 @@ def test_thread_blocks_share_all_units_and_have_room_for_their_sums(gpu):
         tiles = -(-rows // (tuning.row_warps * tuning.fragments * 16))
         assert plan.num_units == tiles * -(-kind.columns // columns)
         assert 1 <= plan.num_blocks <= min(gpu.multiprocessors * tuning.blocks, plan.num_units)
-        assert plan.num_blocks * tuning.row_warps * 4 <= COUNTER_BYTES
+        assert plan.num_blocks * tuning.warps * 4 <= COUNTER_BYTES
         assert plan.sum_bytes == plan.num_blocks * 2 * tuning.rows * tokens * 4
 
 
 def test_warps_that_multiply_in_groups_are_whole_groups():
-    for tuning in itertools.chain(*TUNINGS.values(), *GROUP_TUNINGS.values()):
-        assert not tuning.warpgroups or tuning.row_warps % 4 == 0
+    for tuning in itertools.chain(*GROUP_TUNINGS.values()):
+        assert tuning.warpgroups and tuning.row_warps % 4 == 0
     assert not any(tuning.warpgroups for tuning in itertools.chain(*TUNINGS.values()))
     assert not multiplies_in_groups(LinearKind("nf4", 4096, "BF16", 32))
     assert not multiplies_in_groups(LinearKind("int8", 4096, "BF16"))
@@ -103,6 +122,7 @@ def test_a_gpu_with_too_little_shared_memory_is_refused():
 
 
 KIND = LinearKind("nf4", 4096, "BF16")
+HOPPER = SharedMemory(227 << 10, 228 << 10, 132)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +138,59 @@ KIND = LinearKind("nf4", 4096, "BF16")
 def test_launches_that_the_kernel_does_not_take(kind, max_tokens, message):
     with pytest.raises(ValueError, match=message):
         LinearSome(kind, LinearWeight(256, 1 << 20), max_tokens=max_tokens)
+
+
+def test_the_copy_engine_is_told_of_the_tokens_once(monkeypatch):
+    """A map lies where the kernel's arguments begin; one that is still right is not made again."""
+    made, launched = [], []
+
+    def encode(target, dtype, rank, x, sizes, strides, box, *_):
+        assert target % 64 == 0 and (dtype, rank) == (1, 2)
+        made.append((x, *sizes, *strides, *box))
+        ctypes.memset(target, len(made), 128)
+        return 0
+
+    class Launch:
+        def __init__(self, kernel, grid, threads, shared_bytes, arguments, *, overlap):
+            self.arguments = arguments
+
+        def __call__(self, stream):
+            launched.append(bytes(self.arguments)[:128])
+
+    monkeypatch.setattr(token_map, "_encode", lambda: encode)
+    monkeypatch.setattr(linear_some, "Launch", Launch)
+    monkeypatch.setattr(Plan, "load", lambda _: None)
+    plan = specialise(KIND, 4096, 64, HOPPER, has_warpgroups=True)
+    launch = LinearSome(KIND, LinearWeight(4096, 1 << 20), max_tokens=64, plan=plan)
+    for count in (40, 40, 64, 1):
+        tokens = Tokens(count, 1 << 16, 1 if count == 1 else 4104, (1 << 24,), (4096,))
+        launch.queue(tokens, 0, counters=1 << 12, sums=1 << 12)
+    assert [sizes[1:] for sizes in made] == [
+        (4096, 40, 8208, 64, 64),
+        (4096, 64, 8208, 64, 64),
+        (4096, 1, 8192, 64, 64),
+    ]
+    assert [words[0] for words in launched] == [1, 1, 2, 3]
+
+
+def test_arguments_of_groups_fill_what_the_kernel_reads():
+    """The driver reads a multiple of 64 bytes, as a map is aligned."""
+    used = linear_some._GroupArguments.padding.offset
+    assert ctypes.sizeof(linear_some._GroupArguments) >= -(-used // 64) * 64
+    assert linear_some._GroupArguments.layers.offset == token_map.MAP_BYTES
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "row_warps"),
+    [(28672, 4096, 8), (8192, 28672, 8), (4096, 14336, 4), (4096, 4096, 4), (6144, 4096, 12)],
+)
+def test_few_tiles_are_cut_so_that_few_sums_are_left(rows, columns, row_warps):
+    """What was fastest on an H200."""
+    kind = LinearKind("nf4", columns, "BF16", nested=True)
+    plan = specialise(kind, rows, 64, HOPPER, has_warpgroups=True)
+    assert plan.kernel == "linear_groups" and plan.tuning.row_warps == row_warps
+
+
+def test_one_block_for_each_tile_leaves_no_sums():
+    plan = specialise(KIND, 132 * 256, 64, HOPPER, has_warpgroups=True)
+    assert plan.shared_sums == 0 and plan.num_blocks == 132
