@@ -1,4 +1,4 @@
-"""LoRA over a model on the meta device, by PEFT."""
+"""LoRA over a model on the meta device, by PEFT; over qtool's packed layers by qtool's class."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from qtool.exact.bitsandbytes_layers import FourBitLinear, Int8Linear
 from qtool.exact.models import FLOAT_DTYPES
 from qtool.exact.records import LoraAdapters
+from qtool.finetune.lora_layers import register_packed_layers
 
 
 class BitsandbytesLora(LoraLinear):  # type: ignore[misc]
@@ -43,6 +44,7 @@ def add_adapters(model: Any, lora: LoraAdapters) -> Any:
     )
     stand_ins = {FourBitLinear: BitsandbytesLora, Int8Linear: BitsandbytesLora}
     config._register_custom_module(stand_ins)
+    register_packed_layers(config)
     with torch.device("meta"):
         model = peft.get_peft_model(model, config)
     for parameter in model.parameters():

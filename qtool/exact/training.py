@@ -1,14 +1,16 @@
 """A training step: LoRA by PEFT or all weights, the loss over labels, the optimizer.
 
 It is the second one, so that the optimizer's states are there. Trainable float32 weights run under
-bf16 autocast, as trainers do; all-16-bit training without.
+bf16 autocast, as trainers do; all-16-bit training without. With runtime "qtool" it is the step of
+`qtool finetune`: its own layers and its own loss, always under autocast.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Final
 
 import torch
 
@@ -21,6 +23,8 @@ from qtool.exact.records import ExactRequest
 from qtool.exact.storages import LiveStorages
 from qtool.formats.precisions import QUANTIZED_PRECISIONS
 
+AUTOCAST_DTYPE: Final = torch.bfloat16
+
 
 def run_training(
     model: Any, storages: LiveStorages, moments: Moments, request: ExactRequest
@@ -32,7 +36,7 @@ def run_training(
     """
     model = _prepared(model, request)
     moments.name_modules(model)
-    functions = GpuFunctions(_autocast_dtype(model))
+    functions = GpuFunctions(_autocast_dtype(model, request))
     if request.gradient_checkpointing:
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={
@@ -48,14 +52,24 @@ def run_training(
     if request.mode != "full":
         storages.add(trainable, "adapters")
     weights_bytes = storages.add(tensors(model), "weights")
-    optimizer = build_optimizer(request.optimizer, trainable)
-    with storages, moments.followed():
+    optimizer = _optimizer(model, trainable, request)
+    with storages, moments.followed(), _layers_of(request):
         for parameter in trainable:  # the states exist from the first step's end on
             parameter.grad = torch.empty_like(parameter)
         _update(optimizer, trainable, storages, moments)
         _forward_and_backward(model, functions, moments, request)
         _update(optimizer, trainable, storages, moments)
     return weights_bytes
+
+
+def _optimizer(
+    model: Any, trainable: list[torch.nn.Parameter], request: ExactRequest
+) -> torch.optim.Optimizer:
+    if request.runtime != "qtool":
+        return build_optimizer(request.optimizer, trainable)
+    from qtool.exact.own_training import OwnOptimizer
+
+    return OwnOptimizer(trainable, model, is_8bit=request.optimizer == "adamw_8bit")
 
 
 def _update(
@@ -72,6 +86,10 @@ def _update(
 
 def _prepared(model: Any, request: ExactRequest) -> Any:
     is_packed = request.quant in QUANTIZED_PRECISIONS
+    if request.runtime == "qtool":
+        from qtool.exact.own_training import prepare_loss
+
+        prepare_loss(model)
     if request.mode == "full":
         if is_packed:
             raise QtoolError(
@@ -94,9 +112,23 @@ def _prepared(model: Any, request: ExactRequest) -> Any:
     return model
 
 
-def _autocast_dtype(model: Any) -> torch.dtype | None:
+@contextmanager
+def _layers_of(request: ExactRequest) -> Iterator[None]:
+    """While packed layers are those of the runtime that was asked for."""
+    if request.runtime != "qtool":
+        yield
+        return
+    from qtool.exact.own_training import training_of_a_gpu
+
+    with training_of_a_gpu(AUTOCAST_DTYPE):
+        yield
+
+
+def _autocast_dtype(model: Any, request: ExactRequest) -> torch.dtype | None:
+    if request.runtime == "qtool":
+        return AUTOCAST_DTYPE
     is_mixed = any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
-    return torch.bfloat16 if is_mixed else None
+    return AUTOCAST_DTYPE if is_mixed else None
 
 
 def _forward_and_backward(

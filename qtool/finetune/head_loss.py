@@ -18,7 +18,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
 from qtool.finetune.loss import (
     IGNORED_LABEL,
@@ -117,7 +117,9 @@ def _ask(network: Any, hidden: Tensor, labels: Tensor) -> Any:
     """What the model answers when its layers put out `hidden`."""
     layers = network.base_model
     replaced = layers.__dict__.get("forward")
-    layers.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    states = MoeModelOutputWithPast(last_hidden_state=hidden)
+    states.cross_attentions = None  # some hand it on
+    layers.forward = lambda *args, **kwargs: states
     try:
         return network(input_ids=labels, labels=labels, use_cache=False)
     finally:

@@ -114,16 +114,18 @@ class _ChunkedLoss(torch.autograd.Function):
         narrow = weight.to(dtype)
         offset = None if bias is None else bias.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # float16 would lose gradients that are divided before the scaler has made them larger.
+        one = torch.ones_like(divisor)
+        now, later = (one, divisor) if dtype == torch.float16 else (divisor, one)
         with _without_autocast(hidden.device.type):
             for chunk in _chunks(rows.shape[0], weight.shape[0]):
                 read = rows[chunk].to(dtype)
                 logits = functional.linear(read, narrow, offset).float()
                 losses, gradient = _loss_and_gradient(
-                    logits, targets[chunk], ignore_index, rule, wanted=any(needs)
+                    logits, targets[chunk], ignore_index, rule, now if any(needs) else None
                 )
                 del logits
                 total += losses
-                # Divided by the number of labels only in the end: float16 would lose them here.
                 short = gradient.to(dtype)
                 if to_bias is not None:
                     to_bias += gradient.sum(0)
@@ -133,15 +135,15 @@ class _ChunkedLoss(torch.autograd.Function):
                 if to_weight is not None:
                     _add_product(to_weight, short.t(), read)
                 del short
-        ctx.save_for_backward(to_hidden, to_weight, to_bias, divisor)
+        ctx.save_for_backward(to_hidden, to_weight, to_bias, later)
         ctx.shape = hidden.shape
         ctx.dtypes = [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
         return total / divisor
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *made, divisor = ctx.saved_tensors
-        share = gradient / divisor
+        *made, later = ctx.saved_tensors
+        share = gradient / later
         scaled = [
             None if part is None else part.mul_(share).to(dtype)
             for part, dtype in zip(made, ctx.dtypes, strict=True)
@@ -183,20 +185,21 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
 
 
 def _loss_and_gradient(
-    logits: Tensor, targets: Tensor, ignore_index: int, rule: LogitRule, *, wanted: bool
+    logits: Tensor, targets: Tensor, ignore_index: int, rule: LogitRule, divisor: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the losses, and its gradient in the memory of `logits` float32 (tokens, words)."""
+    """The sum of the losses, and in the memory of `logits` float32 (tokens, words) its gradient
+    over `divisor`; without one anything."""
     counts = targets != ignore_index
     index = targets.where(counts, 0)[:, None]  # any word where nothing is learned
-    slope = apply_rule(logits, rule, wanted=wanted)
+    slope = apply_rule(logits, rule, wanted=divisor is not None)
     logits.sub_(logits.amax(dim=-1, keepdim=True))
     chosen = logits.gather(1, index)
     gradient = logits.exp_()
     sums = gradient.sum(dim=-1, keepdim=True)
     losses = (sums.log() - chosen).squeeze(1).where(counts, 0.0).sum()
-    if not wanted:
+    if divisor is None:
         return losses, gradient
-    learned = counts[:, None].to(gradient.dtype)
+    learned = counts[:, None].to(gradient.dtype) / divisor
     gradient.mul_(learned / sums)
     gradient.scatter_add_(1, index, -learned)
     if slope is not None:

@@ -2,9 +2,10 @@
 
     training_peak(architecture, TrainingOptions(mode="qlora", batch=1, context=2048)).total_bytes
 
-Follows transformers' Trainer with `bf16=True`: forward under bf16 autocast, backward outside, loss
-by ForCausalLMLoss, gradients freed after each optimizer step, no padding in the batch, attention
-as the model chooses it (fused where it can be). Modes:
+Follows transformers' Trainer with `bf16=True`: forward under bf16 autocast, backward outside,
+gradients freed after each optimizer step, no padding in the batch, attention as the model chooses
+it (fused where it can be). Runtime "transformers" computes the loss by ForCausalLMLoss, "qtool" as
+`qtool finetune` does, without whole logits (`training_loss`). Modes:
 
 - "full": parameters and optimizer states in the dtype the model was loaded in, bf16 by default;
   `master_dtype="fp32"` holds parameters, gradients and states in float32, and bf16 copies of the
@@ -12,7 +13,7 @@ as the model chooses it (fused where it can be). Modes:
 - "lora": a frozen 16-bit base; adapters in float32, PEFT's default, or bf16.
 - "qlora": a frozen packed base. With runtime "transformers" bitsandbytes' layers after PEFT's
   prepare_model_for_kbit_training, which makes float32 of all that is not packed; with runtime
-  "qtool" the same as "lora" with packed weights.
+  "qtool" its packed layers, each with its adapter one step of autograd.
 
 The peak is the largest of a few moments; a component counts what is alive at that moment.
 """
@@ -32,6 +33,7 @@ from qtool.planner.lora import ALL_LINEAR, Targets, features, target_layers
 from qtool.planner.optimizers import find_optimizer
 from qtool.planner.training_layers import (
     BF16,
+    FLOAT32_SCALES,
     FP32,
     NORM_BACKWARD_COPIES,
     Alive,
@@ -42,6 +44,7 @@ from qtool.planner.training_layers import (
     layer_kinds,
     training_layers,
 )
+from qtool.planner.training_loss import PiecewiseLoss
 
 TrainingMode = Literal["qlora", "lora", "full"]
 FloatName = Literal["fp32", "bf16"]
@@ -87,14 +90,19 @@ class TrainingOptions:
         """Whether prepare_model_for_kbit_training has been here."""
         return self.mode == "qlora" and self.runtime == "transformers"
 
+    @property
+    def is_own(self) -> bool:
+        """Whether `qtool finetune` trains."""
+        return self.runtime == "qtool"
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingPeak:
     """Bytes alive at the peak of a training step, beside the weights at their own precision.
 
-    `upcast_bytes` is what weights take beyond that precision because they are held in float32,
-    `weight_copies_bytes` the bf16 copies that autocast makes of float32 ones. Of `optimizer_bytes`
-    `paged_bytes` may lie outside the GPU. `notes` are lines for the reader.
+    `upcast_bytes` is what weights take beyond that precision because preparing the model makes them
+    float32, `weight_copies_bytes` the bf16 copies that autocast makes of float32 ones. Of
+    `optimizer_bytes` `paged_bytes` may lie outside the GPU. `notes` are lines for the reader.
     """
 
     moment: str
@@ -135,8 +143,8 @@ def training_peak(
     """The peak of a training step in its steady state, optimizer states allocated.
 
     Args:
-        buffer_bytes: what multiplying by the largest packed weight takes; None: what bitsandbytes
-            does, which makes a 16-bit copy of the whole weight.
+        buffer_bytes: the most that multiplying by a packed weight takes, of one that is multiplied
+            in pieces; None: what bitsandbytes does, which makes a 16-bit copy of the whole weight.
 
     Raises:
         QtoolError: "usage" for an unknown optimizer, or a LoRA target that matches nothing.
@@ -164,7 +172,7 @@ def training_peak(
 def _buffer_rule(quant: str, buffer_bytes: int | None) -> Callable[[int], int]:
     """Elements of a packed weight -> what it takes in floating point during one product."""
     if buffer_bytes is not None:
-        return lambda num_elements: buffer_bytes
+        return lambda num_elements: min(buffer_bytes, BF16 * num_elements)
     nested = NESTED_ABSMAX_BYTES if quant.endswith("-dq") else 0
     return lambda num_elements: BF16 * num_elements + nested * -(-num_elements // BLOCK_ELEMENTS)
 
@@ -237,6 +245,7 @@ class _Run:
             stream=FP32 if is_float32 else BF16,
             is_full=is_full,
             is_bitsandbytes=options.is_prepared,
+            is_own=options.is_own,
             trained=FLOAT_BYTES[options.master_dtype if is_full else options.adapter_dtype],
             dropout=options.lora_dropout > 0,
             lora_r=options.lora_r,
@@ -273,13 +282,25 @@ class _Run:
         return bool(known) and not self.architecture.unmodelled
 
     @property
+    def _has_layer_norm(self) -> bool:
+        """Whether norms have a bias: those put out float32 under autocast."""
+        tensors = self.architecture.tensors.values()
+        norms = {tensor.module_name for tensor in tensors if tensor.kind == "norm"}
+        return any(tensor.kind == "bias" and tensor.module_name in norms for tensor in tensors)
+
+    @property
+    def _has_experts(self) -> bool:
+        return any(tensor.experts_per_token for tensor in self.architecture.tensors.values())
+
+    @property
     def adapters_bytes(self) -> int:
         return 0 if self.is_full else self.num_trainable * self.trained_bytes
 
     @property
     def upcast_bytes(self) -> int:
-        """float32 in place of 16 bit, for each unpacked parameter."""
-        return (self.stream - BF16) * self.trained.num_unpacked
+        """float32 in place of 16 bit, for each unpacked parameter; full training is planned with
+        weights that are float32 already."""
+        return 0 if self.is_full else (self.stream - BF16) * self.trained.num_unpacked
 
     def optimizer_bytes(self) -> tuple[int, int]:
         """All states, and those of them that may be paged out."""
@@ -295,8 +316,7 @@ class _Run:
 
     def moments(self) -> Iterable[tuple[str, Alive]]:
         """Where the peak may lie, in the order of a step."""
-        yield "loss", self._loss(LOSS_FORWARD_BYTES) + Alive(weight_copies=self._cached_copies)
-        yield "backward of the loss", self._loss(LOSS_BACKWARD_BYTES)
+        yield from self._own_loss() if self.options.is_own else self._loss_of_logits()
         yield "backward of the final norm", self._final_norm()
         yield from self._layers()
         yield "end of the backward pass", self._end()
@@ -346,6 +366,29 @@ class _Run:
             return 0
         return sum(run.num_layers * run.layer.cached_copies for run in self.layers)
 
+    def _loss_of_logits(self) -> Iterable[tuple[str, Alive]]:
+        yield "loss", self._loss(LOSS_FORWARD_BYTES) + Alive(weight_copies=self._cached_copies)
+        yield "backward of the loss", self._loss(LOSS_BACKWARD_BYTES)
+
+    def _own_loss(self) -> Iterable[tuple[str, Alive]]:
+        architecture = self.architecture
+        loss = PiecewiseLoss(
+            tokens=self.tokens,
+            hidden=architecture.hidden_size,
+            vocabulary=architecture.vocab_size,
+            state=FP32 if self._has_layer_norm else self.stream,
+            weight=self.stream,
+            is_trained=self.is_full,
+            is_capped=architecture.model_type in SOFT_CAPPED,
+            is_tiled=self._has_experts,
+        )
+        scaled = FP32 if architecture.model_type in FLOAT32_SCALES else self.stream
+        normed = FP32 + (scaled if self.is_full else 0)
+        kept = self._kept()[-1] + Alive(self.tokens * normed * architecture.hidden_size)
+        for name, alive in loss.moments():
+            cached = self._cached_copies if name == "loss" else 0
+            yield name, kept + alive + Alive(weight_copies=cached) + self._made(0)
+
     def _loss(self, bytes_per_logit: int) -> Alive:
         hidden = self.architecture.hidden_size
         trained = (self.stream + BF16) * hidden if self.is_full else 0
@@ -372,6 +415,8 @@ class _Run:
         made = self._all_gradients - sum(
             run.num_layers * run.layer.gradients for run in self.layers
         )
+        if self.is_full and not self.architecture.tied_embeddings:
+            made -= self._embedding_gradients
         end = sum(run.num_layers for run in self.layers)
         for before, (layer, count) in zip(reversed(kept[:-1]), reversed(self.layers), strict=True):
             peak = layer.peak
@@ -385,6 +430,13 @@ class _Run:
             made += count * layer.gradients
             end -= count
 
+    @property
+    def _embedding_gradients(self) -> int:
+        """Of embeddings, which the backward pass reaches last."""
+        shapes = self.trained.shapes.items()
+        elements = sum(math.prod(shape) * n for (shape, embeds), n in shapes if embeds)
+        return elements * self.trained_bytes
+
     def _end(self) -> Alive:
         """All gradients; a tied head's and the embedding's own are summed last."""
         is_tied = self.is_full and self.architecture.tied_embeddings
@@ -395,8 +447,7 @@ class _Run:
 
     def notes(self) -> Iterable[str]:
         """What a reader would not expect."""
-        tensors = self.architecture.tensors.values()
-        has_experts = any(tensor.experts_per_token for tensor in tensors)
+        has_experts = self._has_experts
         if self.options.is_prepared:
             extra = self.upcast_bytes / GIB
             yield (
@@ -405,6 +456,8 @@ class _Run:
             )
             if has_experts:
                 yield "bitsandbytes leaves the fused experts unpacked, so they are in fp32 too"
+        if has_experts and self.options.is_own:
+            yield "routers have a loss of their own, so TRL computes all of it, in tiles"
         if has_experts and not self.is_full:
             yield "PEFT does not adapt fused experts: LoRA trains the other linear layers alone"
         if find_optimizer(self.options.optimizer).is_paged:

@@ -12,6 +12,8 @@ What is kept follows from the code that runs, under bf16 autocast:
 - frozen linear: nothing (F.linear keeps a frozen weight's input no more than MatMul4Bit does);
 - LoRA (peft/tuners/lora/layer.py, bnb.py): dropout's mask (1 byte) and, in bf16, what lora_A and
   lora_B read. Each adapter has dropout of its own, so nothing is shared;
+- LoRA over qtool's packed layers (qtool.finetune.lora_function): the layer's input in bf16, shared
+  by the layers that read it, dropout's mask and, in bf16, what lora_B reads;
 - attention (fused): queries, keys, values and output in bf16, one float32 per query and head;
   otherwise the matrix, see `AttentionMatrix`;
 - gated MLP: the activation's input and output and the other branch; plain MLP: its input.
@@ -53,6 +55,8 @@ ACTIVATION_COPIES: Final = {"gpt2": 4, "phi": 4}
 # Kept of each output of a recurrent mixer's linear layers: the convolution's input, its
 # activation's input and what the scan reads. Nobody counted a kernel's own buffers.
 RECURRENT_COPIES: Final = 3
+# RMS norms that multiply by their scale before they round, and so keep float32 where it is trained.
+FLOAT32_SCALES: Final = frozenset({"olmo2", "olmo3", "gemma", "gemma2", "gemma3", "gemma3_text"})
 # float32 tensors of its width that an RMS norm's backward pass has at once.
 NORM_BACKWARD_COPIES: Final = 5
 
@@ -75,13 +79,15 @@ class Precision:
     """The dtypes of a training run, in bytes per element, and what is trained.
 
     `stream` is the residual stream's. `is_bitsandbytes`: packed layers are bitsandbytes' and PEFT's
-    classes for them, which answer in their input's dtype. `buffer_bytes(elements)` is what a packed
-    weight takes in floating point while it is multiplied by.
+    classes for them, which answer in their input's dtype. `is_own`: they are qtool's, each with its
+    adapter one step of autograd. `buffer_bytes(elements)` is what a packed weight takes in floating
+    point while it is multiplied by.
     """
 
     stream: int
     is_full: bool
     is_bitsandbytes: bool
+    is_own: bool
     trained: int
     dropout: bool
     lora_r: int
@@ -279,8 +285,10 @@ class _Builder:
             mlps += self._experts(inputs)
             is_known = False
         half = len(norms) // 2 or len(norms)
-        before, between = norms[: half - half // 2], norms[half - half // 2 :]
         last = half // 2
+        if norms and all(rest.startswith("post_") for rest, _ in norms):
+            last = half  # none before attention and MLP, as in OLMo 2
+        before, between = norms[: half - last], norms[half - last :]
         steps = (
             *(norm_step for _ in before),
             *mixers,
@@ -300,7 +308,9 @@ class _Builder:
             gradients=sum(step.gradients for step in steps),
             checkpoint=self.tokens * precision.stream * hidden,
             cached_copies=sum(
-                self._copied(tensor) for _, tensor in tensors if self._gradients(tensor)
+                self._copied(tensor)
+                for _, tensor in tensors
+                if self._gradients(tensor) and not self._is_own(tensor)
             ),
             is_known=is_known,
         )
@@ -320,7 +330,8 @@ class _Builder:
         """bf16 copies of float32 weights that a product under autocast reads."""
         precision = self.precision
         copied = 0
-        if tensor.name in precision.adapted and precision.trained == FP32:
+        is_cast = precision.trained == FP32 or self._is_own(tensor)
+        if tensor.name in precision.adapted and is_cast:
             copied += BF16 * num_adapter_parameters(tensor, precision.lora_r)
         if precision.stream == FP32 and tensor.name not in precision.packed and tensor.is_linear:
             copied += BF16 * math.prod(tensor.shape)
@@ -349,7 +360,8 @@ class _Builder:
         float32 = FP32 * width
         if is_layer_norm:
             return self._step(float32 + 2 * FP32, float32, 2 * float32)
-        trained = element_bytes * width if self.precision.is_full else 0
+        scaled = FP32 if self.architecture.model_type in FLOAT32_SCALES else element_bytes
+        trained = scaled * width if self.precision.is_full else 0
         return self._step(float32 + FP32 + trained, float32, NORM_BACKWARD_COPIES * float32)
 
     def _linears(
@@ -369,9 +381,11 @@ class _Builder:
             is_first = one.shares and not is_kept and width not in keeping
             if one.shares:
                 keeping.add(width)
-            read = 0 if is_kept or width in keeping else element_bytes * width
+            # What is kept of a float32 input is a copy of it.
+            is_there = is_kept or (width in keeping and element_bytes == BF16)
+            read = 0 if is_there else element_bytes * width
             summed = element_bytes * width if index < len(linears) - 1 else 0
-            kept = one.keeps + (element_bytes * width if is_first else 0)
+            kept = one.keeps + (BF16 * width if is_first else 0)
             steps.append(
                 Step(
                     keeps=Alive(self.tokens * kept, weight_copies=self._copied(tensor)),
@@ -397,6 +411,8 @@ class _Builder:
         if tensor.name not in precision.adapted:
             passing = Alive(self.tokens * cast, buffer)
             return _Linear(0, False, passing, passing + self._alive(element_bytes * inputs))
+        if self._is_own(tensor):
+            return self._own_linear(inputs, outputs, element_bytes, buffer)
         keeps = BF16 * precision.lora_r + (MASK * inputs if precision.dropout else 0)
         is_cast = precision.trained == FP32 and not self._is_bitsandbytes(tensor)
         if is_cast or is_float32:  # dropout in float32, lora_A reads a bf16 copy
@@ -435,12 +451,39 @@ class _Builder:
             ),
         )
 
+    def _own_linear(self, inputs: int, outputs: int, element_bytes: int, buffer: int) -> _Linear:
+        """A packed layer and its adapter as one step, see `qtool.finetune.lora_function`."""
+        has_dropout = self.precision.dropout
+        # What dropout leaves, before there is an output.
+        dropped = BF16 * (inputs - outputs) if has_dropout else 0
+        to_input = BF16 * inputs
+        # Its own gradient goes through the mask before the weight's part is added.
+        masked = 2 * BF16 * inputs if has_dropout else 0
+        widened = to_input + FP32 * inputs if element_bytes == FP32 else 0
+        return _Linear(
+            keeps=BF16 * self.precision.lora_r + (MASK * inputs if has_dropout else 0),
+            shares=True,
+            forward=largest((self._alive(dropped), Alive(buffer=buffer))),
+            backward=largest(
+                (
+                    self._alive(masked),
+                    Alive(self.tokens * to_input, buffer),
+                    self._alive(widened),
+                )
+            ),
+        )
+
     def output_bytes(self, tensor: ModelTensor, element_bytes: int) -> int:
         """Bytes per element of a linear layer's output: autocast's, or its input's."""
         return element_bytes if self._is_bitsandbytes(tensor) else BF16
 
     def _is_bitsandbytes(self, tensor: ModelTensor) -> bool:
         return self.precision.is_bitsandbytes and tensor.name in self.precision.packed
+
+    def _is_own(self, tensor: ModelTensor) -> bool:
+        """Whether it and its adapter are one step of qtool's."""
+        is_adapted = tensor.name in self.precision.adapted
+        return self.precision.is_own and is_adapted and tensor.name in self.precision.packed
 
     def _attention(
         self,

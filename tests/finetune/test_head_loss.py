@@ -70,9 +70,9 @@ def test_a_model_s_loss_stays_what_it_was(model_type: str, dtype: torch.dtype) -
     answer.loss.backward()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert answer.logits is None
-    assert answer.loss.detach() == pytest.approx(before[0].detach(), rel=tolerance)
+    assert answer.loss.item() == pytest.approx(before[0].item(), rel=tolerance)
     scaled = model(**given, num_items_in_batch=torch.tensor(5)).loss
-    assert scaled.detach() == pytest.approx(before[1].detach(), rel=tolerance)
+    assert scaled.item() == pytest.approx(before[1].item(), rel=tolerance)
     for parameter, expected in zip(model.parameters(), gradients, strict=True):
         if expected is not None and dtype == torch.float32:
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-5)
@@ -93,7 +93,7 @@ def test_through_adapters() -> None:
     assert use_chunked_loss(model)
     answer = model(input_ids=ids, labels=ids)
     assert answer.logits is None
-    assert answer.loss.detach() == pytest.approx(before.detach(), rel=1e-5)
+    assert answer.loss.item() == pytest.approx(before.item(), rel=1e-5)
 
 
 class _Doubled(nn.Linear):
@@ -156,7 +156,7 @@ def request_(test_data: Path, tmp_path: Path) -> FinetuneRequest:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         "".join(
-            f'{{"prompt": "{"Once upon " * (n % 4 + 1)}", "completion": " a time {n} a cat sat."}}\n'
+            f'{{"prompt": "{"Once upon " * (n % 4 + 1)}", "completion": " a time {n} it sat."}}\n'
             for n in range(24)
         )
     )

@@ -148,7 +148,6 @@ RECIPES = {
     "qlora": {"mode": "qlora", "gradient_checkpointing": False},
     "qlora, checkpoints": {"mode": "qlora"},
     "qlora, no dropout": {"mode": "qlora", "lora_dropout": 0.0, "gradient_checkpointing": False},
-    "qlora, packed alone": {"mode": "qlora", "runtime": "qtool"},
     "lora": {"mode": "lora", "gradient_checkpointing": False},
     "lora, bf16, checkpoints": {"mode": "lora", "adapter_dtype": "bf16"},
     "lora, bf16, no dropout": {
