@@ -67,10 +67,10 @@ def plan_notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str
 
 def _mode_notes(quant: str, workload: Workload) -> list[str]:
     notes = []
-    if workload.mode != "generate" and workload.runtime == "qtool":
+    if workload.mode == "qlora" and workload.runtime == "qtool":
         notes.append(
-            "qtool itself does not train yet: its packed layers under PEFT, without the float32 "
-            "copies that prepare_model_for_kbit_training makes; --runtime transformers has these"
+            "as `qtool finetune` trains; --runtime transformers plans PEFT with bitsandbytes, which "
+            "makes float32 copies of what is not packed"
         )
     if workload.mode == "full" and quant in ("bf16", "fp16"):
         notes.append(
