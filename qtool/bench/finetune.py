@@ -14,7 +14,7 @@ import gc
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Final, Literal
 
@@ -28,7 +28,7 @@ from qtool.bench.model_shapes import DEFAULT_SHAPE, read_model_shape
 from qtool.bench.records import Engine, median_absolute_deviation
 from qtool.bench.step_bytes import StepBytes
 from qtool.errors import Option, QtoolError
-from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
+from qtool.events import Note, OnEvent, ignore_events
 from qtool.finetune.head_loss import use_chunked_loss
 from qtool.finetune.lora_layers import wrap_with_lora
 from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantizedPrecision
@@ -43,6 +43,7 @@ from qtool.runtime.random_model import build_random_model
 
 Rival = Literal["bitsandbytes"]
 
+DEFAULTS: Final = {True: (DEFAULT_SHAPE, 2048), False: ("llama-3.2-1b", 64)}  # by "on a GPU"
 WARM_UPS: Final = 2
 NUM_BATCHES: Final = 3  # that take turns
 LEARNING_RATE: Final = 1e-4
@@ -53,12 +54,15 @@ RIVAL: Final[Engine] = "peft+bitsandbytes"
 
 @dataclass(frozen=True, slots=True)
 class FinetuneBenchRequest:
-    """What to measure: `batch` sequences of `length` tokens a step, random weights of `shape`."""
+    """What to measure: `batch` sequences of `length` tokens a step, random weights of `shape`.
 
-    shape: str = DEFAULT_SHAPE
+    None for shape or length is what suits the device.
+    """
+
+    shape: str | None = None
     quant: QuantizedPrecision = "nf4-dq"
     batch: int = 2
-    length: int = 2048
+    length: int | None = None
     lora_r: int = 16
     steps: int = 10
     gradient_checkpointing: bool = True
@@ -114,6 +118,9 @@ def bench_finetune(
             hint=f"one of {', '.join(QUANTIZED_PRECISIONS)}",
         )
     device = resolve_device(request.device)
+    shape, length = DEFAULTS[device.type == "cuda"]
+    request = replace(request, shape=request.shape or shape, length=request.length or length)
+    assert request.shape is not None and request.length is not None
     label, config = read_model_shape(request.shape, option="shape")
     step = StepBytes.of_config(config, request.quant, None)
     longest = step.model.architecture.max_context if step.model.architecture else None
@@ -145,6 +152,7 @@ def bench_finetune(
 
 def _planned_bytes(request: FinetuneBenchRequest, step: StepBytes) -> int:
     """What `estimate --mode qlora` says that PyTorch's allocator hands out at the peak."""
+    assert request.length is not None
     tuning = Tuning(
         lora_r=request.lora_r,
         lora_dropout=DROPOUT,
@@ -175,8 +183,7 @@ class _Measurement:
         loaded.model.config.use_cache = False
         vocab_size = loaded.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
-        passes = 3 if request.gradient_checkpointing else 2
-        self._read_bytes = passes * loaded.model.get_memory_footprint()  # of weights, in a step
+        assert request.length is not None
         shape = (NUM_BATCHES, request.batch, request.length)
         self._tokens = torch.randint(vocab_size, shape, generator=generator).to(loaded.device)
 
@@ -196,23 +203,22 @@ class _Measurement:
 
     def _run(self, engine: Engine, on_event: OnEvent) -> FinetuneRun:
         request = self._request
-        tokens = request.batch * request.length
-        stage = f"measure {engine}"
+        tokens = self._tokens[0].numel()
         with out_of_memory_as_error(f"a step of {engine}"), quiet_transformers():
             _free_memory()
             memory = DeviceMemory(self._loaded.device)
             model = self._trainable(engine)
             trained = [p for p in model.parameters() if p.requires_grad]
             optimizer = _make_optimizer(engine, trained)
-            on_event(Started(stage, (WARM_UPS + request.steps) * self._read_bytes))
             times = []
             for number in range(WARM_UPS + request.steps):
                 start_s = time.perf_counter()
                 loss = self._step(model, optimizer, self._tokens[number % NUM_BATCHES])
                 self._wait()
                 times.append(time.perf_counter() - start_s)
-                on_event(Advanced(self._read_bytes, engine))
-            on_event(Finished(stage))
+                if number == 0:
+                    left = WARM_UPS + request.steps - 1
+                    on_event(Note(f"{engine}: the first step took {times[0]:.1f} s; {left} more"))
             median = statistics.median(times[WARM_UPS:])
             run = FinetuneRun(
                 engine=engine,

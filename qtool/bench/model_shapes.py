@@ -62,7 +62,7 @@ FULL_LAYERS: Final = {"llama-3.1-70b-4layers": 80, "llama-3.1-405b-2layers": 126
 
 
 def read_model_shape(name: str, *, option: str = "model_shape") -> tuple[str, Mapping[str, Any]]:
-    """A short name and the config of the model shape `name`, which may be a config.json's path.
+    """A short name and the config of the model shape `name`, or of a config.json or its folder.
 
     `option` is what the user gave it as.
 
@@ -72,6 +72,8 @@ def read_model_shape(name: str, *, option: str = "model_shape") -> tuple[str, Ma
     if name in MODEL_SHAPES:
         return name, MODEL_SHAPES[name]
     path = Path(name)
+    if path.is_dir():
+        path /= CONFIG_NAME
     if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
         raise QtoolError(
             (Option(option, name), ": neither a known shape nor a config.json"),

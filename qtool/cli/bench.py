@@ -317,18 +317,24 @@ def generate(
 def finetune(
     ctx: typer.Context,
     shape: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
             help="llama-3.1-8b, llama-3.2-1b, or the path of a config.json; the weights are "
             "random.",
+            show_default="llama-3.1-8b on a GPU, else llama-3.2-1b",
         ),
-    ] = "llama-3.1-8b",
+    ] = None,
     quant: Annotated[
         QuantizedPrecision, typer.Option(metavar="P", help="int8, fp4, fp4-dq, nf4 or nf4-dq.")
     ] = "nf4-dq",
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences in a step.")] = 2,
-    length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each.")] = 2048,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=2, help="Tokens of each.", show_default="2048 on a GPU, else 64"
+        ),
+    ] = None,
     lora_r: Annotated[int, typer.Option(metavar="R", min=1, help="Rank of the adapters.")] = 16,
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Compute activations again in the backward pass.")
@@ -361,8 +367,11 @@ def finetune(
         require_run_extra()
         require_peft()
         check_output(output)
-        from qtool.bench.finetune import FinetuneBenchRequest, bench_finetune
-        from qtool.report.bench_finetune import report_finetune
+        from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
+
+        with quiet_bitsandbytes():  # PEFT imports it where it is installed
+            from qtool.bench.finetune import FinetuneBenchRequest, bench_finetune
+            from qtool.report.bench_finetune import report_finetune
 
         request = FinetuneBenchRequest(
             shape=shape,

@@ -27,6 +27,7 @@ from qtool.finetune.loss import (
     apply_rule,
     chunked_causal_loss,
 )
+from qtool.runtime.host_head import HostLinear
 
 # Names that configs have for what logits are multiplied by; some divide by it.
 SCALES: Final = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -77,7 +78,7 @@ def find_rule(network: Any) -> LogitRule | None:
     """The rule that the model's logits follow; None where there is none or its loss has more."""
     config, head = network.config.get_text_config(), network.get_output_embeddings()
     # Adapted, packed or offloaded heads are more than their weight.
-    is_plain = type(head) is nn.Linear and not hasattr(head, "_hf_hook")
+    is_plain = type(head) in (nn.Linear, HostLinear) and not hasattr(head, "_hf_hook")
     adds_routers = hasattr(config, "output_router_logits") and config.router_aux_loss_coef
     if not is_plain or adds_routers or network.base_model is network:
         return None

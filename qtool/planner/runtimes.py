@@ -69,8 +69,8 @@ def _mode_notes(quant: str, workload: Workload) -> list[str]:
     notes = []
     if workload.mode == "qlora" and workload.runtime == "qtool":
         notes.append(
-            "as `qtool finetune` trains; --runtime transformers plans PEFT with bitsandbytes, which "
-            "makes float32 copies of what is not packed"
+            "as `qtool finetune` trains; --runtime transformers plans PEFT with bitsandbytes, "
+            "which makes float32 copies of what is not packed"
         )
     if workload.mode == "full" and quant in ("bf16", "fp16"):
         notes.append(

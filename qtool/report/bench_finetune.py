@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 FOOTNOTE: Final = (
     "step: median ± median absolute deviation of {n}, after two that do not count; vs qtool: time "
-    "over qtool's; memory: the most that PyTorch handed out; plan: what `estimate --mode qlora` "
-    "says of it"
+    "over qtool's"
+)
+MEMORY_FOOTNOTE: Final = (
+    "memory: the most that PyTorch handed out; plan: what `estimate --mode qlora` says of it"
 )
 
 
@@ -38,17 +40,25 @@ def report_finetune(output: Output, result: FinetuneBenchResult, path: Path | No
         _table(result.runs),
     )
     output.answer(dim_text(FOOTNOTE.format(n=result.runs[0].n)))
+    if _on_gpu(result.runs):
+        output.answer(dim_text(MEMORY_FOOTNOTE))
     finish_bench(output, _document(result), path, result.interruption)
 
 
 def _table(runs: tuple[FinetuneRun, ...]) -> Table:
     table = new_table()
     table.add_column("engine", no_wrap=True)
-    for name in ("step", "tokens/s", "vs qtool", "memory", "plan"):
+    on_gpu = _on_gpu(runs)
+    for name in ("step", "tokens/s", "vs qtool", *(("memory", "plan") if on_gpu else ())):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        table.add_row(*_cells(run, runs[0]), style="bold" if run is runs[0] else None)
+        cells = [*_cells(run, runs[0]), *(_memory_cells(run) if on_gpu else ())]
+        table.add_row(*cells, style="bold" if run is runs[0] else None)
     return table
+
+
+def _on_gpu(runs: tuple[FinetuneRun, ...]) -> bool:
+    return any(run.allocated_peak_bytes for run in runs)
 
 
 def _cells(run: FinetuneRun, own: FinetuneRun) -> Iterator[str]:
@@ -56,9 +66,12 @@ def _cells(run: FinetuneRun, own: FinetuneRun) -> Iterator[str]:
     yield time_text(run.step_seconds_median, run.step_seconds_mad if run.n > 1 else None)
     yield f"{run.tokens_per_s:,.0f}"
     yield "" if run is own else f"{run.step_seconds_median / own.step_seconds_median:.2f}x"
-    yield format_bytes(run.allocated_peak_bytes) if run.allocated_peak_bytes else ""
+
+
+def _memory_cells(run: FinetuneRun) -> Iterator[str]:
+    yield format_bytes(run.allocated_peak_bytes)
     planned = run.planned_peak_bytes
-    if planned is None or not run.allocated_peak_bytes:
+    if planned is None:
         yield ""
     else:
         yield f"{format_bytes(planned)} ({planned / run.allocated_peak_bytes - 1:+.1%})"

@@ -16,6 +16,7 @@ from qtool.finetune.head_loss import find_rule, use_chunked_loss
 from qtool.finetune.loss import LogitRule
 from qtool.finetune.records import DataOptions, FinetuneRequest, LoraOptions, TrainingOptions
 from qtool.finetune.run import prepare, train
+from qtool.runtime.host_head import multiply_head_on_host
 
 SIZES = {
     "hidden_size": 32,
@@ -77,6 +78,13 @@ def test_a_model_s_loss_stays_what_it_was(model_type: str, dtype: torch.dtype) -
         if expected is not None and dtype == torch.float32:
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(model(input_ids=ids).logits, logits)
+
+
+def test_a_head_in_host_memory_is_as_plain() -> None:
+    model = build("llama", torch.bfloat16)
+    multiply_head_on_host(model)
+    assert type(model.get_output_embeddings()) is not nn.Linear
+    assert find_rule(model) == LogitRule()
 
 
 def test_nothing_to_learn_is_no_loss() -> None:
