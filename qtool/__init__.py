@@ -1,4 +1,4 @@
-"""qtool: does this language model fit my GPU? Plan its memory, quantize it, inspect it, run it.
+"""qtool: does this language model fit my GPU? Plan its memory, quantize, inspect, run and train it.
 
     import qtool
 

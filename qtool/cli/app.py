@@ -33,7 +33,7 @@ VERBS = (
     "bench",
     "doctor",
 )
-HELP = "Does this language model fit my GPU? Plan its memory, quantize it, inspect it, run it."
+HELP = "Does this language model fit my GPU? Plan its memory, quantize, inspect, run and train it."
 EPILOG = "Every option can also be set by a variable: --compute-dtype by QTOOL_COMPUTE_DTYPE."
 
 
