@@ -12,9 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qtool.errors import Option, QtoolError
+from qtool.planner.lora import ALL_LINEAR, HEADS
 from qtool.runtime.linear import Linear4bit, LinearInt8
 
-ALL_LINEAR: Final = "all-linear"
 # Initializations that read or change the base weight as floating point are none of these.
 INITIALIZATIONS: Final = (True, False, "gaussian", "eva")
 _PACKED: Final = (Linear4bit, LinearInt8)
@@ -30,6 +30,49 @@ _ADAPTED: Final = (
     Conv1D,
     BaseTunerLayer,
 )
+
+
+def choose_layers(model: nn.Module, targets: Sequence[str] | None) -> str | list[str]:
+    """`targets`, or all linear layers but the head, as PEFT is to be told of them.
+
+    In most mixtures it takes "all-linear", and the names that the parts of experts had, for the
+    experts too, which are parameters: it wraps them whole, without dropout and at a higher rank.
+
+    Raises:
+        QtoolError: usage, for names that it would take so; unsupported, if nothing else is left.
+    """
+    asked: str | list[str] = list(targets) if targets else ALL_LINEAR
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # releases that leave the names as they are
+        return asked
+    probe = LoraConfig(target_modules=asked)
+    try:
+        convert_peft_config_for_transformers(probe, model=model, conversions=None)
+    except ValueError:  # some of the names that were fused into one
+        is_plain = False
+    else:
+        is_plain = not probe.target_parameters
+    if is_plain:
+        return asked
+    if targets:
+        raise QtoolError(
+            (
+                Option("lora_targets", ",".join(targets)),
+                f": PEFT takes some of them for the experts of {type(model).__name__}, which are "
+                "no layers of their own",
+            ),
+            kind="usage",
+            hint=(Option("lora_targets", ALL_LINEAR), ", or names such as q_proj,v_proj"),
+        )
+    names = [n for n in _linear_names(model) if n in probe.target_modules and n not in HEADS]
+    if not names:
+        raise QtoolError(
+            f"{type(model).__name__} has no linear layer beside its experts",
+            kind="unsupported",
+            hint=Option("method", "full"),
+        )
+    return sorted(names)
 
 
 def check_lora_targets(model: nn.Module, config: LoraConfig) -> None:

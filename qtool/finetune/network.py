@@ -17,12 +17,12 @@ from qtool.checkpoint.records import Checkpoint
 from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent
 from qtool.finetune.lora_layers import wrap_with_lora
+from qtool.finetune.lora_targets import choose_layers
 from qtool.finetune.plan import PlannedRun, local_rank
 from qtool.finetune.records import ComputeDtype, FinetuneRequest
 from qtool.finetune.trainer import Placement
 from qtool.formats.precisions import QuantizedPrecision
 from qtool.optim import keep_embeddings_32bit
-from qtool.planner.lora import ALL_LINEAR
 from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
 from qtool.runtime.placement import resolve_device
 
@@ -103,17 +103,25 @@ def _with_adapters(network: Any, request: FinetuneRequest, checkpoint: Checkpoin
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets) if lora.targets else ALL_LINEAR,
+        target_modules=choose_layers(network, lora.targets),
         use_rslora=lora.rslora,
     )
     wrapped = wrap_with_lora(network, config)
+    made = wrapped.peft_config["default"]
     # A folder here: with a Hub id PEFT would look the base up there at each save.
-    wrapped.peft_config["default"].base_model_name_or_path = str(checkpoint.folder)
+    made.base_model_name_or_path = str(checkpoint.folder)
+    if isinstance(made.target_modules, set):  # whose order is another in each process
+        made.target_modules = sorted(made.target_modules)
+    wrapped.create_or_update_model_card = _write_no_card
     if lora.dtype == "bf16":
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return wrapped
+
+
+def _write_no_card(folder: str) -> None:
+    """PEFT's says nothing of the run; the manifest does."""
 
 
 def _one_device(device: str) -> torch.device:

@@ -6,7 +6,9 @@ planned.require_fit()
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +23,7 @@ from qtool.planner.optimizers import find_optimizer
 from qtool.planner.records import Estimate, MemoryPlan, Tuning, Workload
 
 DEFAULT_QUANT: Final = "nf4-dq"
+DRIVER: Final = "libcuda.so.1"
 HOST_NAME: Final = "this machine's memory"
 
 
@@ -87,6 +90,7 @@ def plan_run(request: FinetuneRequest, checkpoint: Checkpoint) -> PlannedRun:
     Raises:
         QtoolError: options that contradict the model or each other.
     """
+    _check_device(request)
     model = describe_model(checkpoint)
     loads_quant = _check_method(request, model)
     max_length = _choose_length(request, model)
@@ -132,6 +136,7 @@ def _check_method(request: FinetuneRequest, model: PlannedModel) -> str | None:
     method, quant, stored = request.method, request.quant, model.stored_precision
     if method == "qlora":
         if stored is None:
+            _refuse_packing_experts(model)
             return quant or DEFAULT_QUANT
         if quant is not None and quant != stored:
             raise QtoolError(
@@ -177,12 +182,82 @@ def _refuse_heads(targets: tuple[str, ...]) -> None:
                     f": {name} is the output head, whose loss is computed from its weight alone, "
                     "so an adapter on it would never be trained",
                 ),
-                kind="unsupported",
+                kind="usage",
                 hint=(Option("lora_targets", ALL_LINEAR), ", or names without it"),
             )
 
 
+def _refuse_packing_experts(model: PlannedModel) -> None:
+    experts = model.architecture.experts if model.architecture else None
+    if experts is not None:
+        raise QtoolError(
+            (
+                f"{model.id} is a mixture of {experts.num_experts} experts per layer, and ",
+                Option("method", "qlora"),
+                " would pack them into what nothing runs",
+            ),
+            kind="unsupported",
+            hint=(Option("method", "lora"), " trains over the 16-bit model"),
+        )
+
+
 # -- the device -----------------------------------------------------------------------------------
+
+
+def _check_device(request: FinetuneRequest) -> None:
+    """What would be found out in vain once PyTorch is loaded and the plan is shown.
+
+    Raises:
+        QtoolError: usage, for a device that is not there or that cannot do what is asked.
+    """
+    device, optimizer = request.device, request.training.optimizer
+    asked = re.fullmatch(r"auto|cpu|cuda(?::\d+)?", device)
+    if asked is None:
+        raise QtoolError(
+            (Option("device", device), ": there is no such device"),
+            kind="usage",
+            hint="use auto, cpu, cuda or cuda:N",
+        )
+    reason = _why_no_gpu(device)
+    if device.startswith("cuda") and reason:
+        raise QtoolError(
+            (Option("device", device), f": {reason}"),
+            kind="usage",
+            hint=("`qtool doctor` says why; ", Option("device", "cpu"), " trains without one"),
+        )
+    found = find_optimizer(optimizer)
+    if found.is_paged and reason:
+        raise QtoolError(
+            (Option("optimizer", optimizer), f" keeps states in a GPU's memory: {reason}"),
+            kind="usage",
+            hint=Option("optimizer", found.name.removeprefix("paged-")),
+        )
+
+
+def _why_no_gpu(device: str) -> str:
+    """Why training cannot be on a GPU; empty where it may be, so that PyTorch has to be asked.
+
+    The driver is looked for, and not started: it reads CUDA_VISIBLE_DEVICES once, and that is set
+    for each process later.
+    """
+    if device == "cpu":
+        return "training is on the CPU"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides all GPUs"
+    try:
+        ctypes.CDLL(DRIVER)
+    except OSError:
+        return "no NVIDIA driver was found"
+    if ":" not in device:
+        return ""
+    try:
+        count = len(local_gpus())
+    except QtoolError:
+        return ""
+    index = _physical_index(device)
+    if index is None or index < count:
+        return ""
+    return f"nvidia-smi lists {count} GPU{'s' * (count != 1)}"
 
 
 def local_rank() -> int:

@@ -72,9 +72,17 @@ class Rows:
             self._check_row(row)
             count += 1
         if not count:
-            raise no_rows(self.source)
+            raise no_rows(self.source, self.kind)
         sha256 = None if self._path is None else _sha256(self._path)
         return DataFile(self.source, sha256, count, self.revision)
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether a chat template will be needed, by the first row."""
+        if self.kind == "messages":
+            return True
+        first = next(iter(self), None) if self.kind == "prompt and completion" else None
+        return first is not None and not isinstance(first.fields.get(PROMPT), str)
 
     def error(self, row: Row, what: str, hint: str = COLUMNS_HINT) -> QtoolError:
         """Something is wrong with a row."""
@@ -148,8 +156,10 @@ def open_rows(options: DataOptions, source: str | None = None) -> Rows:
     )
 
 
-def no_rows(source: str) -> QtoolError:
+def no_rows(source: str, kind: Kind = "text") -> QtoolError:
     """There is nothing to learn from."""
+    if kind == "running text":
+        return QtoolError(f"{source} is empty", kind="bad_file", hint="it holds plain text")
     return QtoolError(f"{source} holds no rows", kind="bad_file", hint=COLUMNS_HINT)
 
 

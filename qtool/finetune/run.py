@@ -8,6 +8,7 @@ result = train(prepared, on_event=..., on_progress=..., warn=print)
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ from qtool.finetune.records import (
     OnProgress,
 )
 from qtool.finetune.rows import Rows, open_rows
-from qtool.finetune.run_folder import LOCK, MANIFEST_SCHEMA, RunFolder, identity_of
+from qtool.finetune.run_folder import LOCK, MANIFEST_SCHEMA, RunFolder, identity_of, step_of
+from qtool.finetune.sequences import no_chat_template
 from qtool.planner.estimate import unmodelled_warnings
 
 if TYPE_CHECKING:
@@ -79,6 +81,8 @@ def prepare(request: FinetuneRequest, *, warn: Warn, on_event: OnEvent = ignore_
     rows = open_rows(request.data)
     held_out = _held_out(request)
     files = [rows.check()]
+    if rows.has_messages and _lacks_chat_template(checkpoint):
+        raise no_chat_template(rows.source)
     if isinstance(held_out, Rows):
         files.append(held_out.check())
     if rows.kind == "running text" and request.data.packing:
@@ -102,11 +106,14 @@ def train(
     """
     if not is_main_process():
         on_event, warn = ignore_events, _ignore
-    with _quiet(), _locked(prepared.folder):
+    on_event(Note("load     PyTorch and the tokenizer"))
+    with _locked(prepared.folder), _quiet():
         from qtool.runtime.memory import out_of_memory_as_error
 
         with _in_finetune_words(), out_of_memory_as_error("training"):
-            return _Run.start(prepared, warn, on_event).finish(on_progress, warn)
+            run = _Run.start(prepared, warn, on_event)
+            on_event(Note("train    waiting for the first step"))
+            return run.finish(on_progress, warn)
 
 
 def _ignore(words: Words) -> None:
@@ -164,7 +171,10 @@ class _Run:
         arguments = build_config(
             request, place, prepared.folder.checkpoints, evals=held_out is not None
         )
+        has_begun = prepared.folder.is_begun
         resume_from = _begin(prepared, request, checkpoint, data, held_out)
+        if request.resume and has_begun:
+            _tell_of_resuming(resume_from, on_event)
         # 3. The model.
         loaded = load_base(planned, place, on_event)
         network, num_trainable = make_trainable(loaded.model, request, checkpoint)
@@ -224,9 +234,7 @@ class _Run:
             planned_allocated_peak_bytes=plan.allocated_peak_bytes if is_known else None,
             trainable_parameters=self.num_trainable,
             device=str(watch.place.device),
-            resumed_from_step=None
-            if self.resume_from is None
-            else int(self.resume_from.name.rpartition("-")[2]),
+            resumed_from_step=None if self.resume_from is None else step_of(self.resume_from),
             history=tuple(watch.history),
             eval_history=tuple(watch.eval_history),
         )
@@ -273,11 +281,28 @@ def _encode(prepared: Prepared, tokenizer: Any, warn: Warn) -> tuple[Sequences, 
     return data, held_out
 
 
+def _lacks_chat_template(checkpoint: Checkpoint) -> bool:
+    """Whether the folder holds none, so that no tokenizer need be loaded to say so."""
+    folder = checkpoint.folder
+    if folder is None or any(folder.glob("chat_template*")):
+        return False
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # the tokenizer says it better
+    return isinstance(settings, dict) and not settings.get("chat_template")
+
+
 def _tell_of(data: Sequences, held_out: Sequences | None, on_event: OnEvent) -> None:
-    text = f"data: {len(data.items):,} sequences, {data.num_tokens:,} tokens"
+    text = f"tokens   {data.num_tokens:,} in {len(data.items):,} sequences"
     if held_out:
         text += f"; {len(held_out.items):,} held out"
     on_event(Note(text))
+
+
+def _tell_of_resuming(save: Path | None, on_event: OnEvent) -> None:
+    where = f"goes on after step {step_of(save):,}" if save else "no save yet: from the start"
+    on_event(Note(f"resume   {where}"))
 
 
 def _set_pad_token(tokenizer: Any) -> None:
@@ -346,6 +371,7 @@ def _locked(folder: RunFolder) -> Iterator[None]:
     if not is_main_process():
         yield
         return
+    was_there = folder.path.exists()
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     with (folder.checkpoints / LOCK).open("w", encoding="ascii") as file:
         try:
@@ -356,7 +382,10 @@ def _locked(folder: RunFolder) -> Iterator[None]:
                 kind="usage",
                 hint="wait for it, or write elsewhere with -o",
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            folder.drop_if_not_begun(is_ours=not was_there)
 
 
 # -- others' words --------------------------------------------------------------------------------

@@ -11,10 +11,13 @@ A save that was cut short has no `whole.json`, or other sizes than it says, and 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +86,7 @@ class RunFolder:
                     " begins anew, or choose another -o",
                 ),
             )
+        self._require_writable()
 
     def begin(self, identity: Mapping[str, Any], *, resume: bool, restart: bool) -> Path | None:
         """Start a run, or find the save to go on from; None begins at step 0.
@@ -123,6 +127,7 @@ class RunFolder:
         names = sorted(path.name for path in made.iterdir())
         for name in names:
             _sync(made / name)
+            _open_to_umask(made / name)
             (made / name).replace(self.path / name)
         made.rmdir()
         self.write_manifest({**manifest, "files": names})
@@ -130,6 +135,34 @@ class RunFolder:
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Whole or not at all."""
         _write_synced(self.path / MANIFEST, encode_json(manifest))
+
+    def drop_if_not_begun(self, *, is_ours: bool) -> None:
+        """Leave no empty folders behind where a run ended before it began.
+
+        Args:
+            is_ours: OUT itself was not there before.
+        """
+        if not self.is_begun:
+            (self.checkpoints / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is something else in it
+                self.checkpoints.rmdir()
+                if is_ours:
+                    self.path.rmdir()
+
+    def _require_writable(self) -> None:
+        """Try it, where permissions alone do not tell: with a folder that is gone again at once."""
+        place = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        try:
+            Path(tempfile.mkdtemp(prefix=".qtool-", dir=place)).rmdir()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            what = "written" if place == self.path else "created"
+            raise QtoolError(
+                f"{self.path} cannot be {what}: {place} takes no new files",
+                kind="usage",
+                hint="choose another -o",
+            ) from error
 
     def _first_foreign(self) -> str | None:
         """A file that no run of ours made: one that ended before it began left only its lock."""
@@ -169,10 +202,16 @@ class RunFolder:
             )
 
 
+def step_of(save: Path) -> int:
+    """The step that a save was made after."""
+    return int(save.name.rpartition("-")[2])
+
+
 def mark_whole(save: Path) -> None:
     """Say that a save is complete: sync its files and list them with their sizes."""
     paths = sorted(path for path in save.rglob("*") if path.is_file() and path.name != WHOLE)
     for path in paths:
+        _open_to_umask(path)
         _sync(path)
     sizes = {str(path.relative_to(save)): path.stat().st_size for path in paths}
     _write_synced(save / WHOLE, encode_json({"files": sizes}))
@@ -225,6 +264,13 @@ def _write_synced(path: Path, data: bytes) -> None:
     _sync(unfinished)
     unfinished.replace(path)
     _sync(path.parent)
+
+
+def _open_to_umask(path: Path) -> None:
+    """Give the file the mode that others get: safetensors writes for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _sync(path: Path) -> None:

@@ -145,6 +145,15 @@ def encode(rows: Rows, tokenizer: Any, *, max_length: int, completion_only: bool
     return sequences
 
 
+def no_chat_template(source: str) -> QtoolError:
+    """Messages cannot become a text."""
+    return QtoolError(
+        f"{source} holds messages, and the model has no chat template",
+        kind="unsupported",
+        hint='take the model\'s instruct version, or rows of "prompt" and "completion"',
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Encoder:
     rows: Rows
@@ -232,11 +241,7 @@ class _Encoder:
 
     def _require_template(self) -> None:
         if not self.tokenizer.chat_template:
-            raise QtoolError(
-                f"{self.rows.source} holds messages, and the model has no chat template",
-                kind="unsupported",
-                hint='take the model\'s instruct version, or rows of "prompt" and "completion"',
-            )
+            raise no_chat_template(self.rows.source)
 
     # -- text -------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ from qtool.finetune.records import (
     Scheduler,
     Step,
 )
-from qtool.finetune.run_folder import mark_whole
+from qtool.finetune.run_folder import is_whole, mark_whole
 from qtool.finetune.sequences import Sequences
 
 SAVES_KEPT: Final = 2  # while a new one is written, the one before is whole
@@ -274,7 +274,10 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         if math.isfinite(loss) and not is_bad_norm:
             return
         what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-        raise diverged(what, int(entry["step"]), self.request, self.place)
+        saves = Path(self.trainer.args.output_dir).glob("checkpoint-*")
+        has_save = any(map(is_whole, saves))
+        step = int(entry["step"])
+        raise diverged(what, step, self.request, self.place, has_save=has_save)
 
     def _progress(self, state: Any) -> Progress:
         (then_s, then_tokens), (now_s, now_tokens) = self._recent[0], self._recent[-1]
@@ -293,19 +296,23 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         )
 
 
-def diverged(what: str, step: int, request: FinetuneRequest, place: Placement) -> QtoolError:
+def diverged(
+    what: str, step: int, request: FinetuneRequest, place: Placement, *, has_save: bool
+) -> QtoolError:
     """The error for numbers that are none."""
     lr = request.training.learning_rate(request.method)
     hint: tuple[str | Option, ...] = (
-        "begin anew with a lower ",
+        Option("restart"),
+        " with a lower ",
         Option("lr", f"{lr / 4:g}"),
         " or a longer ",
         Option("warmup", 0.1),
     )
     if place.compute_dtype == "float16":
         hint += (", or with ", Option("compute_dtype", "float32"))
+    kept = "the last save is kept" if has_save else "nothing was saved before it"
     return QtoolError(
-        f"{what} at step {step}, so training stopped; the last save is kept",
+        f"{what} at step {step}, so training stopped; {kept}",
         kind="usage",
         hint=hint,
         exit_code=1,

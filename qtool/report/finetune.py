@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from qtool.events import OnEvent
+from qtool.errors import Words
+from qtool.events import Advanced, Event, Finished, Note, OnEvent, Started, ignore_events
 from qtool.finetune.plan import PlannedRun
 from qtool.finetune.records import FinetuneResult, OnProgress, Progress
 from qtool.finetune.run import Prepared, is_main_process
 from qtool.planner.records import MemoryPlan
-from qtool.report.estimate import GROUPS, EstimateView, estimate_document, shown_name
+from qtool.report.estimate import GROUPS, estimate_document, shown_name
 from qtool.report.loss_curve import loss_svg, loss_text
 from qtool.report.output import Output
-from qtool.report.units import GIB, format_count, format_gib
+from qtool.report.units import GIB, format_bytes, format_count, format_gib
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,10 +32,10 @@ WIDE_COLUMNS: Final = 120
 
 def report_plan(output: Output, prepared: Prepared, *, dry_run: bool) -> None:
     """Say what will be trained and what it takes; for a dry run that is the answer."""
+    say = output.answer_line if dry_run else output.note
     for line in _plan_lines(prepared):
-        output.note(line)
+        say(line)
     if dry_run:
-        output.answer(EstimateView(prepared.planned.estimate))
         rows = [file._asdict() for file in prepared.files]
         output.document({**estimate_document(prepared.planned.estimate), "data": rows})
 
@@ -49,7 +50,7 @@ def report_result(output: Output, prepared: Prepared, result: FinetuneResult) ->
     trained = format_count(result.trainable_parameters)
     kind = "checkpoint" if result.method == "full" else "adapter"
     output.answer_line(
-        f"{result.output}: {kind}, {trained} parameters trained in {result.steps:,} steps, loss "
+        f"{result.output}: {kind}, {trained} parameters trained in {_steps(result.steps)}, loss "
         f"{result.first_loss:.4f} → {result.final_loss:.4f}{held_out}"
     )
     for line in _statistics(result):
@@ -61,24 +62,91 @@ def report_result(output: Output, prepared: Prepared, result: FinetuneResult) ->
     output.document(result.to_dict())
 
 
+class Display(NamedTuple):
+    """What a run tells of itself to."""
+
+    on_event: OnEvent
+    on_progress: OnProgress
+    warn: Callable[[Words], None]
+
+
 @contextmanager
-def run_progress(output: Output, prepared: Prepared) -> Iterator[tuple[OnEvent, OnProgress]]:
-    """Yield what shows loading, and what shows each step: a bar on a terminal, a line now and then
+def run_progress(output: Output, prepared: Prepared) -> Iterator[Display]:
+    """Yield what shows loading, each step and warnings: a bar on a terminal, a line now and then
     elsewhere."""
     planned = prepared.planned
     memory_bytes = planned.plan.allocated_peak_bytes if planned.is_known else None
     console = output._console(stderr=True)
-    with ExitStack() as loading, ExitStack() as training:
-        on_event = loading.enter_context(output.progress())
-        if output.quiet or output.json_mode or not is_main_process():
-            yield on_event, lambda progress: None
-        elif not console.is_terminal or output.verbose:
-            every_s = 0.0 if output.verbose else LINE_EVERY_S
-            yield on_event, _Lines(output, memory_bytes, every_s=every_s)
-        else:
-            bar = _Bar(console, memory_bytes, before=loading.close)
-            training.callback(bar.stop)
-            yield on_event, bar
+    if output.quiet or output.json_mode or not is_main_process():
+        with output.progress() as on_event:
+            yield Display(on_event, lambda progress: None, output.warn)
+    elif not console.is_terminal or output.verbose:
+        every_s = 0.0 if output.verbose else LINE_EVERY_S
+        with output.progress() as on_event:
+            yield Display(on_event, _Lines(output, memory_bytes, every_s=every_s), output.warn)
+    else:
+        loading, steps = _LoadingBar(output), _Bar(console, memory_bytes)
+
+        def warn(words: Words) -> None:
+            with loading.aside(), steps.aside():
+                output.warn(words)
+
+        try:
+            yield Display(loading, steps, warn)
+        finally:
+            loading.stop()
+            steps.stop()
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+class _LoadingBar:
+    """A bar for each stage, off the terminal before anything else is printed."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._stage: Started | None = None
+        self._done_bytes = 0
+        self._drawn = ExitStack()
+        self._on_event: OnEvent = ignore_events
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.stop()
+                self._stage, self._done_bytes = event, 0
+                self._draw()
+            case Advanced(num_bytes):
+                self._done_bytes += num_bytes
+                self._on_event(event)
+            case Finished():
+                self.stop()
+            case Note():
+                with self.aside():
+                    self._output.on_note(event)
+
+    def stop(self) -> None:
+        """End the stage."""
+        self._stage = None
+        self._erase()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Off the terminal for as long as this lasts."""
+        self._erase()
+        yield
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._stage is not None:
+            self._on_event = self._drawn.enter_context(self._output.progress())
+            self._on_event(self._stage)
+            self._on_event(Advanced(self._done_bytes))
+
+    def _erase(self) -> None:
+        self._drawn.close()
+        self._on_event = ignore_events
 
 
 # -- steps ----------------------------------------------------------------------------------------
@@ -87,18 +155,14 @@ def run_progress(output: Output, prepared: Prepared) -> Iterator[tuple[OnEvent, 
 class _Bar:
     """One line that is drawn again; it begins with the first step, when loading is over."""
 
-    def __init__(
-        self, console: Console, planned_bytes: int | None, *, before: Callable[[], None]
-    ) -> None:
+    def __init__(self, console: Console, planned_bytes: int | None) -> None:
         self._console = console
-        self._before = before
         self._planned_bytes = planned_bytes
         self._bar: Bar | None = None
         self._task: TaskID | None = None
 
     def __call__(self, progress: Progress) -> None:
         if self._bar is None:
-            self._before()  # a terminal has room for one
             self._bar = _new_bar(self._console)
             self._bar.start()
             self._task = self._bar.add_task("training", total=progress.total_steps, item="")
@@ -110,6 +174,14 @@ class _Bar:
         """Take it off the terminal."""
         if self._bar is not None:
             self._bar.stop()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Off the terminal for as long as this lasts."""
+        self.stop()
+        yield
+        if self._bar is not None:
+            self._bar.start()
 
 
 class _Lines:
@@ -186,18 +258,25 @@ def _plan_lines(prepared: Prepared) -> Iterator[str]:
     )
     if planned.is_known:
         yield f"memory   {_memory_text(planned)}"
+    for note in planned.plan.notes:
+        if "--runtime" not in note:  # which `estimate` has
+            yield f"         {note}"
     rows = " + ".join(f"{file.rows:,}" for file in prepared.files)
     counted = "" if prepared.rows.kind == "running text" else f", {rows} rows"
     yield f"data     {prepared.rows.source}: {prepared.rows.kind}{counted}"
 
 
+def _steps(count: int) -> str:
+    return f"{count:,} step{'s' * (count != 1)}"
+
+
 def _memory_text(planned: PlannedRun) -> str:
     plan = planned.plan
     parts = ", ".join(_group_texts(plan))
-    text = f"{format_gib(plan.peak_bytes)} GiB at the peak ({parts})"
+    text = f"{format_bytes(plan.peak_bytes)} at the peak ({parts})"
     for fit in plan.fits:
         verdict = {"yes": "fits", "tight": "just fits", "no": "does not fit"}[fit.verdict]
-        text += f"; {verdict} {format_gib(fit.usable_bytes)} GiB of {fit.gpu.short_name}"
+        text += f"; {verdict} {format_bytes(fit.usable_bytes)} of {fit.gpu.short_name}"
     return text
 
 
@@ -205,7 +284,7 @@ def _group_texts(plan: MemoryPlan) -> Iterator[str]:
     for name, _, _, members in GROUPS:
         found = [plan.components[member].bytes for member in members if member in plan.components]
         if found:
-            yield f"{name} {format_gib(sum(found))}"
+            yield f"{name} {format_bytes(sum(found))}"
 
 
 def _statistics(result: FinetuneResult) -> Iterator[str]:

@@ -18,6 +18,7 @@ Points = Sequence[tuple[int, float]]
 
 TEXT_COLUMNS: Final = 56
 TEXT_ROWS: Final = 6
+MIN_STEPS: Final = 5  # fewer are no curve
 EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
 
 WIDTH: Final = 640
@@ -28,8 +29,8 @@ INK, PALE, GRID, TRAIN, HELD_OUT = "#1a1a1a", "#5f6368", "#e4e6ea", "#0072b2", "
 
 
 def loss_text(losses: Sequence[float]) -> list[str]:
-    """Bars of TEXT_ROWS lines with the scale beside them; nothing for a single step."""
-    if len(losses) < 2:
+    """Bars of TEXT_ROWS lines with the scale beside them; nothing for a few steps."""
+    if len(losses) < MIN_STEPS:
         return []
     means = [mean for _, mean in _means(list(enumerate(losses)), TEXT_COLUMNS)]
     low, high = min(means), max(means)

@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 import pytest
 from safetensors.numpy import load_file
 
+from qtool.finetune import plan
 from qtool.runtime import requirements
 from tests.cli.running import Ran, run
 
@@ -97,15 +98,15 @@ def test_the_answer_goes_to_stdout_and_the_rest_to_stderr(
     stories: Path, story: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    ran = run("finetune", stories, story, "-o", out, *QUICK, "--max-steps", 4)
+    ran = run("finetune", stories, story, "-o", out, *QUICK, "--max-steps", 5)
     assert re.fullmatch(
-        rf"{re.escape(str(out))}: adapter, 23 k parameters trained in 4 steps, "
+        rf"{re.escape(str(out))}: adapter, 23 k parameters trained in 5 steps, "
         r"loss \d\.\d{4} → \d\.\d{4}\n",
         ran.stdout,
     )
-    for said in ("plan     stories260K-hf", "memory   ", "running text", "step 1/4 · loss ", "┤"):
+    for said in ("plan     stories260K-hf", "memory   ", "running text", "step 1/5 · loss ", "┤"):
         assert said in ran.stderr
-    again = run("finetune", stories, story, "-o", out, *QUICK, "--max-steps", 4, "--resume")
+    again = run("finetune", stories, story, "-o", out, *QUICK, "--max-steps", 5, "--resume")
     assert (again.exit_code, again.stdout) == (0, ran.stdout)
     refused = run("finetune", stories, story, "-o", out, *QUICK, "--json")
     assert (refused.exit_code, refused.error["kind"]) == (2, "usage")
@@ -135,7 +136,9 @@ def test_a_dry_run_plans_and_writes_nothing(stories: Path, story: Path, tmp_path
     assert ran.document["data"][0]["source"] == str(story)
     assert not out.exists()
     shown = run("finetune", stories, story, "-o", out, *QUICK, "--dry-run")
-    assert "GPU memory in GiB" in shown.stdout
+    assert shown.stdout.startswith("plan     stories260K-hf")
+    assert re.search(r"weights [\d.]+ KiB.* of this machine's memory\n", shown.stdout)
+    assert (shown.stdout.count("plan "), "GPU" in shown.stdout, shown.stderr) == (1, False, "")
 
 
 @pytest.mark.parametrize(
@@ -170,8 +173,48 @@ def test_flags_are_called_what_they_are(stories: Path, story: Path, tmp_path: Pa
     assert "--eval-split 1.5: expected a share" in ran.error["message"]
     ran = refused("--resume", "--restart")
     assert ran.exit_code == 2
+    ran = refused("--lora-targets", "lm_head")
+    assert (ran.exit_code, ran.error["kind"]) == (2, "usage")
     ran = refused("--method", "lora", "--quant", "nf4")
     assert "--method lora wants a 16-bit base" in ran.error["message"]
+
+
+@pytest.mark.parametrize("is_dry", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--device", "cuda"), "--device cuda: no NVIDIA driver was found"),
+        (("--device", "gpu"), "--device gpu: there is no such device"),
+        (("--optimizer", "paged-adamw-8bit"), "--optimizer paged-adamw-8bit keeps states in"),
+        (("-o", "/proc/x"), "/proc/x cannot be created"),
+    ],
+)
+def test_what_this_machine_cannot_is_said_before_the_plan(
+    stories: Path,
+    story: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    said: str,
+    is_dry: bool,
+) -> None:
+    monkeypatch.setattr(plan, "DRIVER", "libno_such_driver.so")
+    out = tmp_path / "out"
+    ran = run("finetune", stories, story, "-o", out, *arguments, *["--dry-run"] * is_dry)
+    assert (ran.exit_code, ran.stdout) == (2, "")
+    assert ran.stderr.startswith(f"error: {said}")
+    assert not out.exists()
+
+
+def test_a_refusal_leaves_nothing_behind(stories: Path, story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("finetune", stories, story, "-o", out, *QUICK, "--eval-split", "0.5")
+    ran = run(*arguments, "--max-length", 512, "--compute-dtype", "float16")
+    assert (ran.exit_code, out.exists()) == (1, False)
+    assert "trains on GPUs only" in ran.stderr
+    out.mkdir()
+    assert run(*arguments, "--compute-dtype", "float16").exit_code == 1
+    assert list(out.iterdir()) == []
 
 
 def test_a_missing_extra_names_the_command(
@@ -226,6 +269,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(
     _, said = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, said
     # The kill may come after the step that follows, and that may be a save.
+    assert re.search("resume   goes on after step [48]\n", said)
     assert re.search("resumed after step [48]", said)
     assert losses(killed) == losses(whole)
     weights = [load_file(out / "adapter_model.safetensors") for out in (whole, killed)]
@@ -248,18 +292,37 @@ def test_ctrl_c_saves_and_says_how_to_go_on(stories: Path, story: Path, tmp_path
 
 @pytest.mark.parametrize("columns", [80, 140])
 def test_on_a_terminal_one_line_shows_the_steps(
-    stories: Path, story: Path, tmp_path: Path, columns: int
+    stories: Path, tmp_path: Path, columns: int
 ) -> None:
-    arguments = (stories, story, "-o", tmp_path / "out", *QUICK, "--max-steps", 40)
+    data = rows(tmp_path / "rows.jsonl", *[json.dumps({"text": STORY * 3})] * 8)
+    arguments = (stories, data, "-o", tmp_path / "out", *QUICK, "--max-steps", 40)
     shown = run_on_terminal(columns, *arguments)
     assert "training" in shown
+    # A warning or a note has a line of its own.
+    marks = ("warning: ", "tokens   ", "train    ")
+    lines = re.split(r"[\r\n]+", shown)
+    found = [line for line in lines if any(mark in line for mark in marks)]
+    assert len(found) == len(marks)
+    assert all(line.startswith(marks) for line in found)
     bars = [line for line in re.split(r"[\r\n]", shown) if "tok/s" in line and "left" in line]
     assert bars
     assert all(len(line.rstrip()) <= columns for line in bars)
     assert re.search(r"\d+/40 loss \d\.\d+ · [\d,]+ tok/s · .* left", bars[-1])
 
 
-def run_on_terminal(columns: int, *arguments: object) -> str:
+@pytest.mark.parametrize("columns", [80, 140])
+def test_on_a_terminal_a_warning_takes_the_place_of_the_bar(
+    stories: Path, story: Path, tmp_path: Path, columns: int
+) -> None:
+    arguments = (stories, story, "-o", tmp_path / "out", *QUICK, "--max-steps", 5000)
+    shown = run_on_terminal(columns, *arguments, ctrl_c_after=b" left", exit_code=130)
+    [said] = [line for line in re.split(r"[\r\n]", shown) if "stopping after this step" in line]
+    assert said.startswith("warning: ")
+
+
+def run_on_terminal(
+    columns: int, *arguments: object, ctrl_c_after: bytes = b"", exit_code: int = 0
+) -> str:
     """What the terminal got, without colours and cursor movements."""
     pid, terminal = pty.fork()
     if pid == 0:
@@ -279,9 +342,12 @@ def run_on_terminal(columns: int, *arguments: object) -> str:
         if not chunk:
             break
         data += chunk
+        if ctrl_c_after and ctrl_c_after in data:
+            ctrl_c_after = b""
+            os.write(terminal, b"\x03")
     _, status = os.waitpid(pid, 0)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data.decode(errors="replace"))
-    assert os.waitstatus_to_exitcode(status) == 0, text
+    assert os.waitstatus_to_exitcode(status) == exit_code, text
     return text
 
 

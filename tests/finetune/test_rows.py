@@ -115,7 +115,10 @@ def test_unknown_columns_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.txt"])
 def test_an_empty_file_holds_no_rows(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")
-    assert "holds no rows" in refused(str(tmp_path / name)).message
+    error = refused(str(tmp_path / name))
+    is_text = name.endswith(".txt")
+    assert ("is empty" if is_text else "holds no rows") in error.message
+    assert ("completion" in error.hint) is not is_text
 
 
 def test_what_is_no_file_of_rows_is_refused(tmp_path: Path) -> None:

@@ -53,6 +53,29 @@ def test_a_run_that_ended_before_it_began_is_not_in_the_way(tmp_path: Path) -> N
         folder.check(resume=False, restart=False)
 
 
+def test_a_folder_that_cannot_be_made_is_refused() -> None:
+    with pytest.raises(QtoolError, match="/proc/a/b cannot be created: /proc takes") as caught:
+        RunFolder(Path("/proc/a/b")).check(resume=False, restart=False)
+    assert caught.value.exit_code == 2
+
+
+def test_checking_leaves_nothing(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "a/b").check(resume=False, restart=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_run_that_never_began_is_dropped(tmp_path: Path, is_ours: bool) -> None:
+    folder = RunFolder(tmp_path / "out")
+    folder.checkpoints.mkdir(parents=True)
+    (folder.checkpoints / ".lock").touch()
+    folder.drop_if_not_begun(is_ours=is_ours)
+    assert (folder.path.exists(), folder.checkpoints.exists()) == (not is_ours, False)
+    kept = begun(folder.path)
+    kept.drop_if_not_begun(is_ours=True)
+    assert kept.is_begun
+
+
 def test_a_run_that_is_there_wants_a_word(tmp_path: Path) -> None:
     folder = begun(tmp_path / "out")
     with pytest.raises(QtoolError, match="holds an unfinished run") as caught:
@@ -103,7 +126,10 @@ def test_restart_removes_what_the_run_made_and_nothing_else(tmp_path: Path) -> N
     made = folder.checkpoints / "result"
     made.mkdir()
     (made / "adapter_config.json").write_text("{}")
+    (made / "adapter_config.json").chmod(0o600)
     folder.finish(made, {"schema": 1})
+    mode = (folder.path / "adapter_config.json").stat().st_mode
+    assert mode == (folder.path / "qtool_finetune.json").stat().st_mode
     assert json.loads((folder.path / "qtool_finetune.json").read_text()) == {
         "schema": 1,
         "files": ["adapter_config.json"],

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qtool.errors import QtoolError
+from qtool.events import Note
+from qtool.finetune.lora_targets import choose_layers
 from qtool.finetune.records import (
     DataOptions,
     FinetuneRequest,
@@ -80,9 +82,10 @@ def test_qlora_makes_a_standard_adapter(request_: FinetuneRequest, quant: Any) -
     assert result.final_loss < result.first_loss - 0.3
     config = json.loads((request.output / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == request.model
-    assert set(config["target_modules"]) == {
-        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    }
+    assert config["target_modules"] == sorted(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    )
+    assert not list(request.output.rglob("README.md"))
     # Stock PEFT takes it over the full-precision base, where it does what it learned.
     base = AutoModelForCausalLM.from_pretrained(request.model, dtype=torch.float32)
     ids = torch.tensor([[1, 403, 407, 261, 378, 432]])
@@ -188,9 +191,47 @@ def test_nan_stops_before_it_is_saved(
     with pytest.raises(QtoolError, match="at step 4, so training stopped") as caught:
         run(request)
     assert caught.value.exit_code == 1
-    assert "lr=0.00125" in caught.value.hint.replace("'", "")
+    assert "the last save is kept" in str(caught.value)
+    assert caught.value.hint.startswith("restart with a lower lr='0.00125'")
     saves = sorted(path.name for path in (request.output / "checkpoints").glob("checkpoint-*"))
     assert saves == ["checkpoint-2"]
+
+
+def test_nan_before_any_save_promises_none(
+    request_: FinetuneRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qtool.finetune.trainer import Trainer
+
+    original = Trainer.compute_loss
+    monkeypatch.setattr(
+        Trainer, "compute_loss", lambda *args, **kwargs: original(*args, **kwargs) * float("nan")
+    )
+    with pytest.raises(QtoolError, match=r"at step 1, .*; nothing was saved before it"):
+        run(request_)
+    monkeypatch.undo()
+    notes: list[Any] = []
+    prepared = prepare(replace(request_, resume=True), warn=notes.append)
+    train(prepared, warn=notes.append, on_event=notes.append, on_progress=lambda progress: None)
+    assert Note("resume   no save yet: from the start") in notes
+
+
+def test_lora_on_a_mixture_adapts_what_the_plan_counts(
+    request_: FinetuneRequest, test_data: Path
+) -> None:
+    request = replace(request_, model=str(test_data / "models/tinymoe-6m"), method="lora")
+    request = with_training(request, max_steps=1)
+    result = run(request)
+    config = json.loads((request.output / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    planned = prepare(replace(request, resume=True), warn=lambda words: None).planned.plan
+    assert planned.components["adapters"].bytes == 4 * result.trainable_parameters
+    model = AutoModelForCausalLM.from_pretrained(request.model)
+    assert choose_layers(model, ["q_proj"]) == ["q_proj"]
+    with pytest.raises(QtoolError, match="takes some of them for the experts"):
+        choose_layers(model, ["q_proj", "up_proj"])
+    with pytest.raises(QtoolError, match="mixture of 8 experts") as caught:
+        run(replace(request, method="qlora", restart=True))
+    assert "method=lora" in caught.value.hint.replace("'", "")
 
 
 def test_full_trains_all_weights_into_a_checkpoint(request_: FinetuneRequest) -> None:

@@ -12,11 +12,11 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_text_falls_with_the_loss() -> None:
-    lines = loss_text([4.0, 3.0, 2.0, 1.0])
+    lines = loss_text([4.0, 4.0, 3.0, 2.0, 1.0])
     assert len(lines) == TEXT_ROWS + 1
-    assert lines[0] == "  4.0000 ┤█"
-    assert lines[TEXT_ROWS - 1] == "  1.0000 ┤███▁"
-    assert lines[-1] == "         └──── 4 steps"
+    assert lines[0] == "  4.0000 ┤██"
+    assert lines[TEXT_ROWS - 1] == "  1.0000 ┤████▁"
+    assert lines[-1] == "         └───── 5 steps"
 
 
 def test_many_steps_are_means() -> None:
@@ -26,13 +26,13 @@ def test_many_steps_are_means() -> None:
     assert max(map(len, lines)) < 80
 
 
-@pytest.mark.parametrize("losses", [[], [2.0]])
-def test_a_step_makes_no_curve(losses: list[float]) -> None:
+@pytest.mark.parametrize("losses", [[], [2.0], [4.0, 3.0, 2.0, 1.0]])
+def test_a_few_steps_make_no_curve(losses: list[float]) -> None:
     assert loss_text(losses) == []
 
 
 def test_equal_losses_make_a_flat_one() -> None:
-    assert loss_text([2.0, 2.0])[TEXT_ROWS - 1] == "  2.0000 ┤▁▁"
+    assert loss_text([2.0] * 5)[TEXT_ROWS - 1] == "  2.0000 ┤▁▁▁▁▁"
 
 
 def test_the_picture_holds_every_step_and_held_out_loss() -> None:
