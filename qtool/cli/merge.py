@@ -55,7 +55,8 @@ def merge(
         Literal["dequantized", "original"] | None,
         typer.Option(
             help="Onto the packed weights that it was trained against, or the model that they were "
-            "made from; default: dequantized, if the base is packed.",
+            "made from; default: dequantized, if the base is packed, but original if --quant packs "
+            "it alike again.",
             show_default=False,
         ),
     ] = None,
@@ -67,6 +68,9 @@ def merge(
     ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew instead of continuing.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and write nothing.")
     ] = False,
     quant: Annotated[
         QuantizedPrecision | None,
@@ -150,6 +154,7 @@ def merge(
         ctx, "merge", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
         from qtool.merge.check import check_merge
+        from qtool.merge.codes import count_changed_codes
         from qtool.merge.command import MergeRequest, plan_merge, run_merge
         from qtool.quantize.plan import Recipe
         from qtool.report.merge import report_plan, report_result
@@ -169,7 +174,10 @@ def merge(
         )
         with show.progress() as on_event:
             planned = plan_merge(request, on_event=on_event)
-            report_plan(show, planned)
+            report_plan(show, planned, dry_run=dry_run)
+            if dry_run:
+                return
             result = run_merge(planned, restart=restart, on_event=on_event)
+            codes = count_changed_codes(planned)
             change = check_merge(planned, prompt, on_event) if check else None
-        report_result(show, planned, result, change)
+        report_result(show, planned, result, codes, change)

@@ -24,20 +24,22 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from qtool.checkpoint.adapter_files import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_NAME,
+    read_adapter_files,
+)
 from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.names import quoted
 from qtool.checkpoint.reading import ShardReader
 from qtool.checkpoint.records import Shard, TensorInfo
-from qtool.checkpoint.safetensors_header import read_header
 from qtool.checkpoint.strict_json import parse_json_object
 from qtool.errors import Option, QtoolError
 from qtool.formats.floats import NUMPY_DTYPES, count_nonfinite, widen
 from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantizedPrecision
 from qtool.formats.tensors import DTYPE_BITS, TORCH_NAMES, SourceDtype
 
-CONFIG_NAME: Final = "adapter_config.json"
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
-MAX_CONFIG_BYTES: Final = 10_000_000  # lists of thousands of target modules
 FINETUNE_RECORD: Final = "qtool_finetune.json"  # what `qtool finetune` writes beside an adapter
 PREFIX: Final = "base_model.model."
 CHUNK_BYTES: Final = 8 << 20
@@ -166,27 +168,19 @@ def open_adapter(folder: Path) -> Adapter:
         QtoolError: not_found or bad_file; unsupported for what is no LoRA, or for a variant whose
             update is not one of the weights alone.
     """
-    _check_files(folder)
+    files = read_adapter_files(folder)
+    _check_config(folder, files.config)
+    updates, replacements = _sort_tensors(folder, files.config, files.tensors)
     source = LocalFolder(folder)
-    hint = f"fetch {CONFIG_NAME} again"
-    size = source.status_of(CONFIG_NAME).num_bytes
-    if size > MAX_CONFIG_BYTES:
-        raise _bad(folder, f"{CONFIG_NAME} has {size:,} bytes", hint)
-    data = source.read(CONFIG_NAME, 0, size)
-    config = parse_json_object(data, file=source.describe(CONFIG_NAME), hint=hint)
-    _check_config(folder, config)
-    status = source.status_of(WEIGHTS_NAME)
-    header = read_header(folder / WEIGHTS_NAME)
-    updates, replacements = _sort_tensors(folder, config, header.tensors)
     return Adapter(
         folder=folder,
-        config=config,
-        shard=Shard(WEIGHTS_NAME, status.num_bytes, header.metadata, status.modified_ns),
+        config=files.config,
+        shard=files.shard,
         updates=updates,
         replacements=replacements,
         tokenizer_files=_tokenizer_files(source),
         trained_quant=_trained_quant(source),
-        digests={CONFIG_NAME: hashlib.sha256(data).hexdigest()},
+        digests={CONFIG_NAME: files.config_sha256},
     )
 
 
@@ -249,23 +243,6 @@ def _refuse_nonfinite(
 
 
 # ---- The folder and its config ----------------------------------------------------------------
-
-
-def _check_files(folder: Path) -> None:
-    if not folder.is_dir():
-        raise QtoolError(
-            f"{folder}: no such folder",
-            kind="not_found",
-            hint="give the folder of a PEFT adapter; `hf download ID --local-dir DIR` fetches one",
-        )
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            pickled = name == WEIGHTS_NAME and (folder / "adapter_model.bin").is_file()
-            raise QtoolError(
-                f"{folder} holds no {name}" + (", only a pickle, which can run code" * pickled),
-                kind="not_found",
-                hint="give the folder of a PEFT adapter saved as safetensors",
-            )
 
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """What an adapter is merged onto: the packed weights it was trained against, or their original.
 
 "dequantized" reproduces what was trained; "original" puts the same update onto the weights from
-before quantization, which the adapter has never seen.
+before quantization, which the adapter has never seen. Where the sum is quantized again to the
+format of the base, "original" is the default: dequantized weights lie on the steps that the sum is
+rounded to, so that an update of less than half a step is lost, weight by weight.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal, cast
 
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.records import Checkpoint
@@ -39,8 +41,15 @@ class Base:
     trained_quant: QuantizedPrecision | None = None
 
 
-def find_base(adapter: Adapter, model: str | None, onto: Onto | None, on_event: OnEvent) -> Base:
-    """Open the base: `model`, or what the adapter's config names.
+def find_base(
+    adapter: Adapter,
+    model: str | None,
+    onto: Onto | None,
+    on_event: OnEvent,
+    *,
+    quant: QuantizedPrecision | None = None,
+) -> Base:
+    """Open the base: `model`, or what the adapter's config names; `quant` is what the sum becomes.
 
     Raises:
         QtoolError: it is not there; it is quantized in another way; "original" of a packed one that
@@ -71,19 +80,47 @@ def find_base(adapter: Adapter, model: str | None, onto: Onto | None, on_event: 
         trained_on = _trained_on(adapter, named)
         trained_quant = adapter.trained_quant if trained_on == named else None
         if trained_quant is not None and onto is None:
-            text = (
-                f"the adapter was trained against {trained_quant} weights, packed while loading; "
-                f"to merge onto those, `qtool quantize {named} -o PACKED --quant {trained_quant}` "
-                "first, and --base PACKED"
-            )
-            on_event(Note(text, "warning"))
+            on_event(_note_of_training(named, trained_quant, quant))
         return Base(checkpoint, "original", reason, trained_on, trained_quant)
+    packed_again = quant is not None and any(same_codes(quant, packed) for packed in precisions)
+    if onto is None and packed_again:
+        original = _original_by_default(checkpoint, cast(QuantizedPrecision, quant), on_event)
+        reason = f"{named}, quantized from them, loses part of the adapter as {quant} again"
+        return Base(original, "original", reason, named)
     if onto != "original":
+        if packed_again:
+            on_event(Note(_ROUNDED_AWAY.format(quant=quant, named=named), "warning"))
         reason = "asked for" if onto else "the adapter was trained against the packed weights"
         packed = ", ".join(sorted(precisions))
         return Base(checkpoint, "dequantized", f"{reason}, {packed}", named)
     original = _original_of(checkpoint, on_event)
     return Base(original, "original", f"asked for; {named} was quantized from it", named)
+
+
+def same_codes(one: QuantizedPrecision, other: QuantizedPrecision) -> bool:
+    """Whether both round to the same numbers, up to how their scales are stored."""
+    return one.removesuffix("-dq") == other.removesuffix("-dq")
+
+
+_ROUNDED_AWAY: Final = (
+    "the weights of {named} lie on the steps of {quant}, and what becomes {quant} again keeps only "
+    "updates of about half a step or more: part of the adapter is lost, or all of it if it is "
+    "small. --onto original often keeps more; 16 bit (no --quant) keeps it, as does "
+    "`qtool generate {named} --adapter`"
+)
+
+
+def _note_of_training(
+    named: str, trained: QuantizedPrecision, quant: QuantizedPrecision | None
+) -> Note:
+    """What to know where the base was packed only while it was loaded for training."""
+    was = f"the adapter was trained against {trained} weights, packed while loading"
+    if quant is not None and same_codes(quant, trained):  # no better way to these
+        return Note(
+            f"{was}; it is merged onto those from before, as packing alike again can lose more"
+        )
+    steps = f"`qtool quantize {named} -o PACKED --quant {trained}` first, and --base PACKED"
+    return Note(f"{was}; to merge onto those, {steps}", "warning")
 
 
 def _trained_on(adapter: Adapter, named: str) -> str:
@@ -128,6 +165,26 @@ def _refuse_other_methods(checkpoint: Checkpoint) -> None:
         )
 
 
+def _original_by_default(
+    packed: Checkpoint, quant: QuantizedPrecision, on_event: OnEvent
+) -> Checkpoint:
+    """The original, which nobody asked for: without it, the ways that are left."""
+    try:
+        return _original_of(packed, on_event)
+    except QtoolError as error:
+        raise QtoolError(
+            f"{error.message}; merged onto the packed weights, which become {quant} again, part of "
+            "the adapter would be lost, or all of it",
+            kind=error.kind,
+            hint=(
+                "name the original with ",
+                Option("base", "MODEL"),
+                ", or merge to 16 bit (no --quant), or do it all the same with ",
+                Option("onto", "dequantized"),
+            ),
+        ) from error
+
+
 def _original_of(packed: Checkpoint, on_event: OnEvent) -> Checkpoint:
     """The full-precision model that the packed one was made from, by its manifest."""
     assert packed.folder is not None
@@ -146,7 +203,8 @@ def _original_of(packed: Checkpoint, on_event: OnEvent) -> Checkpoint:
             hint=hint,
         )
     if source.get("revision"):
-        return open_checkpoint(f"{source['model']}@{source['revision']}", need="files")
+        original_id = f"{source['model']}@{source['revision']}"
+        return open_checkpoint(original_id, need="files", on_event=on_event)
     for folder in (packed.folder.resolve().parent / source["model"], Path(source["model"])):
         if folder.is_dir():
             original = open_checkpoint(str(folder), need="files", on_event=on_event)

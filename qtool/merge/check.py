@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qtool.errors import QtoolError
 from qtool.events import Note, OnEvent
@@ -12,6 +12,9 @@ from qtool.runtime.requirements import require_run_extra
 if TYPE_CHECKING:
     from qtool.merge.logits import LogitChange
 
+# Of the adapter's own effect on the logits: what is off by as much is hardly the trained model.
+LITTLE_KEPT: Final = 0.5
+
 
 def check_merge(planned: PlannedMerge, prompt: str, on_event: OnEvent) -> LogitChange | None:
     """How far the merged model is from the base with the adapter; None, and a warning, where that
@@ -20,7 +23,7 @@ def check_merge(planned: PlannedMerge, prompt: str, on_event: OnEvent) -> LogitC
         require_run_extra()
         from qtool.merge.logits import compare_logits
 
-        return compare_logits(
+        change = compare_logits(
             planned.request.output,
             planned.base.trained_on,
             planned.adapter.folder,
@@ -28,7 +31,36 @@ def check_merge(planned: PlannedMerge, prompt: str, on_event: OnEvent) -> LogitC
             quant=planned.base.trained_quant,
             on_event=on_event,
         )
+        if change.adapter and change.merging >= LITTLE_KEPT * change.adapter:
+            on_event(Note(_little_kept(planned, change), "warning"))
+        return change
     except QtoolError as error:
         text = f"the logits were not compared: {error.message}; {error.hint}"
         on_event(Note(text, "warning"))
         return None
+
+
+def _little_kept(planned: PlannedMerge, change: LogitChange) -> str:
+    """What is wrong with the folder, and what to do instead."""
+    base, quant = planned.base, planned.quant_plan
+    ways = []
+    if quant is not None:
+        ways.append("merge to 16 bit (no --quant)")
+        if base.onto == "dequantized":
+            ways.append("take --onto original")
+    elif (
+        base.onto == "original"
+        and base.trained_quant is None
+        and base.trained_on != base.checkpoint.id
+    ):
+        ways.append(f"merge onto what it was trained against, --base {base.trained_on}")
+    packing = f" --quant {base.trained_quant}" if base.trained_quant else ""
+    ways.append(
+        "leave the adapter beside its base: `qtool generate "
+        f"{base.trained_on}{packing} --adapter {planned.adapter.folder}`"
+    )
+    share = change.merging / change.adapter
+    return (
+        f"the merged model keeps little of the adapter: its logits are off by {share:.0%} of what "
+        f"that moves them; {', or '.join(ways)}"
+    )

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from qtool.backends import BackendChoice, ChosenBackend, choose_backend
+from qtool.checkpoint.adapter_files import CONFIG_NAME
 from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.records import Checkpoint
+from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
 from qtool.formats.precisions import Precision, QuantFormat
-from qtool.merge.adapter import CONFIG_NAME, TOKENIZER_FILES, Adapter, check_values, open_adapter
+from qtool.merge.adapter import TOKENIZER_FILES, Adapter, check_values, open_adapter
 from qtool.merge.base import Base, Onto, find_base
 from qtool.merge.plan import MergeSources, pair
 from qtool.quantize.output_folder import RunIdentity
@@ -33,6 +38,7 @@ NONFINITE_HINT: Final = (
     "the base or the adapter is damaged, or the sum is beyond the dtype; `qtool inspect` shows the "
     "base's"
 )
+_UNWRITABLE: Final = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _PRECISIONS: Final[dict[str, Precision]] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
@@ -75,6 +81,12 @@ class PlannedMerge:
         return self.sources.shards if self.quant_plan is None else self.quant_plan.shards
 
     @property
+    def input_bytes(self) -> int:
+        """Of the files that are read."""
+        base_bytes = sum(shard.file_bytes for shard in self.base.checkpoint.shards)
+        return self.adapter.shard.file_bytes + base_bytes
+
+    @property
     def precision(self) -> Precision:
         """Of the output, in the contract's words: of most of its bytes."""
         if self.quant_plan is not None:
@@ -92,16 +104,18 @@ def plan_merge(request: MergeRequest, *, on_event: OnEvent = ignore_events) -> P
         QtoolError: what is wrong with either, or that they do not belong together.
     """
     adapter = open_adapter(request.adapter)
-    base = find_base(adapter, request.base, request.onto, on_event)
     recipe = request.recipe
+    quant = recipe.format.precision if recipe else None
+    base = find_base(adapter, request.base, request.onto, on_event, quant=quant)
     sources = pair(
         adapter,
         base.checkpoint,
         max_shard_bytes=None if recipe else request.max_shard_bytes,
     )
     quant_plan = None if recipe is None else build_plan(sources.checkpoint, recipe)
-    # Without anything to quantize a GPU has nothing to do.
     chosen = choose_backend(request.backend if recipe else "cpu")
+    if recipe is None:
+        chosen = chosen._replace(reason="16 bit: a GPU has nothing to do")
     return PlannedMerge(request, adapter, base, sources, quant_plan, chosen)
 
 
@@ -127,21 +141,45 @@ def run_merge(
         config=_config(planned),
         other_files=other_files,
         identity=_identify(planned, other_files),
-        input_bytes=adapter.shard.file_bytes + sum(shard.file_bytes for shard in base.shards),
+        input_bytes=planned.input_bytes,
         source_folders=tuple(f for f in (base.folder, adapter.folder) if f is not None),
         open_tensors=MergeReader(adapter, base, planned.sources, CpuBackend()),
     )
     settings = PipelineSettings(
         request.num_workers, request.tile_bytes, nonfinite_hint=NONFINITE_HINT
     )
-    return write_folder(
-        plan,
-        request.output,
-        planned.chosen.backend,
-        settings,
-        restart=restart,
-        on_event=on_event,
-    )
+    with _writing_to(request.output):
+        return write_folder(
+            plan,
+            request.output,
+            planned.chosen.backend,
+            settings,
+            restart=restart,
+            on_event=on_event,
+        )
+
+
+@contextmanager
+def _writing_to(output: Path) -> Iterator[None]:
+    """Say of a place that takes no files what it is, and not that it "does not exist"."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or not _lies_at(error.filename, output):
+            raise
+        raise QtoolError(
+            f"{output} cannot be created or written: {error.strerror}",
+            kind="bad_file",
+            hint=("choose another place with ", Option("output", "OUT")),
+        ) from error
+
+
+def _lies_at(name: object, output: Path) -> bool:
+    """Whether a file lies in `output`, or is a folder that `output` lies in."""
+    if not isinstance(name, str):
+        return False
+    path, target = Path(name).resolve(), output.resolve()
+    return path.is_relative_to(target) or target.is_relative_to(path)
 
 
 def _config(planned: PlannedMerge) -> dict[str, Any]:

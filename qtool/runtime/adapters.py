@@ -9,39 +9,44 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor, nn
 
-from qtool.errors import Option, QtoolError
+from qtool.checkpoint.adapter_files import CONFIG_NAME, AdapterFiles, read_adapter_files
+from qtool.errors import QtoolError
 from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.runtime.requirements import require_peft
 
-CONFIG_NAME: Final = "adapter_config.json"
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
+
+def check_adapter(folder: Path) -> AdapterFiles:
+    """Read what can be known of the adapter in `folder` without its model.
+
+    Raises:
+        QtoolError: no adapter there, a damaged one, or one of a kind that changes no layers.
+    """
+    require_peft()
+    files = read_adapter_files(folder)
+    config = _read_config(folder)
+    if config.is_prompt_learning:
+        raise QtoolError(
+            f"{folder}: {config.peft_type} adapters learn a prompt, not weights",
+            kind="unsupported",
+            hint="LoRA and other adapters of linear layers run here",
+        )
+    return files
 
 
 def add_adapter(model: Any, folder: Path) -> None:
     """Put the adapter in `folder` into the layers of `model`, for inference.
 
     Raises:
-        QtoolError: no adapter there, one of a kind that changes no layers, or one made for another
-            model.
+        QtoolError: what `check_adapter` raises, or that it was made for another model.
     """
-    require_peft()
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise QtoolError(
-                f"{folder} holds no {name}",
-                kind="not_found",
-                hint=(
-                    Option("adapter"),
-                    " wants the folder of a PEFT adapter saved as safetensors",
-                ),
-            )
+    files = check_adapter(folder)
     try:
         with quiet_bitsandbytes():  # PEFT imports it where it is installed
-            result = _load_adapter(model, folder)
+            result = _load_adapter(model, folder, files)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise _mismatch(folder, str(error)) from error
     if result.missing_keys:
@@ -51,19 +56,39 @@ def add_adapter(model: Any, folder: Path) -> None:
     model.eval()
 
 
-def _load_adapter(model: Any, folder: Path) -> Any:
-    """PEFT's word on which keys were missing or too many."""
-    from peft import PeftConfig, PeftModel
+def _read_config(folder: Path) -> Any:
+    try:
+        with quiet_bitsandbytes():
+            from peft import PeftConfig
 
-    config = PeftConfig.from_pretrained(str(folder))
-    if config.is_prompt_learning:
+            return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        first_line = str(error).strip().partition("\n")[0]
         raise QtoolError(
-            f"{folder}: {config.peft_type} adapters learn a prompt, not weights",
-            kind="unsupported",
-            hint="LoRA and other adapters of linear layers run here",
-        )
-    wrapped = PeftModel(model, config)
+            f"{folder / CONFIG_NAME}: PEFT cannot read it: {type(error).__name__}: {first_line}",
+            kind="bad_file",
+            hint="restore the file as PEFT wrote it, or `pip install -U peft`",
+        ) from error
+
+
+def _load_adapter(model: Any, folder: Path, files: AdapterFiles) -> Any:
+    """PEFT's word on which keys were missing or too many."""
+    from peft import PeftModel
+
+    wrapped = PeftModel(model, _read_config(folder))
+    _check_shapes(wrapped, folder, files)
     return wrapped.load_adapter(str(folder), "default", is_trainable=False)
+
+
+def _check_shapes(wrapped: Any, folder: Path, files: AdapterFiles) -> None:
+    """Name the first tensor that does not fit; PEFT's own error has a line for each of them."""
+    from peft import get_peft_model_state_dict
+
+    places = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    for tensor in files.tensors:
+        if tensor.name in places and tuple(places[tensor.name].shape) != tensor.shape:
+            expected, found = list(places[tensor.name].shape), list(tensor.shape)
+            raise _mismatch(folder, f"{tensor.name}: expected shape {expected}, found {found}")
 
 
 # -- what kernels are told ------------------------------------------------------------------------

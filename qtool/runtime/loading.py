@@ -31,7 +31,7 @@ from qtool.errors import QtoolError
 from qtool.events import Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 from qtool.runtime import int8_products
-from qtool.runtime.adapters import add_adapter
+from qtool.runtime.adapters import add_adapter, check_adapter
 from qtool.runtime.hf_quantizer import PackedLayersConfig, wrong_shape
 from qtool.runtime.host_head import multiply_head_on_host
 from qtool.runtime.linear import Int8Layer, LinearInt8, PackedLayer
@@ -129,6 +129,8 @@ def load_model(
         QtoolError: what is wrong with the checkpoint, the options or the memory.
     """
     start_s = time.perf_counter()
+    if options.adapter is not None:
+        check_adapter(options.adapter)  # before anything is fetched or loaded
     checkpoint = open_checkpoint(model, need="files", on_event=on_event)
     device = resolve_device(options.device)
     memory = DeviceMemory(device)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.running import run
-from tests.merge.adapters import linear_layers, lora_tensors, write_adapter
+from tests.merge.adapters import linear_layers, lora_tensors, read_folder, write_adapter
 from tests.test_readme import shape_of
 from tests.tiny_models import write_llama
 
@@ -25,7 +25,7 @@ RESULT_FIELDS = {
     *("schema", "command", "warnings", "output", "quant", "onto", "onto_reason", "base"),
     *("backend", "backend_reason", "input_bytes", "output_bytes", "weights_bytes", "seconds"),
     *("resumed", "tensors", "max_logit_change", "adapter_logit_change", "prompt_tokens"),
-    *("other_choices", "peak_host_bytes", "peak_device_bytes"),
+    *("other_choices", "peak_host_bytes", "peak_device_bytes", "changed_codes", "compared_codes"),
 }
 
 
@@ -50,6 +50,7 @@ def test_json_is_one_document_with_the_contract_s_fields(adapter, tmp_path):
     assert document["quant"] == "bf16" and document["onto"] == "original"
     assert document["tensors"] == {"merged": 14, "replaced": 0, "dequantized": 0, "copied": 7}
     assert document["max_logit_change"] is None and document["warnings"] == []
+    assert "asked for" not in document["backend_reason"]
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert document["output_bytes"] == sum(file.stat().st_size for file in files)
     assert document["peak_host_bytes"] > 0 and document["seconds"] > 0
@@ -74,11 +75,12 @@ def test_the_change_of_logits_is_small_beside_what_the_adapter_does(
     if packed:
         run("quantize", DEMO, "-o", tmp_path / "packed")
         options += ["--base", tmp_path / "packed"]
+        (tmp_path / DEMO.name).symlink_to(DEMO)  # where the manifest says that the original is
     ran = run(
         "merge", demo_adapter, "-o", tmp_path / "out", "--json", "--prompt", "A cat", *options
     )
     document = ran.document
-    assert document["onto"] == ("dequantized" if packed else "original")
+    assert document["onto"] == ("dequantized" if packed and quant is None else "original")
     assert document["prompt_tokens"] > 0 and document["warnings"] == []
     assert 0 < document["max_logit_change"] < document["adapter_logit_change"]
     if quant is None:  # only rounded
@@ -110,6 +112,95 @@ def test_training_on_weights_packed_while_loading_is_told_and_compared_with(demo
     assert warned["max_logit_change"] > 4 * plain["max_logit_change"]
     options = ("--onto", "original", "--no-check", "--json")  # who asks for it need not be told
     assert not run("merge", demo_adapter, "-o", tmp_path / "out3", *options).document["warnings"]
+
+
+@pytest.fixture
+def small_adapter(tmp_path):
+    """An adapter whose updates are far below a step of the packed base."""
+    config = json.loads((DEMO / "config.json").read_text())
+    tensors = lora_tensors(linear_layers(config))
+    return write_adapter(tmp_path / "small", tensors, tmp_path / "packed", lora_alpha=0.5)
+
+
+def codes_that_differ(one, other, weights):
+    """(changed, all) of two folders' 4-bit codes, nibble by nibble."""
+    before, after = read_folder(one), read_folder(other)
+    changed = total = 0
+    for name in weights:
+        for mask in (0xF0, 0x0F):
+            changed += ((before[name][1] & mask) != (after[name][1] & mask)).sum()
+            total += before[name][1].size
+    return changed, total
+
+
+def test_packing_alike_again_is_told_before_and_after(small_adapter, tmp_path):
+    pytest.importorskip("peft")
+    run("quantize", DEMO, "-o", tmp_path / "packed")
+    forced = ("--quant", "nf4-dq", "--onto", "dequantized", "--json")
+    ran = run("merge", small_adapter, "-o", tmp_path / "lost", *forced).document
+    before, after = ran["warnings"]
+    assert "part of the adapter is lost" in before and "--onto original often keeps more" in before
+    assert "keeps little of the adapter" in after and f"--adapter {small_adapter}" in after
+    assert ran["max_logit_change"] > 0.5 * ran["adapter_logit_change"]
+    weights = [name for name in read_folder(tmp_path / "packed") if name.endswith("proj.weight")]
+    differ = codes_that_differ(tmp_path / "packed", tmp_path / "lost", weights)
+    assert (ran["changed_codes"], ran["compared_codes"]) == differ
+    assert ran["changed_codes"] < 0.05 * ran["compared_codes"]
+    unchecked = run("merge", small_adapter, "-o", tmp_path / "lost2", *forced, "--no-check")
+    assert unchecked.document["warnings"] == [before]
+    options = ("--quant", "int8", "--no-check", "--json")  # other steps: nothing to tell
+    assert not run("merge", small_adapter, "-o", tmp_path / "o", *options).document["warnings"]
+
+    (tmp_path / DEMO.name).symlink_to(DEMO)
+    options = ("--quant", "nf4-dq", "--json")
+    kept = run("merge", small_adapter, "-o", tmp_path / "kept", *options).document
+    assert kept["onto"] == "original" and "loses part of the adapter" in kept["onto_reason"]
+    assert kept["changed_codes"] is None
+
+
+def test_packing_alike_again_without_the_original_needs_a_word(small_adapter, tmp_path):
+    run("quantize", DEMO, "-o", tmp_path / "packed")
+    ran = run("merge", small_adapter, "-o", tmp_path / "out", "--quant", "nf4", "--json")
+    assert ran.exit_code == 1 and "part of the adapter would be lost" in ran.error["message"]
+    for way in ("--base MODEL", "no --quant", "--onto dequantized"):
+        assert way in ran.error["hint"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_advice_on_training_does_not_lead_to_packing_alike_again(demo_adapter, tmp_path):
+    record = {"model": {"id": "demo", "quant": "nf4-dq"}}
+    (demo_adapter / "qtool_finetune.json").write_text(json.dumps(record))
+    options = ("--quant", "nf4", "--no-check", "--json")
+    ran = run("merge", demo_adapter, "-o", tmp_path / "out", *options)
+    assert ran.document["onto"] == "original" and ran.document["warnings"] == []
+    words = run("merge", demo_adapter, "-o", tmp_path / "out", *options[:-1]).stderr
+    assert "packed while loading" in words and "PACKED" not in words
+    options = ("--quant", "int8", "--no-check", "--json")
+    [warning] = run("merge", demo_adapter, "-o", tmp_path / "o", *options).document["warnings"]
+    assert "--base PACKED" in warning
+
+
+@pytest.mark.parametrize("options", [(), ("--quant", "nf4-dq")], ids=["16 bit", "nf4-dq"])
+def test_a_dry_run_tells_what_a_run_writes_and_writes_nothing(adapter, tmp_path, options):
+    command = ("merge", adapter, "-o", tmp_path / "out", "--json", "--no-check", *options)
+    planned = run(*command, "--dry-run").document
+    assert not (tmp_path / "out").exists()
+    plan = planned.pop("plan")
+    assert {entry["reason"] for entry in plan} == {"merged", "copied"}
+    assert sum(entry["output_bytes"] for entry in plan) == planned["weights_bytes"]
+    done = run(*command).document
+    measured = ("seconds", "resumed", "peak_host_bytes", "peak_device_bytes")
+    assert planned.keys() <= done.keys()
+    for key in planned.keys() - set(measured):
+        assert planned[key] == done[key], key
+    words = run("merge", adapter, "-o", tmp_path / "out2", "--dry-run", *options)
+    assert words.exit_code == 0 and words.stdout.startswith("plan ")
+
+
+def test_an_output_that_cannot_be_made(adapter):
+    ran = run("merge", adapter, "-o", "/proc/none", "--no-check", "--json")
+    assert ran.exit_code == 1 and "/proc/none cannot be created or written" in ran.error["message"]
+    assert "--output" in ran.error["hint"]
 
 
 def test_a_model_that_cannot_be_run_is_merged_and_said_so(adapter, tmp_path):

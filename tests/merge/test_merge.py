@@ -400,9 +400,10 @@ def test_quant_gives_the_bytes_of_quantizing_the_merged_folder(tmp_path, kind, q
         folder = quantize(folder, tmp_path / "packed", Recipe(QuantFormat("nf4")))
     adapter = write_adapter(tmp_path / "a", tensors, folder)
     recipe = Recipe(QuantFormat(quant), skip=("model.layers.0",) if kind == "plain" else ())
-    merge(adapter, tmp_path / "sum")
+    onto = "dequantized" if kind == "packed" else None
+    merge(adapter, tmp_path / "sum", onto=onto)
     quantize(tmp_path / "sum", tmp_path / "expected", recipe)
-    merge(adapter, tmp_path / "out", recipe=recipe, tile_bytes=4096, num_workers=3)
+    merge(adapter, tmp_path / "out", recipe=recipe, onto=onto, tile_bytes=4096, num_workers=3)
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "expected")
 
 

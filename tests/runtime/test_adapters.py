@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,12 @@ def test_an_adapter_of_another_model_is_refused(
 ) -> None:
     with pytest.raises(QtoolError, match="does not fit the model") as caught:
         load_with(packed_folders, adapter, "stories260K-hf")
-    assert caught.value.kind == "bad_file"
+    assert caught.value.kind == "bad_file" and "\n" not in caught.value.message
+    assert re.search(
+        r"lora_[AB].weight: expected shape \[4, 64\], found \[4, \d+\]|"
+        r"lora_[AB].weight: expected shape \[\d+, 4\], found",
+        caught.value.message,
+    )
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
@@ -125,6 +132,33 @@ def test_a_folder_that_is_no_adapter_is_refused(
     (adapter / file).unlink()
     with pytest.raises(QtoolError, match=f"holds no {file}"):
         load_with(packed_folders, adapter, "TinyStories-656K-hf")
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "message"),
+    [
+        ("adapter_model.safetensors", 100, "it is truncated"),
+        ("adapter_model.safetensors", 3, "expected"),
+        ("adapter_config.json", 20, "expected JSON"),
+        ("adapter_config.json", 0, "expected JSON"),
+    ],
+)
+def test_a_cut_file_is_noticed_before_the_model_is_opened(
+    adapter: Path, file: str, size: int, message: str
+) -> None:
+    os.truncate(adapter / file, size)
+    with pytest.raises(QtoolError, match=message) as caught:
+        load_model("no/such-model", LoadOptions(device="cpu", adapter=adapter))
+    assert caught.value.kind == "bad_file" and str(adapter / file) in caught.value.message
+
+
+def test_a_config_that_peft_cannot_read_is_told_from_one_that_does_not_fit(adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for peft_type in ("NONE_SUCH", 3):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": peft_type}))
+        with pytest.raises(QtoolError, match="PEFT cannot read it") as caught:
+            load_model("no/such-model", LoadOptions(device="cpu", adapter=adapter))
+        assert caught.value.kind == "bad_file"
 
 
 def test_an_adapter_with_a_missing_tensor_is_refused(
