@@ -71,8 +71,7 @@ def find_base(
                 kind="usage",
                 hint=(
                     "if the adapter was trained on it quantized while loading, pack it in the same "
-                    "way, `qtool quantize ",
-                    f"{named} -o PACKED --quant P`, and give ",
+                    f"way, `qtool quantize {named} -o PACKED --quant P`, and give ",
                     Option("base", "PACKED"),
                 ),
             )
@@ -179,7 +178,9 @@ def _original_by_default(
             hint=(
                 "name the original with ",
                 Option("base", "MODEL"),
-                ", or merge to 16 bit (no --quant), or do it all the same with ",
+                ", merge to 16 bit without ",
+                Option("quant"),
+                ", or do it all the same with ",
                 Option("onto", "dequantized"),
             ),
         ) from error

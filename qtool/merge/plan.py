@@ -307,7 +307,7 @@ class _Pairing:
                 f"{self.adapter.folder}: {tensor.name} has {tensor.shape[0]} rows, {stored} of "
                 f"{self.base.id} {self._shapes[stored][0]}: the vocabulary was resized in training",
                 kind="unsupported",
-                hint="resize the base in transformers, save it, and give it with --base",
+                hint=("resize the base in transformers, save it, and give it as ", Option("base")),
             )
         raise self._wrong_shape(tensor.name, stored, tensor.shape)
 

@@ -61,4 +61,5 @@ def test_kills_at_random_points_end_in_the_same_bytes(tmp_path, monkeypatch):
             kills += 1
             assert not (output / "config.json").exists() or file_bytes(output) == expected
         assert file_bytes(output) == expected
+        assert not (output / ".qtool").exists()  # where an unfinished run keeps its own
     assert resumed, "no run had anything to go on with"

@@ -44,7 +44,7 @@ def file_bytes(folder):
     return {
         path.name: path.read_bytes()
         for path in folder.iterdir()
-        if path.name != "qtool_manifest.json"
+        if path.is_file() and path.name != "qtool_manifest.json"
     }
 
 
