@@ -162,7 +162,7 @@ def test_packing_alike_again_without_the_original_needs_a_word(small_adapter, tm
     run("quantize", DEMO, "-o", tmp_path / "packed")
     ran = run("merge", small_adapter, "-o", tmp_path / "out", "--quant", "nf4", "--json")
     assert ran.exit_code == 1 and "part of the adapter would be lost" in ran.error["message"]
-    for way in ("--base MODEL", "no --quant", "--onto dequantized"):
+    for way in ("--base MODEL", "without --quant", "--onto dequantized"):
         assert way in ran.error["hint"]
     assert not (tmp_path / "out").exists()
 
