@@ -58,7 +58,7 @@ def _check_presence(folder: Path) -> None:
         raise QtoolError(
             f"{folder}: no such folder",
             kind="not_found",
-            hint="give the folder of a PEFT adapter; `hf download ID --local-dir DIR` fetches one",
+            hint="give the folder of a PEFT adapter; `hf download ID` prints one of the Hub",
         )
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
