@@ -9,11 +9,10 @@ import typer
 
 from qtool.backends import BackendChoice
 from qtool.cli import options
-from qtool.cli.quantize import TUNING_PANEL
 from qtool.cli.session import verb_session
 from qtool.cli.sizes import parse_size
 from qtool.errors import Option, QtoolError
-from qtool.formats.precisions import BLOCKSIZES, QuantFormat, QuantizedPrecision
+from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 
 QUANT_PANEL = "With --quant"
 CHECK_PANEL = "Check"
@@ -27,22 +26,13 @@ EXAMPLES = (
 )
 
 
-def _check_blocksize(blocksize: int) -> int:
-    if blocksize not in BLOCKSIZES:
-        raise typer.BadParameter(f"expected one of {', '.join(map(str, BLOCKSIZES))}")
-    return blocksize
-
-
 def merge(
     ctx: typer.Context,
     adapter: Annotated[
         Path,
         typer.Argument(metavar="ADAPTER", help="The folder of a LoRA adapter.", show_default=False),
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="OUT", help="The folder to write."),
-    ] = None,
+    output: options.OutputFolder = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -66,12 +56,8 @@ def merge(
             parser=parse_size, metavar="SIZE", help='Such as "5GB"; default: shards as the base.'
         ),
     ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew instead of continuing.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and write nothing.")
-    ] = False,
+    restart: options.Restart = False,
+    dry_run: options.DryRun = False,
     quant: Annotated[
         QuantizedPrecision | None,
         typer.Option(
@@ -82,7 +68,7 @@ def merge(
         int,
         typer.Option(
             metavar="N",
-            callback=_check_blocksize,
+            callback=options.check_blocksize,
             rich_help_panel=QUANT_PANEL,
             help="Weights that share a scale (4-bit).",
         ),
@@ -118,26 +104,10 @@ def merge(
     ] = True,
     backend: Annotated[
         BackendChoice,
-        typer.Option(rich_help_panel=TUNING_PANEL, help="Where to quantize."),
+        typer.Option(rich_help_panel=options.TUNING_PANEL, help="Where to quantize."),
     ] = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=options.MAX_THREADS,
-            rich_help_panel=TUNING_PANEL,
-            help="Workers. [default: cores; at most 6 with cuda]",
-        ),
-    ] = None,
-    tile_size: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_size,
-            metavar="SIZE",
-            rich_help_panel=TUNING_PANEL,
-            help="Bytes a worker carries at once. [default: 4MiB; 16MiB with cuda]",
-        ),
-    ] = None,
+    threads: options.Workers = None,
+    tile_size: options.TileSize = None,
     config: options.ConfigFile = None,
     json_output: options.Json = False,
     quiet: options.Quiet = False,

@@ -8,9 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from qtool.cli.option_names import CONFIG_FILE
+from qtool.cli.sizes import parse_size
+from qtool.formats.precisions import BLOCKSIZES
 from qtool.report.output import ColorChoice
 
 OUTPUT_PANEL = "Output"
+TUNING_PANEL = "Tuning (changes no byte of the output)"
 
 MAX_THREADS = 256  # beyond it they only stand in each other's way
 
@@ -22,6 +25,45 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+# -- of verbs that write a checkpoint: `quantize` and `merge` ------------------------------------
+
+
+def check_blocksize(blocksize: int) -> int:
+    """A callback of typer's: refuses what no kernel has."""
+    if blocksize not in BLOCKSIZES:
+        raise typer.BadParameter(f"expected one of {', '.join(map(str, BLOCKSIZES))}")
+    return blocksize
+
+
+OutputFolder = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="OUT", help="The folder to write."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew instead of continuing.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_THREADS,
+        rich_help_panel=TUNING_PANEL,
+        help="Workers.",
+        show_default="cores; at most 6 with cuda",
+    ),
+]
+TileSize = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_size,
+        metavar="SIZE",
+        rich_help_panel=TUNING_PANEL,
+        help="Source bytes a worker carries at once.",
+        show_default="4MiB; 16MiB with cuda",
+    ),
+]
+
+# -- of all ---------------------------------------------------------------------------------------
+
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT_PANEL),

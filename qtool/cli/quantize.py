@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -12,9 +11,8 @@ from qtool.backends.cuda_driver import open_in_background
 from qtool.cli import options
 from qtool.cli.session import verb_session
 from qtool.cli.sizes import parse_size
-from qtool.formats.precisions import BLOCKSIZES, QuantFormat, QuantizedPrecision, QuantStorage
+from qtool.formats.precisions import QuantFormat, QuantizedPrecision, QuantStorage
 
-TUNING_PANEL = "Tuning (changes no byte of the output)"
 EXAMPLES = (
     "qtool quantize ./Llama-3.1-8B -o ./Llama-3.1-8B-nf4",
     "qtool quantize Qwen/Qwen3-8B -o out --quant int8",
@@ -24,24 +22,17 @@ EXAMPLES = (
 )
 
 
-def _check_blocksize(blocksize: int) -> int:
-    if blocksize not in BLOCKSIZES:
-        raise typer.BadParameter(f"expected one of {', '.join(map(str, BLOCKSIZES))}")
-    return blocksize
-
-
 def quantize(
     ctx: typer.Context,
     model: options.Model,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="OUT", help="The folder to write."),
-    ] = None,
+    output: options.OutputFolder = None,
     quant: Annotated[QuantizedPrecision, typer.Option(help="The precision.")] = "nf4-dq",
     blocksize: Annotated[
         int,
         typer.Option(
-            metavar="N", callback=_check_blocksize, help="Weights that share a scale (4-bit)."
+            metavar="N",
+            callback=options.check_blocksize,
+            help="Weights that share a scale (4-bit).",
         ),
     ] = 64,
     skip: Annotated[
@@ -67,33 +58,13 @@ def quantize(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Quantize NaN and Inf instead of refusing.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan, write nothing.")
-    ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew instead of continuing.")
-    ] = False,
+    dry_run: options.DryRun = False,
+    restart: options.Restart = False,
     backend: Annotated[
-        BackendChoice, typer.Option(rich_help_panel=TUNING_PANEL, help="Where to compute.")
+        BackendChoice, typer.Option(rich_help_panel=options.TUNING_PANEL, help="Where to compute.")
     ] = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=options.MAX_THREADS,
-            rich_help_panel=TUNING_PANEL,
-            help="Workers. [default: cores; at most 6 with cuda]",
-        ),
-    ] = None,
-    tile_size: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_size,
-            metavar="SIZE",
-            rich_help_panel=TUNING_PANEL,
-            help="Source bytes a worker carries at once. [default: 4MiB; 16MiB with cuda]",
-        ),
-    ] = None,
+    threads: options.Workers = None,
+    tile_size: options.TileSize = None,
     config: options.ConfigFile = None,
     json_output: options.Json = False,
     quiet: options.Quiet = False,

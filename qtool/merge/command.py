@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +11,6 @@ from qtool.backends import BackendChoice, ChosenBackend, choose_backend
 from qtool.checkpoint.adapter_files import CONFIG_NAME
 from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.records import Checkpoint
-from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
 from qtool.formats.precisions import Precision, QuantFormat
 from qtool.merge.adapter import TOKENIZER_FILES, Adapter, check_values, open_adapter
@@ -38,7 +34,6 @@ NONFINITE_HINT: Final = (
     "the base or the adapter is damaged, or the sum is beyond the dtype; `qtool inspect` shows the "
     "base's"
 )
-_UNWRITABLE: Final = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _PRECISIONS: Final[dict[str, Precision]] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
@@ -148,38 +143,14 @@ def run_merge(
     settings = PipelineSettings(
         request.num_workers, request.tile_bytes, nonfinite_hint=NONFINITE_HINT
     )
-    with _writing_to(request.output):
-        return write_folder(
-            plan,
-            request.output,
-            planned.chosen.backend,
-            settings,
-            restart=restart,
-            on_event=on_event,
-        )
-
-
-@contextmanager
-def _writing_to(output: Path) -> Iterator[None]:
-    """Say of a place that takes no files what it is, and not that it "does not exist"."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _UNWRITABLE or not _lies_at(error.filename, output):
-            raise
-        raise QtoolError(
-            f"{output} cannot be created or written: {error.strerror}",
-            kind="bad_file",
-            hint=("choose another place with ", Option("output", "OUT")),
-        ) from error
-
-
-def _lies_at(name: object, output: Path) -> bool:
-    """Whether a file lies in `output`, or is a folder that `output` lies in."""
-    if not isinstance(name, str):
-        return False
-    path, target = Path(name).resolve(), output.resolve()
-    return path.is_relative_to(target) or target.is_relative_to(path)
+    return write_folder(
+        plan,
+        request.output,
+        planned.chosen.backend,
+        settings,
+        restart=restart,
+        on_event=on_event,
+    )
 
 
 def _config(planned: PlannedMerge) -> dict[str, Any]:

@@ -35,6 +35,8 @@ WORK_FOLDER = ".qtool"
 JOURNAL = "journal.jsonl"
 MANIFEST = "qtool_manifest.json"
 MANIFEST_SCHEMA = 1
+# Of a place that takes no folders; /proc says that a new one "does not exist".
+_UNWRITABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _SPACE_MARGIN = 0.01  # file system overhead beside the exactly known bytes
 
 
@@ -167,11 +169,11 @@ def open_output_folder(
 
     Raises:
         QtoolError: the folder holds foreign files, a run with other settings or of another source,
-            or another process is writing it.
+            or another process is writing it; or nothing can be written there.
     """
     _refuse_foreign(path)
     work = path / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
+    _make_folder(work, path)
     with _lock(work / "lock", path):
         if restart:
             _remove_own_files(path)
@@ -252,6 +254,19 @@ def hash_bytes(data: bytes) -> FileRecord:
 
 
 # -- states of an existing folder ------------------------------------------------------------------
+
+
+def _make_folder(work: Path, output: Path) -> None:
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:  # a full disk says so itself
+            raise
+        raise QtoolError(
+            f"{output} cannot be created or written: {error.strerror}",
+            kind="bad_file",
+            hint=("choose another place with ", Option("output", "OUT")),
+        ) from error
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -72,6 +72,12 @@ def test_stdout_has_the_answer_and_stderr_the_rest(model, tmp_path):
     assert quiet.stderr == "" and "complete" in quiet.stdout
 
 
+def test_an_output_that_cannot_be_made(model):
+    ran = run("quantize", model, "-o", "/proc/none", "--json")
+    assert ran.exit_code == 1 and "/proc/none cannot be created or written" in ran.error["message"]
+    assert "--output" in ran.error["hint"]
+
+
 def test_running_again_says_that_it_is_complete(model, tmp_path):
     run("quantize", model, "-o", tmp_path / "out")
     again = run("quantize", model, "-o", tmp_path / "out", "--json")
