@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from qtool.bench.records import Engine, Moved
+from qtool.errors import Option, QtoolError
 from qtool.events import Advanced, Finished, OnEvent, Started
 
 NUM_WARM_UPS: Final = 2
+MIN_REPEATS: Final = 20
 HOST_BOUND_SHARE: Final = 0.8  # of a launch's time: then the device has next to nothing queued
 LONGEST_LAUNCH_S: Final = 0.2e-3
 
@@ -69,6 +71,16 @@ class Measured:
         launch = statistics.median(sample.launch_seconds for sample in self.samples)
         run = statistics.median(self.seconds)
         return launch > HOST_BOUND_SHARE * run and run < LONGEST_LAUNCH_S
+
+
+def check_repeats(repeats: int) -> None:
+    """QtoolError (usage) for too few samples."""
+    if repeats < MIN_REPEATS:
+        raise QtoolError(
+            (Option("repeat", repeats), f": a median of fewer than {MIN_REPEATS} says too little"),
+            kind="usage",
+            hint=(Option("repeat", MIN_REPEATS), " or more"),
+        )
 
 
 def measure(

@@ -14,7 +14,7 @@ import gc
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final, Literal
 
@@ -90,13 +90,17 @@ class FinetuneRun:
 
 @dataclass(frozen=True, slots=True)
 class FinetuneBenchResult:
-    """A whole measurement; `interruption` is what ended it early, after some of its runs."""
+    """A whole measurement with sequences of `length` tokens.
+
+    `interruption` is what ended it early, after some of its runs.
+    """
 
     device: str
     host: dict[str, Any]
     versions: dict[str, str]
     model: str
     request: FinetuneBenchRequest
+    length: int
     runs: tuple[FinetuneRun, ...]
     warnings: tuple[str, ...] = ()
     interruption: QtoolError | None = None
@@ -118,15 +122,15 @@ def bench_finetune(
             hint=f"one of {', '.join(QUANTIZED_PRECISIONS)}",
         )
     device = resolve_device(request.device)
-    shape, length = DEFAULTS[device.type == "cuda"]
-    request = replace(request, shape=request.shape or shape, length=request.length or length)
-    assert request.shape is not None and request.length is not None
-    label, config = read_model_shape(request.shape, option="shape")
+    on_gpu = device.type == "cuda"
+    usual_shape, usual_length = DEFAULTS[on_gpu]
+    length = request.length or usual_length
+    label, config = read_model_shape(request.shape or usual_shape, option="shape")
     step = StepBytes.of_config(config, request.quant, None)
     longest = step.model.architecture.max_context if step.model.architecture else None
-    if longest is not None and request.length > longest:
+    if longest is not None and length > longest:
         raise QtoolError(
-            (Option("length", request.length), f": {label} was made for {longest} tokens"),
+            (Option("length", length), f": {label} was made for {longest} tokens"),
             kind="usage",
             hint=("a smaller ", Option("length")),
         )
@@ -134,9 +138,9 @@ def bench_finetune(
     loaded = build_random_model(config, request.quant, device=str(device), model_id=label)
     warnings: list[str] = []
     runs: list[FinetuneRun] = []
-    measured = _Measurement(request, loaded, _planned_bytes(request, step), warnings)
+    planned_bytes = _planned_bytes(request, length, step)
+    measured = _Measurement(request, length, loaded, planned_bytes, warnings)
     interruption = gather(measured.runs(on_event), runs)
-    on_gpu = device.type == "cuda"
     rivals = ("torch", "transformers", "peft", *(("bitsandbytes",) if len(runs) > 1 else ()))
     return FinetuneBenchResult(
         device=device_name(torch.get_num_threads(), on_gpu=on_gpu),
@@ -144,24 +148,24 @@ def bench_finetune(
         versions=software_versions(on_gpu=on_gpu, rivals=rivals),
         model=label,
         request=request,
+        length=length,
         runs=tuple(runs),
         warnings=tuple(warnings),
         interruption=interruption,
     )
 
 
-def _planned_bytes(request: FinetuneBenchRequest, step: StepBytes) -> int:
+def _planned_bytes(request: FinetuneBenchRequest, length: int, step: StepBytes) -> int:
     """What `estimate --mode qlora` says that PyTorch's allocator hands out at the peak."""
-    assert request.length is not None
     tuning = Tuning(
         lora_r=request.lora_r,
         lora_dropout=DROPOUT,
         optimizer="adamw-8bit",
         gradient_checkpointing=request.gradient_checkpointing,
     )
-    workload = Workload(request.length, request.batch, mode="qlora", tuning=tuning)
+    workload = Workload(length, request.batch, mode="qlora", tuning=tuning)
     asked = EstimateRequest(
-        step.model.id, quants=(request.quant,), context=request.length, workload=workload
+        step.model.id, quants=(request.quant,), context=length, workload=workload
     )
     return estimate_opened(step.model, (), asked).plans[0].allocated_peak_bytes
 
@@ -172,6 +176,7 @@ class _Measurement:
     def __init__(
         self,
         request: FinetuneBenchRequest,
+        length: int,
         loaded: LoadedModel,
         planned_bytes: int,
         warnings: list[str],
@@ -183,8 +188,7 @@ class _Measurement:
         loaded.model.config.use_cache = False
         vocab_size = loaded.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
-        assert request.length is not None
-        shape = (NUM_BATCHES, request.batch, request.length)
+        shape = (NUM_BATCHES, request.batch, length)
         self._tokens = torch.randint(vocab_size, shape, generator=generator).to(loaded.device)
 
     def runs(self, on_event: OnEvent) -> Iterator[FinetuneRun]:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from qtool.backends import BackendChoice, choose_backend
 from qtool.backends.cpu import num_usable_cores
 from qtool.bench.bitsandbytes_kernels import Bitsandbytes, NoRivalError
-from qtool.bench.contenders import Contender, Measured, measure
+from qtool.bench.contenders import MIN_REPEATS, Contender, Measured, check_repeats, measure
 from qtool.bench.devices import Device
 from qtool.bench.interruption import gather
 from qtool.bench.machine import describe_host, device_name, software_versions
@@ -43,7 +43,6 @@ from qtool.events import Note, OnEvent, ignore_events
 from qtool.formats.tensors import SourceDtype
 from qtool.runtime.requirements import require_run_extra
 
-MIN_REPEATS: Final = 20
 COPY: Final = "copy"
 CUDA_SHAPE: Final[Shape] = (28672, 8192)  # the feed-forward weight of a 70-billion-parameter model
 CPU_SHAPE: Final[Shape] = (4096, 14336)  # that of one with 8 billion
@@ -134,15 +133,7 @@ def bench_kernels(request: KernelRequest, on_event: OnEvent = ignore_events) -> 
 
 
 def _check_numbers(request: KernelRequest) -> None:
-    if request.repeats < MIN_REPEATS:
-        raise QtoolError(
-            (
-                Option("repeat", request.repeats),
-                f": a median of fewer than {MIN_REPEATS} says too little",
-            ),
-            kind="usage",
-            hint=(Option("repeat", MIN_REPEATS), " or more"),
-        )
+    check_repeats(request.repeats)
     if min(request.tokens) < 1:
         raise QtoolError(
             (

@@ -20,13 +20,19 @@ from torch import Tensor, nn
 
 from qtool.architecture import build_architecture
 from qtool.backends.cpu import num_usable_cores
-from qtool.bench.contenders import Contender, Run, Sample, measure
+from qtool.bench.contenders import (
+    MIN_REPEATS,
+    Contender,
+    Run,
+    Sample,
+    check_repeats,
+    measure,
+)
 from qtool.bench.interruption import gather
-from qtool.bench.kernels import COPY, MIN_REPEATS
 from qtool.bench.machine import describe_host, device_name, software_versions
 from qtool.bench.model_shapes import DEFAULT_SHAPE, MODEL_SHAPES
 from qtool.bench.records import BenchResult, Engine, Limit, Moved, Row, make_row
-from qtool.bench.torch_device import measure_copy
+from qtool.bench.torch_device import COPY, measure_copy
 from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
 from qtool.optim import AdamW8bit, Lion8bit, SGD8bit
@@ -91,15 +97,7 @@ def bench_optimizers(request: OptimizerRequest, on_event: OnEvent = ignore_event
     Raises:
         QtoolError: too few repeats, no such device, or too little memory.
     """
-    if request.repeats < MIN_REPEATS:
-        raise QtoolError(
-            (
-                Option("repeat", request.repeats),
-                f": a median of fewer than {MIN_REPEATS} says too little",
-            ),
-            kind="usage",
-            hint=(Option("repeat", MIN_REPEATS), " or more"),
-        )
+    check_repeats(request.repeats)
     device = resolve_device(request.device)
     on_gpu = device.type == "cuda"
     chosen = [make_case(name) for name in request.cases or (CASES if on_gpu else CASES[:1])]

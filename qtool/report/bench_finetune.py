@@ -34,7 +34,7 @@ def report_finetune(output: Output, result: FinetuneBenchResult, path: Path | No
     checkpointing = "" if request.gradient_checkpointing else ", no checkpointing"
     output.answer(
         *head_lines(result.device, result.versions),
-        f"{result.model}, {request.quant}, {request.batch} x {request.length} tokens, "
+        f"{result.model}, {request.quant}, {request.batch} x {result.length} tokens, "
         f"LoRA of rank {request.lora_r}{checkpointing}",
         "",
         _table(result.runs),
@@ -87,7 +87,7 @@ def _document(result: FinetuneBenchResult) -> dict[str, Any]:
         "model": result.model,
         "quant": request.quant,
         "batch": request.batch,
-        "context": request.length,
+        "context": result.length,
         "lora_r": request.lora_r,
         "gradient_checkpointing": request.gradient_checkpointing,
         "runs": [asdict(run) for run in result.runs],
