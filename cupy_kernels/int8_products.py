@@ -119,7 +119,7 @@ def find_outliers(
     workspace: int,
     list: int,
     stream: int,
-) -> OutlierColumns:
+) -> None:
     """Queue the search for columns that hold a value of at least `threshold`, or NaN.
 
     Args:
@@ -133,7 +133,6 @@ def find_outliers(
     grid = ceil_div(columns, _OUTLIER_COLUMNS), ceil_div(num_rows, _OUTLIER_ROWS)
     arguments = (x, num_rows, columns, np.float32(threshold), workspace, workspace + columns, list)
     launch(kernel, grid, _THREADS, arguments, stream)
-    return OutlierColumns(threshold, workspace, list)
 
 
 def round_activations(
@@ -220,7 +219,8 @@ def compile_for(dtype: str, columns: int) -> None:
     """Compile the kernels for activations of so many columns, or load them from the cache."""
     _outliers_kernel(dtype)
     _activations_kernel(dtype, columns)
-    _sums_kernel(dtype, added=False)
+    for added in (False, True):
+        _sums_kernel(dtype, added=added)
 
 
 def _outliers_kernel(dtype: str) -> cupy.RawKernel:

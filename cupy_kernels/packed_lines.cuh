@@ -1,7 +1,7 @@
 // Packed weights in shared memory, and how they become fragments of mma.m16n8k16.
 //
-// Part of linear_few.cu and linear_some.cu, whose ACTIVATION, FORMAT, UNIT and LINE (bytes of a row that lie
-// together: 64, 128; of PLAIN 128) it uses.
+// Part of linear_few.cu, linear_some.cu and linear_groups.cu, whose ACTIVATION, FORMAT, UNIT and LINE (bytes of a
+// row that lie together: 64, 128; of PLAIN 128) it uses.
 //
 // The order of columns within a block of 64 is free as long as weights and activations agree: lane `member` of a
 // quad has 16 of them, which are one piece of a row, or with UNIT 32 or WARPGROUPS one piece of each half.

@@ -29,15 +29,16 @@ class TokenMap(ctypes.Structure):
 
 
 def fill_map(target: TokenMap, x: int, stride: int, count: int, columns: int, box: int) -> None:
-    """Describe (count, columns) activations of 16 bits to the copy engine.
+    """Describe activations (count, columns) of 16 bits to the copy engine.
 
     Tokens and columns beyond are zeros.
 
     Args:
-        box: tokens that are copied at once, 64 columns of each.
+        target: filled.
         x: their address, 16-byte aligned.
         stride: from token to token, in values; a multiple of 8, and at least `columns`. Of one
             token it does not matter.
+        box: tokens that are copied at once, 64 columns of each.
 
     Raises:
         RuntimeError: the driver refuses.

@@ -57,7 +57,8 @@ __device__ inline void take_registers() {
 #define PRODUCT_OF(TYPE, SIZE, ...) PRODUCT(SIZE, TYPE, __VA_ARGS__)
 
 // sums (64 rows, 8 * TILES tokens) = a (64 rows, 16 columns) * tokens, added if `adds`; `tokens` as
-// `describe_tokens` says. A lane's sums of eight tokens are those of mma.m16n8k16.
+// `describe_tokens` says, or swizzled ones (token_copies.cuh). A lane's sums of eight tokens are those of
+// mma.m16n8k16.
 template <class T, int TILES>
 __device__ inline void multiply_group(float (&sums)[TILES][4], uint32 a0, uint32 a1, uint32 a2, uint32 a3,
                                       uint64 tokens, int adds) {

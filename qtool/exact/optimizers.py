@@ -34,10 +34,11 @@ class EightBitAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and not self.state[parameter]:
-                    self.state[parameter] = _new_states(parameter)
+                    self.state[parameter] = new_states(parameter)
 
 
-def _new_states(parameter: Tensor) -> dict[str, Any]:
+def new_states(parameter: Tensor) -> dict[str, Any]:
+    """8-bit states of a parameter: codes of its shape, and what they are scaled by."""
     states: dict[str, Any] = {}
     for name in ("state1", "state2"):
         if parameter.numel() < SMALLEST_PACKED:

@@ -30,6 +30,7 @@ from qtool.runtime.decoders.caches import (
     takes_chunks,
 )
 from qtool.runtime.decoders.network import Network
+from qtool.runtime.dequantize_host import KERNEL_DTYPES
 from qtool.runtime.products_host import NestedAbsmax
 
 
@@ -127,7 +128,7 @@ def _fused_path(model: Any, cache: Any, batch: int, capacity: int) -> tuple[Any,
     for layer in cache.layers:
         layer.lazy_initialization(states, states)
     # The workspace of attention depends on the GPU, and is less than a MiB.
-    with _replaced(fused_attention, "workspace_bytes", _do_nothing):
+    with replaced(fused_attention, "workspace_bytes", _do_nothing):
         attention = AttentionLaunches(model, network, cache, batch, capacity)
     try:
         prompt = FusedPrompt(network, _NoLaunches(), cache, capacity)
@@ -159,12 +160,15 @@ def _do_nothing(*args: Any, **kwargs: Any) -> int:
 
 @contextmanager
 def products_of_a_gpu() -> Iterator[None]:
-    """Products that allocate what those with packed weights do on a GPU."""
+    """Products that allocate what those with packed weights do on a GPU.
+
+    `linear` has the last two by its own names, for whole weights: no forward pass asks for those.
+    """
     with (
-        _replaced(linear, "linear_4bit", _linear_4bit),
-        _replaced(linear, "linear_int8", _linear_int8),
-        _replaced(products, "dequantize_rows", _float_rows),
-        _replaced(products, "dequantize_rows_int8", _float_int8_rows),
+        replaced(linear, "linear_4bit", _linear_4bit),
+        replaced(linear, "linear_int8", _linear_int8),
+        replaced(products, "dequantize_rows_4bit", _float_rows),
+        replaced(products, "dequantize_rows_int8", _float_int8_rows),
     ):
         yield
 
@@ -180,7 +184,7 @@ def _linear_4bit(
     weight_dtype: torch.dtype,
     bias: Tensor | None = None,
 ) -> Tensor:
-    if _reads_packed(x):
+    if reads_packed(x):
         return x.new_empty(*x.shape[:-1], out_features)
     dtype = str(weight_dtype).removeprefix("torch.")
     layer = (bias, quant_type, blocksize, out_features, dtype)
@@ -196,15 +200,16 @@ def _linear_int8(
     threshold: float | None = None,
 ) -> Tensor:
     assert threshold is None, "plans are of models that do not round activations"
-    if _reads_packed(x):
+    if reads_packed(x):
         return x.new_empty(*x.shape[:-1], codes.shape[0])
     return products._linear_int8_cuda(x, codes, scb, bias)
 
 
-def _reads_packed(x: Tensor) -> bool:
+def reads_packed(x: Tensor) -> bool:
+    """Whether a GPU multiplies x (..., in_features) straight from packed weights."""
     columns = x.shape[-1]
     few = x.numel() <= products.MAX_FUSED_TOKENS * columns
-    return few and columns % 64 == 0 and x.dtype in products.KERNEL_DTYPES
+    return few and columns % 64 == 0 and x.dtype in KERNEL_DTYPES
 
 
 def _float_rows(
@@ -224,7 +229,8 @@ def _float_int8_rows(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner` with another attribute `name`; AttributeError if it has none."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -7,14 +7,14 @@ device: products with packed weights, the dtypes of autocast, float32 sums of 16
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtool.exact.optimizers import _new_states
-from qtool.exact.own_runtime import _reads_packed, _replaced
+from qtool.exact.optimizers import new_states
+from qtool.exact.own_runtime import reads_packed, replaced
 from qtool.finetune import loss
 from qtool.finetune.head_loss import set_chunked_loss
 from qtool.finetune.loss import LogitRule
@@ -43,7 +43,7 @@ class OwnOptimizer(torch.optim.Optimizer):
             if parameter.grad is None or self.state[parameter]:
                 continue
             if self._is_8bit and parameter not in self._embeddings:
-                self.state[parameter] = _new_states(parameter)
+                self.state[parameter] = new_states(parameter)
                 continue
             dtype = torch.float32 if self._is_8bit else parameter.dtype
             for name in ("state1", "state2"):
@@ -69,13 +69,10 @@ def training_of_a_gpu(autocast_dtype: torch.dtype) -> Iterator[None]:
     except ImportError:  # without PEFT all weights are trained
         pass
     else:
-        replacements += [
-            (lora_function, "_without_autocast", lambda device_type: nullcontext()),
-            (lora_function, "_sum_over_tokens", _sum_over_tokens),
-        ]
+        replacements.append((lora_function, "_sum_over_tokens", _sum_over_tokens))
     with ExitStack() as stack:
         for replacement in replacements:
-            stack.enter_context(_replaced(*replacement))
+            stack.enter_context(replaced(*replacement))
         yield
 
 
@@ -91,7 +88,7 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any, bias: Tensor | None) -> Tensor:
         ctx.layer = layer
-        if _reads_packed(x):
+        if reads_packed(x):
             return x.new_empty(*x.shape[:-1], layer.out_features)
 
         def make_weight(rows: slice) -> Tensor:

@@ -8,8 +8,7 @@ bf16 autocast, as trainers do; all-16-bit training without. With runtime "qtool"
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -112,16 +111,13 @@ def _prepared(model: Any, request: ExactRequest) -> Any:
     return model
 
 
-@contextmanager
-def _layers_of(request: ExactRequest) -> Iterator[None]:
+def _layers_of(request: ExactRequest) -> AbstractContextManager[None]:
     """While packed layers are those of the runtime that was asked for."""
     if request.runtime != "qtool":
-        yield
-        return
+        return nullcontext()
     from qtool.exact.own_training import training_of_a_gpu
 
-    with training_of_a_gpu(AUTOCAST_DTYPE):
-        yield
+    return training_of_a_gpu(AUTOCAST_DTYPE)
 
 
 def _autocast_dtype(model: Any, request: ExactRequest) -> torch.dtype | None:

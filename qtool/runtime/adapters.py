@@ -119,7 +119,7 @@ def split_adapter(layer: nn.Module) -> tuple[nn.Module, LowRank | None]:
     Raises:
         OtherAdapter: it changes the layer in another way.
     """
-    if not has_peft_layers(layer, itself=True):
+    if not is_peft_layer(layer):
         return layer, None
     from peft.tuners.lora.layer import Linear
 
@@ -141,15 +141,14 @@ def split_adapter(layer: nn.Module) -> tuple[nn.Module, LowRank | None]:
     return base, LowRank(a.detach(), b.detach(), float(layer.scaling[name]))
 
 
-def has_peft_layers(model: nn.Module, *, itself: bool = False) -> bool:
-    """Whether PEFT has put something of its own into `model`, or is it `itself`."""
+def is_peft_layer(module: nn.Module) -> bool:
+    """Whether PEFT has put `module` in the place of a model's own."""
     if "peft" not in sys.modules:  # then nobody has
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    modules = [model] if itself else model.modules()
-    return any(isinstance(it, BaseTunerLayer | AuxiliaryTrainingWrapper) for it in modules)
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
 
 
 def _mismatch(folder: Path, detail: str) -> QtoolError:

@@ -24,6 +24,11 @@ SOURCE_DTYPES: Final[dict[torch.dtype, SourceDtype]] = {
     torch.float16: "F16",
     torch.float32: "F32",
 }
+# What products of packed layers compute in on a GPU, by our kernels.
+KERNEL_DTYPES: Final[dict[torch.dtype, SourceDtype]] = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 MIN_ELEMENTS_PER_THREAD: Final = 1 << 18  # below, handing work over takes longer than the work
 
 

@@ -26,13 +26,12 @@ from torch import Tensor
 
 from cupy_kernels.linear_few import OLDEST_COMPUTE_CAPABILITY
 from qtool.formats.reciprocal import reciprocal
-from qtool.formats.tensors import SourceDtype
 from qtool.runtime.dequantize import INT8_SCALE
+from qtool.runtime.dequantize_host import KERNEL_DTYPES
 
 # Rows of x that are rounded at a time, and INT32 sums that exist at a time (128 MiB).
 MAX_ROUNDED_ROWS: Final = 2048
 MAX_SUMS: Final = 1 << 25
-DTYPES: Final[dict[torch.dtype, SourceDtype]] = {torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # Products of so many codes are added up in float32 without rounding: 1024 * 127 * 128 < 2^24.
 EXACT_COLUMNS: Final = 1024
@@ -43,7 +42,7 @@ def fits_kernels(x: Tensor, codes: Tensor) -> bool:
     """Whether `multiply_rounded` takes such activations and weights on their GPU with CuPy."""
     out_features, columns = codes.shape
     return (
-        x.dtype in DTYPES
+        x.dtype in KERNEL_DTYPES
         and out_features % 8 == 0
         and columns % 16 == 0
         and codes.data_ptr() % 16 == 0
@@ -119,7 +118,7 @@ class RoundedActivations:
 
 
 def find_outliers(x: Tensor, threshold: float) -> Outliers | None:
-    """Queue the search in x (num_rows, columns), contiguous; None for a threshold of 0."""
+    """Queue the search in x, 16 bit (num_rows, columns), contiguous; None for a threshold of 0."""
     if threshold == 0:
         return None
     from cupy_kernels import int8_products as kernels
@@ -129,7 +128,7 @@ def find_outliers(x: Tensor, threshold: float) -> Outliers | None:
     found = Outliers(threshold, marks, marks.new_empty(1 + columns, dtype=torch.int32))
     kernels.find_outliers(
         x.data_ptr(),
-        DTYPES[x.dtype],
+        KERNEL_DTYPES[x.dtype],
         num_rows,
         columns,
         threshold,
@@ -141,7 +140,8 @@ def find_outliers(x: Tensor, threshold: float) -> Outliers | None:
 
 
 def round_activations(x: Tensor, outliers: Outliers | None) -> RoundedActivations:
-    """Queue the rounding of x (num_rows, columns), contiguous, some of the rows of `outliers`."""
+    """Queue the rounding of x, 16 bit (num_rows, columns), contiguous: of some of the rows in which
+    `outliers` were found."""
     from cupy_kernels import int8_products as kernels
 
     rounded = RoundedActivations(
@@ -157,7 +157,7 @@ def round_activations(x: Tensor, outliers: Outliers | None) -> RoundedActivation
             outliers.threshold, outliers.marks.data_ptr(), outliers.columns.data_ptr()
         )
     kernels.round_activations(
-        x.data_ptr(), DTYPES[x.dtype], _addresses(rounded), columns, _stream(x)
+        x.data_ptr(), KERNEL_DTYPES[x.dtype], _addresses(rounded), columns, _stream(x)
     )
     return rounded
 
@@ -171,9 +171,13 @@ def add_product(
     *,
     added: bool = False,
 ) -> None:
-    """Queue the product with a weight to `out` (num_rows, out_features), whose rows may lie apart.
+    """Queue the product with a weight to `out`, of the activations' dtype.
 
     Args:
+        codes: int8 (out_features, columns), see `fits_kernels`.
+        scb: float32 (out_features,).
+        bias: (out_features,) of the activations' dtype.
+        out: (num_rows, out_features), whose rows may lie apart.
         added: to what is in `out`, before it is rounded.
     """
     from cupy_kernels import int8_products as kernels
@@ -183,7 +187,7 @@ def add_product(
         sums = torch._int_mm(rounded.codes, codes[first:last].t())
         kernels.finish_product(
             sums.data_ptr(),
-            DTYPES[rounded.dtype],
+            KERNEL_DTYPES[rounded.dtype],
             _addresses(rounded),
             codes=codes.data_ptr() + first * codes.shape[1],
             scb=scb.data_ptr() + first * 4,
@@ -222,13 +226,13 @@ def _ranges(stop: int, step: int) -> list[tuple[int, int]]:
 def warm_up(widths: Iterable[int], device: torch.device, dtype: torch.dtype) -> None:
     """Compile or load the kernels for activations of so many columns; nothing where none run."""
     capability = torch.cuda.get_device_capability(device)
-    if dtype not in DTYPES or capability < OLDEST_COMPUTE_CAPABILITY:
+    if dtype not in KERNEL_DTYPES or capability < OLDEST_COMPUTE_CAPABILITY:
         return
     from cupy_kernels import int8_products as kernels
 
     with torch.cuda.device(device):
         for columns in sorted(set(widths)):
-            kernels.compile_for(DTYPES[dtype], columns)
+            kernels.compile_for(KERNEL_DTYPES[dtype], columns)
 
 
 # -- the same in plain PyTorch --------------------------------------------------------------------

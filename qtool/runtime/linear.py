@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qtool.formats.precisions import NESTED_BLOCKSIZE, QuantType
 from qtool.runtime.dequantize import dequantize_4bit, dequantize_int8
 from qtool.runtime.products import (
-    dequantize_rows,
+    dequantize_rows_4bit,
     dequantize_rows_int8,
     linear_4bit,
     linear_int8,
@@ -243,7 +243,7 @@ class Linear4bit(_PackedLinear):
         if not self.weight.is_cuda:
             return super().decode_rows(rows, dtype)
         nested, layer = self.nested, self.layer
-        values = dequantize_rows(
+        values = dequantize_rows_4bit(
             self.weight,
             (None, *nested.tensors) if nested else (self.absmax, None, None, None, None),
             rows,

@@ -32,6 +32,7 @@ from qtool.events import Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 from qtool.runtime import int8_products
 from qtool.runtime.adapters import add_adapter, check_adapter
+from qtool.runtime.dequantize_host import KERNEL_DTYPES
 from qtool.runtime.hf_quantizer import PackedLayersConfig, wrong_shape
 from qtool.runtime.host_head import multiply_head_on_host
 from qtool.runtime.linear import Int8Layer, LinearInt8, PackedLayer
@@ -53,7 +54,6 @@ from qtool.runtime.placement import (
     describe_devices,
     resolve_device,
 )
-from qtool.runtime.products import KERNEL_DTYPES
 from qtool.runtime.weights import WeightSource, open_stored_weights
 
 QUIET_S: Final = 0.5  # work that takes longer is told about
@@ -231,6 +231,11 @@ class _Dtypes:
     model: torch.dtype
     compute: torch.dtype | None
 
+    @property
+    def of_products(self) -> torch.dtype:
+        """What packed layers compute in."""
+        return self.compute or self.model
+
     @classmethod
     def of(cls, checkpoint: Checkpoint, options: LoadOptions) -> Self:
         asked = options.compute_dtype
@@ -250,15 +255,14 @@ def _compile_kernels(
     if device.type == "cpu":
         from qtool.runtime.decoders.host_warm_up import warm_up_step
 
-        warm_up_step(config, layers, dtypes.compute or dtypes.model)
+        warm_up_step(config, layers, dtypes.of_products)
     if layers and device.type == "cuda" and importlib.util.find_spec("cupy") is not None:
         from qtool.runtime.warm_up import warm_up_kernels
 
-        dtype = dtypes.compute or dtypes.model
-        warm_up_kernels(layers, device, dtype, adapted=options.adapter is not None)
+        warm_up_kernels(layers, device, dtypes.of_products, adapted=options.adapter is not None)
         if threshold is not None:
             widths = [la.in_features for la in layers.values() if isinstance(la, Int8Layer)]
-            int8_products.warm_up(widths, device, dtype)
+            int8_products.warm_up(widths, device, dtypes.of_products)
 
 
 def _open_weights(checkpoint: Checkpoint, options: LoadOptions, on_event: OnEvent) -> WeightSource:
@@ -318,7 +322,7 @@ def _set_int8_threshold(
     network: Any, threshold: float, placement: Placement, dtypes: _Dtypes, on_event: OnEvent
 ) -> None:
     if placement.device.type == "cuda":
-        in_16_bit = (dtypes.compute or dtypes.model) in KERNEL_DTYPES
+        in_16_bit = dtypes.of_products in KERNEL_DTYPES
         if not in_16_bit or importlib.util.find_spec("cupy") is None:
             on_event(Note(UNROUNDED, level="warning"))
     for module in network.modules():

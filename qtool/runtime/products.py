@@ -22,9 +22,8 @@ from torch.nn import functional
 
 from cupy_kernels import OLDEST_COMPUTE_CAPABILITY
 from qtool.formats.precisions import NESTED_BLOCKSIZE, QuantType
-from qtool.formats.tensors import SourceDtype
 from qtool.runtime.dequantize import dequantize_4bit, dequantize_absmax, dequantize_int8
-from qtool.runtime.dequantize_host import SOURCE_DTYPES
+from qtool.runtime.dequantize_host import KERNEL_DTYPES, SOURCE_DTYPES
 from qtool.runtime.int8_products import fits_kernels, multiply_rounded, multiply_rounded_host
 from qtool.runtime.products_host import NestedAbsmax, linear_4bit_host, linear_int8_host
 
@@ -34,10 +33,6 @@ MAX_DEQUANTIZED_ELEMENTS: Final = 1 << 26
 PIECE_ROWS: Final = 256
 # Tokens that go through the fused kernels; more are faster with the weight dequantized.
 MAX_FUSED_TOKENS: Final = 64
-KERNEL_DTYPES: Final[dict[torch.dtype, SourceDtype]] = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
 
 # Any: PyTorch declares no types for its methods.
 _library: Any = torch.library.Library("qtool", "DEF")  # type: ignore[no-untyped-call]
@@ -200,12 +195,12 @@ def _linear_4bit_cuda(
     dtype = getattr(torch, weight_dtype)
 
     def make_weight(rows: slice) -> Tensor:
-        return dequantize_rows(packed, statistics, rows, columns, quant_type, blocksize, dtype)
+        return dequantize_rows_4bit(packed, statistics, rows, columns, quant_type, blocksize, dtype)
 
     return _multiply_in_pieces(x, make_weight, out_features, bias)
 
 
-def dequantize_rows(
+def dequantize_rows_4bit(
     packed: Tensor,
     statistics: tuple[Tensor | None, ...],
     rows: slice,
@@ -214,7 +209,16 @@ def dequantize_rows(
     blocksize: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows of the weight in `dtype` (rows, columns)."""
+    """Rows of a weight, by our kernel where it runs.
+
+    Args:
+        packed: uint8 (ceil(n/2), 1), all n values of the weight.
+        statistics: absmax float32 (m,) and four None; or None and the tensors of `NestedAbsmax`.
+        rows: with start and stop.
+
+    Returns:
+        `dtype` (stop - start, columns).
+    """
     absmax, *nested = statistics
     start, stop = rows.start * columns, rows.stop * columns
     wide = has_kernels(packed.device) and packed.data_ptr() % 16 == 0 and start % 32 == 0
@@ -301,7 +305,11 @@ def _linear_int8_cuda(
 
 
 def dequantize_rows_int8(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights of int8 (rows, columns) and float32 (rows,) in `dtype`."""
+    """codes int8 (rows, columns) * scb float32 (rows,) / 127, by our kernel where it runs.
+
+    Returns:
+        `dtype` (rows, columns).
+    """
     misaligned = codes.data_ptr() % 16 or codes.shape[1] % 16
     if misaligned or dtype not in SOURCE_DTYPES or not has_kernels(codes.device):
         return dequantize_int8(codes, scb, dtype)
@@ -370,7 +378,11 @@ def _launch_for(kind: Any, weight: Any, rows: Tensor) -> Any:
 
 
 def row_pieces(out_features: int, columns: int) -> list[slice]:
-    """Rows that are dequantized at a time, so many that most pieces begin with a whole group."""
+    """Which rows of a weight (out_features, columns) are dequantized at a time, in order.
+
+    So many that a piece has at most MAX_DEQUANTIZED_ELEMENTS, if more than one row; and that most
+    begin with a whole group of absmax.
+    """
     step = MAX_DEQUANTIZED_ELEMENTS // columns
     step = max(step // PIECE_ROWS * PIECE_ROWS, 1) if step >= PIECE_ROWS else max(step, 1)
     return [slice(row, min(row + step, out_features)) for row in range(0, out_features, step)]
@@ -422,7 +434,7 @@ def _gradient_4bit(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     dtype = getattr(torch, weight_dtype)
 
     def make_weight(rows: slice) -> Tensor:
-        return dequantize_rows(
+        return dequantize_rows_4bit(
             packed, tuple(statistics), rows, columns, quant_type, blocksize, dtype
         )
 

@@ -15,8 +15,8 @@ from typing import Final
 import torch
 
 from cupy_kernels.linear_few import OLDEST_COMPUTE_CAPABILITY, LinearKind, compile_for, fits
+from qtool.runtime.dequantize_host import KERNEL_DTYPES
 from qtool.runtime.linear import FourBitLayer, PackedLayer
-from qtool.runtime.products import KERNEL_DTYPES
 
 NUM_THREADS: Final = 4
 

@@ -1,6 +1,6 @@
 """The decoder block that Llama and its kin share, found in a transformers model.
 
-    blocks = describe_network(model, dtype)
+    blocks = describe_network(model).blocks
 
 Every part is looked at, nothing is taken for granted: what the fused kernels do not do is said, and
 the model runs by another path.
@@ -9,16 +9,16 @@ the model runs by another path.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
 
 from cupy_kernels.linear_few import Format, Gate, LinearKind, LinearWeight, fits
 from cupy_kernels.linear_few import Norm as NormKind
-from qtool.runtime.adapters import LowRank, OtherAdapter, has_peft_layers, split_adapter
+from qtool.runtime.adapters import LowRank, OtherAdapter, is_peft_layer, split_adapter
+from qtool.runtime.dequantize_host import KERNEL_DTYPES
 from qtool.runtime.linear import Linear4bit, LinearInt8
-from qtool.runtime.products import KERNEL_DTYPES
 
 # Types whose blocks are exactly: norm, attention, residual, norm, gated MLP, residual; and where
 # what is added goes through a norm of its own (Gemma 2 and 3), these too.
@@ -173,46 +173,12 @@ def describe_network(model: Any) -> FusableNetwork:
     Raises:
         NotFusable: what they do not do.
     """
-    model_type = model.config.model_type
-    if model_type not in MODEL_TYPES:
-        raise NotFusable(f"{model_type} blocks have no fused kernels")
-    config = model.config.get_text_config()
-    dtype = model.get_input_embeddings().weight.dtype
-    if dtype not in KERNEL_DTYPES:
-        name = str(dtype).removeprefix("torch.")
+    refuse_type(model, "fused kernels")
+    weight = model.get_input_embeddings().weight
+    if weight.dtype not in KERNEL_DTYPES:
+        name = str(weight.dtype).removeprefix("torch.")
         raise NotFusable(f"fused kernels compute in bfloat16 or float16, not {name}")
-    gate = GATES.get(getattr(config, ACTIVATION_NAMES.get(config.model_type, "hidden_act")))
-    if gate is None:
-        raise NotFusable("its MLP has another activation")
-    decoder = text_decoder(model)
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    _refuse_adapters("the embedding", embedding)
-    _refuse_adapters("the output head", head)
-    reader = _Reader(
-        config,
-        dtype,
-        embedding.weight.device,
-        plus_one=model_type in PLUS_ONE_TYPES,
-        takes_added_norms=True,
-    )
-    first = decoder.layers[0].self_attn
-    return FusableNetwork(
-        dtype=dtype,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=first.head_dim,
-        gate=gate,
-        embedding=embedding.weight,
-        embedding_scale=_embedding_scale(config, embedding, dtype),
-        blocks=tuple(reader.block(layer, index) for index, layer in enumerate(decoder.layers)),
-        final_norm=reader.norm(decoder.norm),
-        head=reader.rows(head),
-        logit_softcap=_softcap(
-            config, "final_logit_softcapping", model_type in LOGIT_SOFTCAP_TYPES
-        ),
-    )
+    return BlockReader.of(model, weight.device).network(model)
 
 
 def text_decoder(model: Any) -> Any:
@@ -221,8 +187,16 @@ def text_decoder(model: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
-    """Reads the parts of one model."""
+class BlockReader:
+    """Reads the parts of one model; NotFusable for what kernels do not do.
+
+    Args:
+        config: of its text.
+        dtype: of activations, and of what is not packed.
+        device: where all layers have to lie.
+        plus_one: whether norms hold the weight less one.
+        takes_added_norms: whether there may be norms of what attention and MLP add.
+    """
 
     config: Any
     dtype: torch.dtype
@@ -230,7 +204,45 @@ class _Reader:
     plus_one: bool
     takes_added_norms: bool = False
 
+    @classmethod
+    def of(cls, model: Any, device: torch.device) -> Self:
+        """The reader of `model`, whose layers have to lie on `device`."""
+        return cls(
+            model.config.get_text_config(),
+            model.get_input_embeddings().weight.dtype,
+            device,
+            plus_one=model.config.model_type in PLUS_ONE_TYPES,
+            takes_added_norms=True,
+        )
+
+    def network(self, model: Any) -> FusableNetwork:
+        """All of it."""
+        config = self.config
+        gate = GATES.get(getattr(config, ACTIVATION_NAMES.get(config.model_type, "hidden_act")))
+        if gate is None:
+            raise NotFusable("its MLP has another activation")
+        decoder = text_decoder(model)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        _refuse_adapters("the embedding", embedding)
+        _refuse_adapters("the output head", head)
+        is_capped = model.config.model_type in LOGIT_SOFTCAP_TYPES
+        return FusableNetwork(
+            dtype=self.dtype,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=decoder.layers[0].self_attn.head_dim,
+            gate=gate,
+            embedding=embedding.weight,
+            embedding_scale=_embedding_scale(config, embedding, self.dtype),
+            blocks=tuple(self.block(layer, index) for index, layer in enumerate(decoder.layers)),
+            final_norm=self.norm(decoder.norm),
+            head=self.rows(head),
+            logit_softcap=_softcap(config, "final_logit_softcapping", is_capped),
+        )
+
     def block(self, layer: Any, index: int) -> Block:
+        """Block number `index`."""
         attention, mlp = layer.self_attn, layer.mlp
         mlp_norm, output_norm, down_norm = self._norms_around_mlp(layer)
         return Block(
@@ -257,6 +269,7 @@ class _Reader:
         return self.norm(before_mlp), behind_attention, behind_mlp
 
     def norm(self, module: Any) -> Norm:
+        """An RMS norm."""
         _refuse_adapters("a norm", module)
         epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
         if not isinstance(epsilon, float) or module.weight.dtype != self.dtype:
@@ -329,8 +342,14 @@ class _Reader:
         )
 
 
+def refuse_type(model: Any, what: str) -> None:
+    """NotFusable for types of which there are no `what`."""
+    if model.config.model_type not in MODEL_TYPES:
+        raise NotFusable(f"{model.config.model_type} blocks have no {what}")
+
+
 def _refuse_adapters(what: str, module: Any) -> None:
-    if has_peft_layers(module, itself=True):
+    if is_peft_layer(module):
         raise NotFusable(f"an adapter changes {what}")
 
 
@@ -351,9 +370,9 @@ def _packed_rows(module: nn.Linear, dtype: torch.dtype, start: int, stop: int) -
             raise NotFusable("layers compute in another dtype than activations have")
         name = KERNEL_DTYPES[dtype]
         if isinstance(module, Linear4bit):
-            kind, weight = _four_bit_rows(module, name, start, stop, bias_at)
+            kind, weight = four_bit_rows(module, name, start, stop, bias_at)
         else:
-            kind, weight = _int8_rows(module, name, start, stop, bias_at)
+            kind, weight = int8_rows(module, name, start, stop, bias_at)
         return PackedRows(kind, weight, own_bias, rounded=_rounded_rows(module, start, stop))
     if type(module) is not nn.Linear or module.weight.dtype != dtype:
         raise NotFusable(f"{type(module).__name__} layers have no fused kernel")
@@ -363,9 +382,17 @@ def _packed_rows(module: nn.Linear, dtype: torch.dtype, start: int, stop: int) -
     return PackedRows(kind, weight, own_bias, plain)
 
 
-def _four_bit_rows(
+def four_bit_rows(
     module: Linear4bit, dtype: str, start: int, stop: int, bias_at: int
 ) -> tuple[LinearKind, LinearWeight]:
+    """Rows [start, stop) of a 4-bit layer, see `PackedRows`; `bias_at` is the address of theirs.
+
+    Args:
+        dtype: that of the kind.
+
+    Raises:
+        NotFusable: the rows begin within a block of absmax, or a group of it.
+    """
     layer = module.layer
     fmt: Format = layer.quant_type
     kind = LinearKind(fmt, layer.in_features, dtype, layer.blocksize, nested=layer.double_quant)
@@ -391,9 +418,10 @@ def _four_bit_rows(
     return kind, weight
 
 
-def _int8_rows(
+def int8_rows(
     module: LinearInt8, dtype: str, start: int, stop: int, bias_at: int
 ) -> tuple[LinearKind, LinearWeight]:
+    """The same of an INT8 layer."""
     kind = LinearKind("int8", module.in_features, dtype)
     codes = module.weight.data_ptr() + start * module.in_features
     scb = module.SCB.data_ptr() + start * 4

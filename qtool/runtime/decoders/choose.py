@@ -166,7 +166,7 @@ def _network(wish: _Wish) -> Network:
 
 def _and_so_on(refusals: list[str]) -> str:
     """What the next slower way gives as its reason."""
-    return "; ".join(dict.fromkeys(filter(None, refusals)))
+    return "; ".join(dict.fromkeys(refusals))
 
 
 def _num_devices(model: Any) -> int:

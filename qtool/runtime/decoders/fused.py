@@ -48,8 +48,9 @@ from qtool.runtime.decoders.fused_prompt import FusedPrompt, PromptLaunches, che
 from qtool.runtime.decoders.graphed import GraphDecoder
 from qtool.runtime.decoders.network import Network
 from qtool.runtime.decoders.protocol import Path, Sampling
+from qtool.runtime.dequantize_host import KERNEL_DTYPES
 from qtool.runtime.loading import LoadedModel
-from qtool.runtime.products import KERNEL_DTYPES, MAX_FUSED_TOKENS
+from qtool.runtime.products import MAX_FUSED_TOKENS
 
 REASON: Final = "fused kernels, one CUDA graph per token"
 # Of the largest logit: how far fused logits may be from those of transformers' own operations.
@@ -60,9 +61,7 @@ Queue = Callable[[int], None]  # queues a launch on a stream
 
 
 def why_not_fused(loaded: LoadedModel, batch: int) -> str | None:
-    """What speaks against the fused path; None if nothing does."""
-    if loaded.device.type != "cuda":
-        return ""
+    """What speaks against the fused path on the model's GPU; None if nothing does."""
     if torch.cuda.get_device_capability(loaded.device) < OLDEST_COMPUTE_CAPABILITY:
         oldest = ".".join(map(str, OLDEST_COMPUTE_CAPABILITY))
         return f"fused kernels need compute capability {oldest}"
@@ -221,16 +220,18 @@ class FusedNetwork(Network):
             found = self._step.run(tokens[:, at : at + 1], position)
             if not own.may_be(found, at):
                 raise CaptureFailed(f"fused kernels give other logits at token {at}")
-        if not own.num_near:
+        if own.last_near is None:
             raise CaptureFailed("its logits hang on rounding, so kernels cannot be checked")
 
     def _check_prompt(self, tokens: Tensor, own: _Own) -> None:
-        """In one chunk through dequantized layers, and in two through packed ones."""
-        assert self._prompt is not None
-        last = tokens.shape[1] - 1
-        for chunk, packed in ((tokens.shape[1], 0), (tokens.shape[1] - 2, MAX_FUSED_TOKENS)):
+        """Up to a token that tells: in one chunk through dequantized layers, and in two through
+        packed ones."""
+        assert self._prompt is not None and own.last_near is not None
+        count = own.last_near + 1
+        for chunk, packed in ((count, 0), (max(count - 2, 1), MAX_FUSED_TOKENS)):
             self._prompt.max_packed_tokens = packed
-            if not own.may_be(self._run_prompt(tokens, 0, chunk), last):
+            found = self._run_prompt(tokens[:, :count], 0, chunk)
+            if not _are_near(found, own.logits[own.last_near]):
                 raise NotFusable("a prompt gives other logits there")
 
 
@@ -240,16 +241,21 @@ class _Own:
 
     After some tokens they hang on the last bit of an embedding, with random weights more often than
     with trained ones: the model itself would give others in float32. Such a token tells nothing.
+
+    Args:
+        logits: float32 (batch, vocabulary) each.
+        make_nudged: makes the same where embeddings are off by as much as rounding them.
+        last_near: the last token whose logits were found again.
     """
 
     logits: list[Tensor]
     make_nudged: Callable[[], list[Tensor]]
-    num_near: int = 0
+    last_near: int | None = None
 
     def may_be(self, found: Tensor, at: int) -> bool:
         """Whether nothing is wrong with logits found after token `at`."""
         if _are_near(found, self.logits[at]):
-            self.num_near += 1
+            self.last_near = at
             return True
         return not _are_near(self.make_nudged()[at], self.logits[at])
 

@@ -24,7 +24,7 @@ from qtool.runtime.decoders.blocks import (
     NotFusable,
     text_decoder,
 )
-from qtool.runtime.products import KERNEL_DTYPES
+from qtool.runtime.dequantize_host import KERNEL_DTYPES
 
 # Positions whose angles are made at a time: transformers makes them several times over.
 ANGLE_POSITIONS: Final = 8192

@@ -23,10 +23,10 @@ from cupy_kernels.prompt_rows import GatedRows, NormRows
 from qtool.runtime.decoders.blocks import Block, FusableNetwork, Norm, NotFusable, PackedRows
 from qtool.runtime.decoders.fused_adapters import AdapterGroup, BlockAdapters, adapters_of
 from qtool.runtime.decoders.fused_attention import AttentionLaunches
+from qtool.runtime.dequantize_host import KERNEL_DTYPES
 from qtool.runtime.int8_products import add_product, find_outliers, round_activations
 from qtool.runtime.packed_products import PackedProduct, tokens_of_kernel
 from qtool.runtime.products import (
-    KERNEL_DTYPES,
     MAX_DEQUANTIZED_ELEMENTS,
     MAX_FUSED_TOKENS,
     PIECE_ROWS,

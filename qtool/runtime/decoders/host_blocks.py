@@ -12,23 +12,15 @@ import torch
 from torch import nn
 
 from cupy_kernels.linear_few import LinearKind, LinearWeight
-from qtool.runtime.adapters import has_peft_layers
+from qtool.runtime.adapters import is_peft_layer
 from qtool.runtime.decoders.blocks import (
-    ACTIVATION_NAMES,
-    GATES,
-    LOGIT_SOFTCAP_TYPES,
-    MODEL_TYPES,
-    PLUS_ONE_TYPES,
+    BlockReader,
     FusableNetwork,
     NotFusable,
     PackedRows,
-    _embedding_scale,
-    _four_bit_rows,
-    _int8_rows,
-    _Reader,
-    _refuse_adapters,
-    _softcap,
-    text_decoder,
+    four_bit_rows,
+    int8_rows,
+    refuse_type,
 )
 from qtool.runtime.dequantize_host import SOURCE_DTYPES
 from qtool.runtime.host_head import HostLinear
@@ -44,52 +36,20 @@ def describe_host_network(model: Any) -> FusableNetwork:
     Raises:
         NotFusable: what it does not do.
     """
-    model_type = model.config.model_type
-    if model_type not in MODEL_TYPES:
-        raise NotFusable(f"{model_type} blocks have no fused step")
-    config = model.config.get_text_config()
-    embedding = model.get_input_embeddings()
-    dtype = embedding.weight.dtype
+    refuse_type(model, "fused step")
+    dtype = model.get_input_embeddings().weight.dtype
     if dtype not in DTYPES:
-        raise NotFusable(f"the fused step computes in float32 or bfloat16, not {_name(dtype)}")
-    gate = GATES.get(getattr(config, ACTIVATION_NAMES.get(config.model_type, "hidden_act")))
-    if gate is None:
-        raise NotFusable("its MLP has another activation")
-    decoder = text_decoder(model)
-    head = model.get_output_embeddings()
-    _refuse_adapters("the embedding", embedding)
-    _refuse_adapters("the output head", head)
-    reader = _HostReader(
-        config,
-        dtype,
-        torch.device("cpu"),
-        plus_one=model_type in PLUS_ONE_TYPES,
-        takes_added_norms=True,
-    )
-    return FusableNetwork(
-        dtype=dtype,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=decoder.layers[0].self_attn.head_dim,
-        gate=gate,
-        embedding=embedding.weight,
-        embedding_scale=_embedding_scale(config, embedding, dtype),
-        blocks=tuple(reader.block(layer, index) for index, layer in enumerate(decoder.layers)),
-        final_norm=reader.norm(decoder.norm),
-        head=reader.rows(head),
-        logit_softcap=_softcap(
-            config, "final_logit_softcapping", model_type in LOGIT_SOFTCAP_TYPES
-        ),
-    )
+        name = str(dtype).removeprefix("torch.")
+        raise NotFusable(f"the fused step computes in float32 or bfloat16, not {name}")
+    return _HostReader.of(model, torch.device("cpu")).network(model)
 
 
-class _HostReader(_Reader):
-    """Reads the parts of one model."""
+class _HostReader(BlockReader):
+    """Takes layers as the step has them."""
 
     def rows(self, module: Any, start: int = 0, stop: int | None = None) -> PackedRows:
         """Rows [start, stop) of a linear layer."""
-        if has_peft_layers(module, itself=True):
+        if is_peft_layer(module):
             raise NotFusable("adapters have no fused step")
         if not isinstance(module, nn.Linear):
             kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
@@ -109,11 +69,11 @@ class _HostReader(_Reader):
             if module.compute_dtype not in (None, self.dtype):
                 raise NotFusable("layers compute in another dtype than activations have")
             if isinstance(module, LinearInt8):
-                return PackedRows(*_int8_rows(module, "F32", start, stop, 0), own_bias)
+                return PackedRows(*int8_rows(module, "F32", start, stop, 0), own_bias)
             if module.layer.blocksize % GROUP:
                 raise NotFusable(f"blocks of {module.layer.blocksize} weights do not fit the step")
             dtype = SOURCE_DTYPES[module.layer.dtype]
-            return PackedRows(*_four_bit_rows(module, dtype, start, stop, 0), own_bias)
+            return PackedRows(*four_bit_rows(module, dtype, start, stop, 0), own_bias)
         plain = module.weight.detach()[start:stop]
         if type(module) not in (nn.Linear, HostLinear) or plain.dtype != self.dtype:
             raise NotFusable(f"{type(module).__name__} layers have no fused step")
@@ -121,7 +81,3 @@ class _HostReader(_Reader):
             raise NotFusable("a layer's weight is not contiguous")
         kind = LinearKind("plain", module.in_features, SOURCE_DTYPES[self.dtype])
         return PackedRows(kind, LinearWeight(stop - start, plain.data_ptr()), own_bias, plain)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

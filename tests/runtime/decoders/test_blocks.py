@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("cupy", exc_type=ImportError)
 
-from qtool.runtime.decoders.blocks import UNTURNED, NotFusable, _Reader, describe_network
+from qtool.runtime.decoders.blocks import UNTURNED, BlockReader, NotFusable, describe_network
 from qtool.runtime.decoders.fused_attention import attention_shape, check_rotary
 from qtool.runtime.random_model import build_random_model
 from tests.runtime.decoders.common_blocks import BASE, MODELS
@@ -78,7 +78,7 @@ def test_caps_are_those_that_the_type_looks_at():
 
 def test_a_step_without_added_norms_is_not_given_any():
     model = load("gemma3_text")
-    reader = _Reader(model.config, torch.bfloat16, torch.device("cpu"), plus_one=True)
+    reader = BlockReader(model.config, torch.bfloat16, torch.device("cpu"), plus_one=True)
     with pytest.raises(NotFusable, match="norms of what attention and MLP add"):
         reader.block(model.model.layers[0], 0)
 

@@ -131,7 +131,19 @@ def test_only_tokens_that_hang_on_rounding_may_differ() -> None:
     assert steady.may_be(nearly, 0) and not steady.may_be(wrong, 0)
     assert not steady.may_be(torch.full_like(logits, torch.nan), 0)
     doubtful = _Own([logits], lambda: [logits - 1])
-    assert doubtful.may_be(wrong, 0) and doubtful.num_near == 0
+    assert doubtful.may_be(wrong, 0) and doubtful.last_near is None
+
+
+def test_prompts_are_compared_up_to_a_token_that_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the last one does not; a prompt that is wrong is found out all the same."""
+    asked = _Own.may_be
+    monkeypatch.setattr(_Own, "may_be", lambda own, found, at: at == 3 or asked(own, found, at))
+    network, _ = prepared(load("llama"))
+    assert network.prompt_reason == ""
+    run = FusedNetwork._run_prompt
+    monkeypatch.setattr(FusedNetwork, "_run_prompt", lambda *args: 2 + run(*args))
+    network, _ = prepared(load("llama"))
+    assert network.prompt_reason == "a prompt gives other logits there"
 
 
 def test_where_every_token_hangs_on_rounding_nothing_is_taken(
