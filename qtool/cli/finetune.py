@@ -371,13 +371,8 @@ def _run(show: Output, request: FinetuneRequest, *, dry_run: bool) -> None:
     prepared.planned.require_fit()
     if dry_run:
         return
-    with run_progress(show, prepared) as display:
-        result = train(
-            prepared,
-            warn=display.warn,
-            on_event=display.on_event,
-            on_progress=display.on_progress,
-        )
+    with run_progress(show, prepared) as (on_event, on_progress):
+        result = train(prepared, warn=show.warn, on_event=on_event, on_progress=on_progress)
     if is_main:
         report_result(show, prepared, result)
 

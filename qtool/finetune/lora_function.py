@@ -13,7 +13,6 @@ gradient of x are rounded once before W's part is added to them in float32.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Final, cast
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qtool.finetune.loss import without_autocast
 from qtool.runtime.linear import Linear4bit, LinearInt8
 from qtool.runtime.products import runs_fused
 
@@ -73,7 +73,7 @@ class _LoraLinear(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         dtype, returned = base.product_dtypes(x)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             read = _cast_once(x, dtype)
             rows = read.reshape(-1, base.in_features)  # (tokens, in)
             narrow_a, scaled_b = a.to(dtype), _scale(b, scaling, dtype)
@@ -99,7 +99,7 @@ class _LoraLinear(torch.autograd.Function):
             raise RuntimeError("the packed weight was changed between forward and backward pass")
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
         to_x = to_a = to_b = None
-        with _without_autocast(read.device.type):
+        with without_autocast(read.device.type):
             gradient = gradient.reshape(-1, gradient.shape[-1]).to(read.dtype)
             to_narrow = gradient @ scaled_b  # (tokens, r)
             if needs_b:
@@ -175,10 +175,3 @@ def _has_wide_results() -> bool:
     """Whether this PyTorch multiplies 16-bit matrices into float32 on a GPU."""
     multiply: Any = torch.ops.aten.mm
     return "dtype" in multiply.overloads()
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Dtypes are settled; and the backward pass may run under the caller's autocast or not."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

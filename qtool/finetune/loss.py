@@ -117,7 +117,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # float16 would lose gradients that are divided before the scaler has made them larger.
         one = torch.ones_like(divisor)
         now, later = (one, divisor) if dtype == torch.float16 else (divisor, one)
-        with _without_autocast(hidden.device.type):
+        with without_autocast(hidden.device.type):
             for chunk in _chunks(rows.shape[0], weight.shape[0]):
                 read = rows[chunk].to(dtype)
                 logits = functional.linear(read, narrow, offset).float()
@@ -160,7 +160,8 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Dtypes are settled; and a backward pass may run under the caller's autocast or not."""
     return torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext()
 
 

@@ -18,7 +18,7 @@ from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent
 from qtool.finetune.lora_layers import wrap_with_lora
 from qtool.finetune.lora_targets import choose_layers
-from qtool.finetune.plan import PlannedRun, local_rank
+from qtool.finetune.plan import PlannedRun, local_rank, num_processes
 from qtool.finetune.records import ComputeDtype, FinetuneRequest
 from qtool.finetune.trainer import Placement
 from qtool.formats.precisions import QuantizedPrecision
@@ -127,10 +127,9 @@ def _write_no_card(folder: str) -> None:
 def _one_device(device: str) -> torch.device:
     """This process's; all other GPUs are hidden from it, lest the Trainer spread the model over
     them."""
-    is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if device == "cpu" or not torch.cuda.is_available():
         return resolve_device(device)
-    if is_one_of_many:
+    if num_processes() > 1:
         return torch.device("cuda", local_rank())
     found = resolve_device(device)
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

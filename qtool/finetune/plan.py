@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from qtool.checkpoint.records import Checkpoint
@@ -24,6 +26,7 @@ from qtool.planner.records import Estimate, MemoryPlan, Tuning, Workload
 
 DEFAULT_QUANT: Final = "nf4-dq"
 DRIVER: Final = "libcuda.so.1"
+DRIVER_FILE: Final = Path("/dev/nvidiactl")  # that the library opens
 HOST_NAME: Final = "this machine's memory"
 
 
@@ -100,7 +103,6 @@ def plan_run(request: FinetuneRequest, checkpoint: Checkpoint) -> PlannedRun:
         _refuse_heads(lora.targets)
         if architecture is not None:
             target_layers(architecture, lora.targets)
-    find_optimizer(training.optimizer)
     workload = Workload(
         context=max_length,
         batch=training.batch,
@@ -237,27 +239,31 @@ def _check_device(request: FinetuneRequest) -> None:
 def _why_no_gpu(device: str) -> str:
     """Why training cannot be on a GPU; empty where it may be, so that PyTorch has to be asked.
 
-    The driver is looked for, and not started: it reads CUDA_VISIBLE_DEVICES once, and that is set
-    for each process later.
+    That alone counts GPUs: nvidia-smi may be missing, and knows neither GPUs whose memory is the
+    host's nor the parts that MIG makes of one.
     """
     if device == "cpu":
         return "training is on the CPU"
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return "CUDA_VISIBLE_DEVICES hides all GPUs"
+    return "" if _may_have_driver() else "no NVIDIA driver was found"
+
+
+def _may_have_driver() -> bool:
+    """Whether its library is there, or PyTorch may know where it lies.
+
+    It is not started: it reads CUDA_VISIBLE_DEVICES once, and that is set for each process later.
+    """
     try:
         ctypes.CDLL(DRIVER)
     except OSError:
-        return "no NVIDIA driver was found"
-    if ":" not in device:
-        return ""
-    try:
-        count = len(local_gpus())
-    except QtoolError:
-        return ""
-    index = _physical_index(device)
-    if index is None or index < count:
-        return ""
-    return f"nvidia-smi lists {count} GPU{'s' * (count != 1)}"
+        return DRIVER_FILE.exists()
+    return True
+
+
+def num_processes() -> int:
+    """How many train together, on all machines, under `accelerate launch`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
@@ -267,12 +273,16 @@ def local_rank() -> int:
 
 def _training_device(device: str) -> Gpu | None:
     """The GPU that this process will train on, or the host; None where its memory is not known."""
-    if device == "cpu":
+    if _why_no_gpu(device):
         return _host()
     try:
         gpus = local_gpus()
     except QtoolError:
-        return _host()  # what PyTorch finds without nvidia-smi cannot be asked before it is loaded
+        # PyTorch may find one without nvidia-smi; what that lists without memory has the host's.
+        return _host() if shutil.which("nvidia-smi") else None
+    are_equal = len({gpu.name for gpu in gpus}) == 1
+    if not are_equal and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        return None  # CUDA numbers the fastest first, nvidia-smi goes by the bus
     index = _physical_index(device)
     return gpus[index] if index is not None and index < len(gpus) else None
 
@@ -280,7 +290,7 @@ def _training_device(device: str) -> Gpu | None:
 def _physical_index(device: str) -> int | None:
     """nvidia-smi's number of the GPU; None where CUDA_VISIBLE_DEVICES names GPUs otherwise."""
     _, _, asked = device.partition(":")
-    place = int(asked) if asked.isdigit() else local_rank()
+    place = local_rank() if num_processes() > 1 else int(asked or 0)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return place

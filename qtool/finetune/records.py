@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from qtool.formats.precisions import QuantizedPrecision
+from qtool.planner.training import FloatName
 
 Method = Literal["qlora", "lora", "full"]
 Scheduler = Literal["linear", "cosine", "constant"]
-FloatName = Literal["fp32", "bf16"]
 ComputeDtype = Literal["bfloat16", "float16", "float32"]
 
 ADAPTER_LR: Final = 2e-4
@@ -97,7 +97,6 @@ class FinetuneRequest:
     """`qtool finetune MODEL DATA -o OUT` with its options.
 
     Args:
-        method: None: qlora.
         quant: what a full-precision MODEL is packed to for qlora; None: nf4-dq.
         resume: go on where OUT's last save is.
         restart: drop what an earlier run left in OUT.

@@ -21,7 +21,7 @@ from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.records import Checkpoint
 from qtool.errors import Option, QtoolError, Words
 from qtool.events import Note, OnEvent, ignore_events
-from qtool.finetune.plan import PlannedRun, plan_run
+from qtool.finetune.plan import PlannedRun, num_processes, plan_run
 from qtool.finetune.records import (
     DataFile,
     FinetuneRequest,
@@ -331,7 +331,7 @@ def _begin(
             "revision": checkpoint.revision,
             "tokens_sha256": data.sha256(),
             "eval_tokens_sha256": held_out.sha256() if held_out else None,
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "processes": num_processes(),
         },
     )
     found = [None]

@@ -164,8 +164,7 @@ def build_trainer(
         optimizer_cls_and_kwargs=optimizer,
         callbacks=[watch],
     )
-    for callback in (transformers.trainer_callback.PrinterCallback,):
-        trainer.remove_callback(callback)
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     watch.trainer = trainer
     return trainer
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-from qtool.errors import Words
-from qtool.events import Advanced, Event, Finished, Note, OnEvent, Started, ignore_events
+from qtool.events import OnEvent
 from qtool.finetune.plan import PlannedRun
 from qtool.finetune.records import FinetuneResult, OnProgress, Progress
 from qtool.finetune.run import Prepared, is_main_process
@@ -22,7 +21,6 @@ from qtool.report.units import GIB, format_bytes, format_count, format_gib
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
-    from rich.progress import TaskID
 
 CURVE_NAME: Final = "loss.svg"
 REFRESHES_PER_S: Final = 4
@@ -62,126 +60,43 @@ def report_result(output: Output, prepared: Prepared, result: FinetuneResult) ->
     output.document(result.to_dict())
 
 
-class Display(NamedTuple):
-    """What a run tells of itself to."""
-
-    on_event: OnEvent
-    on_progress: OnProgress
-    warn: Callable[[Words], None]
-
-
 @contextmanager
-def run_progress(output: Output, prepared: Prepared) -> Iterator[Display]:
-    """Yield what shows loading, each step and warnings: a bar on a terminal, a line now and then
-    elsewhere."""
+def run_progress(output: Output, prepared: Prepared) -> Iterator[tuple[OnEvent, OnProgress]]:
+    """Yield what shows loading, and each step: a bar on a terminal, elsewhere lines."""
+    if output.is_silent or not is_main_process():
+        yield output.on_note, lambda progress: None
+        return
     planned = prepared.planned
     memory_bytes = planned.plan.allocated_peak_bytes if planned.is_known else None
-    console = output._console(stderr=True)
-    if output.quiet or output.json_mode or not is_main_process():
-        with output.progress() as on_event:
-            yield Display(on_event, lambda progress: None, output.warn)
-    elif not console.is_terminal or output.verbose:
-        every_s = 0.0 if output.verbose else LINE_EVERY_S
-        with output.progress() as on_event:
-            yield Display(on_event, _Lines(output, memory_bytes, every_s=every_s), output.warn)
-    else:
-        loading, steps = _LoadingBar(output), _Bar(console, memory_bytes)
-
-        def warn(words: Words) -> None:
-            with loading.aside(), steps.aside():
-                output.warn(words)
-
-        try:
-            yield Display(loading, steps, warn)
-        finally:
-            loading.stop()
-            steps.stop()
-
-
-# -- loading --------------------------------------------------------------------------------------
-
-
-class _LoadingBar:
-    """A bar for each stage, off the terminal before anything else is printed."""
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
-        self._stage: Started | None = None
-        self._done_bytes = 0
-        self._drawn = ExitStack()
-        self._on_event: OnEvent = ignore_events
-
-    def __call__(self, event: Event) -> None:
-        match event:
-            case Started():
-                self.stop()
-                self._stage, self._done_bytes = event, 0
-                self._draw()
-            case Advanced(num_bytes):
-                self._done_bytes += num_bytes
-                self._on_event(event)
-            case Finished():
-                self.stop()
-            case Note():
-                with self.aside():
-                    self._output.on_note(event)
-
-    def stop(self) -> None:
-        """End the stage."""
-        self._stage = None
-        self._erase()
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Off the terminal for as long as this lasts."""
-        self._erase()
-        yield
-        self._draw()
-
-    def _draw(self) -> None:
-        if self._stage is not None:
-            self._on_event = self._drawn.enter_context(self._output.progress())
-            self._on_event(self._stage)
-            self._on_event(Advanced(self._done_bytes))
-
-    def _erase(self) -> None:
-        self._drawn.close()
-        self._on_event = ignore_events
+    with ExitStack() as shown:
+        on_event = shown.enter_context(output.progress())
+        if output.has_bar:
+            yield on_event, _Bar(shown, output.stderr, memory_bytes)
+        else:
+            every_s = 0.0 if output.verbose else LINE_EVERY_S
+            yield on_event, _Lines(output, memory_bytes, every_s=every_s)
 
 
 # -- steps ----------------------------------------------------------------------------------------
 
 
 class _Bar:
-    """One line that is drawn again; it begins with the first step, when loading is over."""
+    """One line that is drawn again; with the first step it takes the place of what is `shown`."""
 
-    def __init__(self, console: Console, planned_bytes: int | None) -> None:
+    def __init__(self, shown: ExitStack, console: Console, planned_bytes: int | None) -> None:
+        self._shown = shown
         self._console = console
         self._planned_bytes = planned_bytes
         self._bar: Bar | None = None
-        self._task: TaskID | None = None
 
     def __call__(self, progress: Progress) -> None:
         if self._bar is None:
-            self._bar = _new_bar(self._console)
-            self._bar.start()
-            self._task = self._bar.add_task("training", total=progress.total_steps, item="")
-        assert self._task is not None
+            self._shown.close()
+            self._bar = self._shown.enter_context(_new_bar(self._console))
+            self._bar.add_task("training", total=progress.total_steps, item="")
+        [task] = self._bar.task_ids
         item = " · ".join(_parts(progress, self._planned_bytes))
-        self._bar.update(self._task, completed=progress.step, item=item)
-
-    def stop(self) -> None:
-        """Take it off the terminal."""
-        if self._bar is not None:
-            self._bar.stop()
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Off the terminal for as long as this lasts."""
-        self.stop()
-        yield
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.update(task, completed=progress.step, item=item)
 
 
 class _Lines:

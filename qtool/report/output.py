@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from qtool.errors import NameOption, QtoolError, Words, in_words, name_argument
@@ -53,13 +54,32 @@ class Output:
         self.name_option = name_option
         self.warnings: list[str] = []
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether there are no notes and no progress."""
+        return self.quiet or self.json_mode
+
+    @property
+    def has_bar(self) -> bool:
+        """Whether progress is a bar that is drawn again and again, not lines."""
+        return not (self.is_silent or self.verbose) and self.stderr.is_terminal
+
+    @cached_property
+    def stdout(self) -> Console:
+        """The console of the answer."""
+        return self._console(stderr=False)
+
+    @cached_property
+    def stderr(self) -> Console:
+        """The console of all else; one alone, so that what it prints stands above its bar."""
+        return self._console(stderr=True)
+
     def prepare(self) -> None:
         """Import what tables need, while something else keeps the program waiting."""
         if not self.json_mode:
             from rich.table import Table
 
-            self._console(stderr=True)
-            self._console(stderr=False).render_lines(Table("", box=None))
+            self.stdout.render_lines(Table("", box=None))
 
     # -- the answer: stdout ---------------------------------------------------------------------
 
@@ -67,15 +87,13 @@ class Output:
         """Print text or rich tables to stdout; nothing in JSON mode."""
         if self.json_mode:
             return
-        console = self._console(stderr=False)
         for renderable in renderables:
-            console.print(renderable)
+            self.stdout.print(renderable)
 
     def answer_line(self, text: str) -> None:
         """Print one line to stdout; only a terminal wraps it, so that logs can be searched."""
         if not self.json_mode:
-            console = self._console(stderr=False)
-            console.print(text, markup=False, soft_wrap=not console.is_terminal)
+            self.stdout.print(text, markup=False, soft_wrap=not self.stdout.is_terminal)
 
     def write_text(self, text: str) -> None:
         """Write `text` to stdout as it is and flush: generated tokens."""
@@ -93,14 +111,14 @@ class Output:
 
     def note(self, text: str) -> None:
         """A sentence beside the answer; silent with --quiet and --json."""
-        if not (self.quiet or self.json_mode):
-            console = self._console(stderr=True)
-            console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+        if not self.is_silent:
+            soft_wrap = not self.stderr.is_terminal
+            self.stderr.print(text, markup=False, highlight=False, soft_wrap=soft_wrap)
 
     def detail(self, text: str) -> None:
         """A sentence for --verbose."""
         if self.verbose and not self.json_mode:
-            self._console(stderr=True).print(text, style="dim", markup=False, highlight=False)
+            self.stderr.print(text, style="dim", markup=False, highlight=False)
 
     def warn(self, words: Words) -> None:
         """A warning: a line on stderr, or an entry of the JSON document's `warnings`."""
@@ -127,7 +145,7 @@ class Output:
         """Yield an `on_event` that shows progress: a bar on a terminal, lines elsewhere."""
         from qtool.report.progress import show_progress
 
-        with show_progress(self, self._console(stderr=True)) as on_event:
+        with show_progress(self) as on_event:
             yield on_event
 
     def on_note(self, event: Event) -> None:
@@ -141,7 +159,7 @@ class Output:
         from rich.text import Text
 
         line = Text.assemble((f"{label}: ", style), text)
-        self._console(stderr=True).print(line, highlight=False, soft_wrap=True)
+        self.stderr.print(line, highlight=False, soft_wrap=True)
 
     def _console(self, *, stderr: bool) -> Console:
         from rich.console import Console

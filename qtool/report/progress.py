@@ -25,12 +25,12 @@ WORTH_A_LINE_S = 1.0  # quicker stages are not worth a line in a log
 
 
 @contextmanager
-def show_progress(output: Output, console: Console) -> Iterator[OnEvent]:
+def show_progress(output: Output) -> Iterator[OnEvent]:
     """Yield an `on_event` for the length of the work."""
-    if output.quiet or output.json_mode:
+    if output.is_silent:
         yield output.on_note
-    elif console.is_terminal and not output.verbose:
-        with _bar(console) as progress:
+    elif output.has_bar:
+        with _bar(output.stderr) as progress:
             yield _BarEvents(progress, output)
     else:
         yield _LineEvents(output)

@@ -199,6 +199,7 @@ def test_what_this_machine_cannot_is_said_before_the_plan(
     is_dry: bool,
 ) -> None:
     monkeypatch.setattr(plan, "DRIVER", "libno_such_driver.so")
+    monkeypatch.setattr(plan, "DRIVER_FILE", tmp_path / "no_such_file")
     out = tmp_path / "out"
     ran = run("finetune", stories, story, "-o", out, *arguments, *["--dry-run"] * is_dry)
     assert (ran.exit_code, ran.stdout) == (2, "")
