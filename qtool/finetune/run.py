@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,8 +87,11 @@ def prepare(request: FinetuneRequest, *, warn: Warn, on_event: OnEvent = ignore_
         files.append(held_out.check())
     if rows.kind == "running text" and request.data.packing:
         warn((Option("packing"), " changes nothing: a running text fills its sequences anyway"))
-    finished = FinetuneResult.from_manifest(manifest) if manifest else None
-    return Prepared(planned, rows, held_out, tuple(files), folder, finished)
+    prepared = Prepared(planned, rows, held_out, tuple(files), folder)
+    if manifest is None:
+        return prepared
+    folder.require_same(_by_name(manifest), _by_name(_description(prepared)))
+    return replace(prepared, finished=FinetuneResult.from_manifest(manifest))
 
 
 def train(
@@ -342,6 +345,21 @@ def _begin(
     return Path(found[0]) if found[0] else None
 
 
+def _by_name(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Options, and the checksums of the data, each under a name that people know."""
+    sums = {f"SHA-256 of {file['source']}": file["sha256"] for file in description["data"]}
+    return {**description["options"], **sums}
+
+
+def _description(prepared: Prepared) -> dict[str, Any]:
+    """What a run is of, as its manifest says."""
+    planned = prepared.planned
+    return {
+        "data": [file._asdict() for file in prepared.files],
+        "options": planned.request.settings() | {"max_length": planned.max_length},
+    }
+
+
 def _manifest(prepared: Prepared, checkpoint: Checkpoint, result: FinetuneResult) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -357,8 +375,7 @@ def _manifest(prepared: Prepared, checkpoint: Checkpoint, result: FinetuneResult
             "revision": checkpoint.revision,
             "quant": prepared.planned.quant,
         },
-        "data": [file._asdict() for file in prepared.files],
-        "options": request.settings() | {"max_length": prepared.planned.max_length},
+        **_description(prepared),
         "result": result.to_dict(),
         "losses": [list(step) for step in result.history],
         "eval_losses": [list(entry) for entry in result.eval_history],

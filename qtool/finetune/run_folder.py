@@ -98,7 +98,7 @@ class RunFolder:
             self.discard()
         found = _read_json(self.checkpoints / RUN)
         if resume and found is not None:
-            self._require_same(found, identity)
+            self.require_same(found, identity)
             self._drop_torn()
             return self.last_whole()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,8 @@ class RunFolder:
             if not is_whole(path):
                 shutil.rmtree(path)
 
-    def _require_same(self, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    def require_same(self, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """QtoolError (usage) that names what differs, of what a run depends on."""
         differences = [
             f"{part} is {json.dumps(old)} there, {json.dumps(new)} now"
             for part, old, new in _differences(found, identity)

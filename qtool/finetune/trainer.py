@@ -86,6 +86,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._count_tokens(inputs)
         return computed
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Leaves the random numbers as they were, so that measuring changes nothing."""
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return super().evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With the tokens so far, which the GPU is not waited for at each of a step's passes."""
         if self.model.training and not self.aux_loss_enabled:

@@ -98,9 +98,14 @@ def _alternatives(
 
 
 def default_quants(workload: Workload) -> tuple[str, ...]:
-    """The precisions that a mode makes sense at: training in full needs floating point."""
+    """The precisions that a mode makes sense at: training in full needs floating point.
+
+    `qtool finetune` trains in full in float32 unless it is asked for bfloat16.
+    """
     if workload.mode == "qlora":
         return ("nf4", "nf4-dq")
+    if workload.mode == "full" and workload.runtime == "qtool":
+        return ("fp32", "bf16")
     return DEFAULT_QUANTS if workload.mode == "generate" else ("bf16",)
 
 

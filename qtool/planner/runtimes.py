@@ -72,6 +72,8 @@ def _mode_notes(quant: str, workload: Workload) -> list[str]:
             "as `qtool finetune` trains; --runtime transformers plans PEFT with bitsandbytes, "
             "which makes float32 copies of what is not packed"
         )
+    if workload.mode == "full" and workload.runtime == "qtool" and quant == "fp32":
+        notes.append("what `qtool finetune --method full` does unless told --master-dtype bf16")
     if workload.mode == "full" and quant in ("bf16", "fp16"):
         notes.append(
             "gradients and optimizer states in 16 bit, as the Trainer leaves them for a model "

@@ -139,6 +139,28 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     # Asked again it has nothing to do; asked for something else it says what.
     assert run_finished(replace(stopped, resume=True)) == resumed
+    with pytest.raises(QtoolError, match=r"lr is 0\.005 there, 0\.1 now"):
+        run_finished(replace(with_training(stopped, lr=0.1), resume=True))
+    with pytest.raises(QtoolError, match="source is"):
+        other = replace(stopped.data, source=shorter_text(stopped.data.source, tmp_path))
+        run_finished(replace(stopped, data=other, resume=True))
+
+
+def shorter_text(source: str, folder: Path) -> str:
+    path = folder / "shorter.txt"
+    path.write_text(Path(source).read_text()[:-100])
+    return str(path)
+
+
+def test_measuring_changes_nothing(request_: FinetuneRequest, tmp_path: Path) -> None:
+    """Dropout goes on with the random numbers that it would have had."""
+    data = replace(request_.data, eval_split="0.1")
+    request = replace(request_, data=data, lora=LoraOptions(r=16, dropout=0.1))
+    seldom = with_training(request, max_steps=4, save_steps=4)
+    often = replace(with_training(request, max_steps=4, save_steps=1), output=tmp_path / "often")
+    assert run(often).history == run(seldom).history
+    found, wanted = adapter(often.output), adapter(seldom.output)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def run_finished(request: FinetuneRequest) -> FinetuneResult | None:

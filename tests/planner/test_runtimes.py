@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from qtool.planner.estimate import default_quants
 from qtool.planner.fit import fit
 from qtool.planner.gpus import vram_class
 from qtool.planner.model import open_model
-from qtool.planner.records import Tuning
+from qtool.planner.records import Tuning, Workload
 from qtool.planner.reference_models import reference_models
 from tests.planner.plans import budget_of, plan_of
 
@@ -88,3 +89,12 @@ def test_training_in_full_takes_gradients_and_states_of_every_parameter():
     assert parts["optimizer"].bytes == 2 * 2 * num_parameters
     assert parts["weights"].bytes == 2 * num_parameters
     assert "kv_cache" not in parts
+
+
+@pytest.mark.parametrize(
+    ("runtime", "expected"), [("qtool", ("fp32", "bf16")), ("transformers", ("bf16",))]
+)
+def test_full_training_is_planned_as_it_is_done(runtime, expected):
+    """`qtool finetune` holds float32 weights, the Trainer those of the model it was given."""
+    workload = Workload(context=1, mode="full", runtime=runtime)
+    assert default_quants(workload) == expected
