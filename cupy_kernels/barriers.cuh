@@ -16,13 +16,26 @@ __device__ inline void arrive(uint64* barrier) {
     }
 }
 
+// The same if `arrives`, without a branch.
+__device__ inline void arrive_if(uint64* barrier, bool arrives) {
+    __syncwarp();
+    asm volatile("{\n.reg .pred arrives;\nsetp.ne.b32 arrives, %1, 0;\n@arrives mbarrier.arrive.shared.b64 _, [%0];\n}" ::"r"(
+                     uint32(__cvta_generic_to_shared(barrier))),
+                 "r"(int(arrives && threadIdx.x % WARP == 0))
+                 : "memory");
+}
+
 // Until the phase has ended; phases alternate between 0 and 1.
 __device__ inline void wait_for_phase(uint64* barrier, uint32 phase) {
     asm volatile(
         "{\n"
         ".reg .pred ended;\n"
         "again:\n"
+#if __CUDA_ARCH__ >= 900
+        "mbarrier.try_wait.parity.shared.b64 ended, [%0], %1;\n"
+#else
         "mbarrier.test_wait.parity.shared.b64 ended, [%0], %1;\n"
+#endif
         "@!ended bra again;\n"
         "}" ::"r"(uint32(__cvta_generic_to_shared(barrier))),
         "r"(phase)

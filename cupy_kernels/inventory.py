@@ -18,6 +18,7 @@ from cupy_kernels import (
     adapter_inner,
     argmax_rows,
     decode_attention,
+    linear_many,
     linear_some,
     optimizer_8bit,
     prompt_rows,
@@ -90,6 +91,12 @@ SOME_LINEARS: Final = (
 )
 SOME_ROWS: Final = 4096
 
+# And with many, for any number of columns, in tiles of these shapes.
+MANY_LINEARS: Final = (
+    (LinearKind("nf4", 256, "BF16", nested=True), linear_many.SHAPES),
+    (LinearKind("fp4", 256, "F16"), linear_many.SHAPES[::2]),
+)
+
 NORM_KINDS: Final[tuple[Norm, ...]] = ("rms", "rms_plus_one")
 
 # Query and key heads, sizes of a head, norm of heads, softcap.
@@ -141,12 +148,13 @@ class Resources:
 def specialisations(target: str) -> Iterator[Specialisation]:
     """All of them, kernel by kernel; of those that are made for a model's sizes, the usual ones.
 
-    Kernels of the decode step are left out where they do not run (see `SHARED_KIB`).
+    Kernels of products and of the decode step are left out where they do not run (`SHARED_KIB`).
     """
     yield from _of_formats()
     yield from _of_optimizers(int(target.removeprefix("sm_")))
     if target in SHARED_KIB:
         yield from _of_products(shared_memory(target))
+        yield from _of_int8_products()
         if target == "sm_90":
             yield from _of_warpgroups(shared_memory(target))
         yield from _of_the_decode_step()
@@ -178,16 +186,17 @@ def _of_formats() -> Iterator[Specialisation]:
             yield _make("quantize_int8_rows", SOURCE=dtype, ROW_THREADS=threads, OCTETS=octets)
         yield _make("dequantize_int8_rows", TARGET=dtype)
         yield _make("count_nonfinite", SOURCE=dtype)
-    yield from _of_rounded_activations()
     yield _make("quantize_absmax")
     yield _make("dequantize_absmax")
 
 
-def _of_rounded_activations() -> Iterator[Specialisation]:
+def _of_int8_products() -> Iterator[Specialisation]:
     for dtype in (DTYPES["BF16"], DTYPES["F16"]):
         yield _make("int8_outliers", SOURCE=dtype)
         for threads, octets in ROW_SHAPES[dtype]:
             yield _make("int8_activations", SOURCE=dtype, ROW_THREADS=threads, OCTETS=octets)
+        for added in (0, 1):
+            yield _make("int8_sums", ACTIVATION=dtype, ADDED=added)
 
 
 def _of_optimizers(compute_capability: int) -> Iterator[Specialisation]:
@@ -235,6 +244,11 @@ def _of_warpgroups(gpu: SharedMemory) -> Iterator[Specialisation]:
                     warps = f"{tuning.row_warps} x {tuning.column_warps} warps in groups"
                     purpose = f"{_in_words(kind)}, tokens {tokens}, {warps}"
                     yield Specialisation(plan.kernel, plan.defines, purpose)
+    for kind, shapes in MANY_LINEARS:
+        for shape in shapes:
+            purpose = f"{_in_words(kind)}, tiles of {shape.tokens} tokens, {shape.split} blocks"
+            defines = linear_many.defines_of(kind, shape)
+            yield Specialisation("linear_many", tuple(defines.items()), purpose)
 
 
 def _in_words(kind: LinearKind) -> str:
@@ -262,8 +276,6 @@ def _of_the_decode_step() -> Iterator[Specialisation]:
                 )
             )
     for dtype in (DTYPES["BF16"], DTYPES["F16"]):
-        for added in (0, 1):
-            yield _make("int8_sums", ACTIVATION=dtype, ADDED=added)
         yield _make(
             "argmax_rows", ACTIVATION=dtype, BLOCKS=argmax_rows.BLOCKS, WARPS=argmax_rows.WARPS
         )

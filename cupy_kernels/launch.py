@@ -13,6 +13,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import cupy
 
 ALIGNMENT_BYTES: Final = 16
@@ -63,8 +65,10 @@ def ceil_div(a: int, b: int) -> int:
 
 # -- launches through the driver: what CuPy's own cannot ask for ----------------------------------
 
+_CLUSTER_DIMENSION: Final = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_SERIALIZATION: Final = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAX_DYNAMIC_SHARED_BYTES: Final = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_INVALID_CONTEXT: Final = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -152,6 +156,23 @@ class Launch:
         """Take another number of thread blocks."""
         self._config.grid[:] = (*grid, 1, 1)[:3]
 
+    def count_clusters(self, size: int) -> int:
+        """How many clusters of `size` thread blocks the current device runs at once."""
+        attribute = _LaunchAttribute(_CLUSTER_DIMENSION, 0, (size, 1, 1))
+        config = _LaunchConfig.from_buffer_copy(self._config)
+        config.grid[:] = (size, 1, 1)
+        config.attributes, config.num_attributes = ctypes.pointer(attribute), 1
+        count = ctypes.c_int()
+        status = _in_context(
+            _driver().cuOccupancyMaxActiveClusters,
+            ctypes.byref(count),
+            self._function,
+            ctypes.byref(config),
+        )
+        if status:
+            raise RuntimeError(f"cuOccupancyMaxActiveClusters: CUDA error {status}")
+        return count.value
+
     def __call__(self, stream: int) -> None:
         """Queue it on `stream`.
 
@@ -159,7 +180,8 @@ class Launch:
             RuntimeError: the driver refuses, or reports an earlier failure.
         """
         self._config.stream = stream
-        status = self._launch(ctypes.byref(self._config), self._function, self._parameters, None)
+        arguments = ctypes.byref(self._config), self._function, self._parameters, None
+        status = _in_context(self._launch, *arguments)
         if status:
             raise RuntimeError(f"cuLaunchKernelEx: CUDA error {status}")
 
@@ -169,8 +191,27 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
+def _in_context(function: Callable[..., int], *arguments: Any) -> int:
+    """The status of `function`, called again where the thread had no context of the device.
+
+    The runtime gives a thread its context at the thread's first call of the runtime; the driver
+    never does. Threads that have called neither exist: PyTorch runs backward passes on threads of
+    its own, and finds their memory in its cache. Asked for only once it is missing, since launches
+    are queued hundreds at a time.
+    """
+    status = function(*arguments)
+    if status != _INVALID_CONTEXT:
+        return status
+    from cupy.cuda import runtime
+
+    runtime.setDevice(runtime.getDevice())
+    return function(*arguments)
+
+
 def _allow_shared_bytes(function: ctypes.c_void_p, shared_bytes: int) -> None:
-    status = _driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
+    status = _in_context(
+        _driver().cuFuncSetAttribute, function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes
+    )
     if status:
         raise RuntimeError(
             f"cuFuncSetAttribute: CUDA error {status} for {shared_bytes} bytes of shared memory"

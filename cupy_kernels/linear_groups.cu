@@ -331,8 +331,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_groups(
         expect_bytes(x_full + stage, X_STAGE_BYTES);
 #pragma unroll
         for (int i = 0; i < COLUMN_WARPS; i++)
-            copy_block(shared + X_AT + stage * X_STAGE_BYTES + i * X_BYTES, &args.tokens,
-                       (group_of(unit) * COLUMN_WARPS + i) * CHUNK + b * BLOCK, x_full + stage);
+            copy_box(shared + X_AT + stage * X_STAGE_BYTES + i * X_BYTES, &args.tokens,
+                     (group_of(unit) * COLUMN_WARPS + i) * CHUNK + b * BLOCK, 0, x_full + stage);
     };
 
     // -- before the launch before has ended: all that does not depend on it

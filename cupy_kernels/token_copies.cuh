@@ -4,7 +4,8 @@
 // A block is 64 columns of the tokens, a token's in 128 bytes, whose 16-byte parts are swizzled by the token.
 #pragma once
 
-// As cuTensorMapEncodeTiled makes it: (tokens, columns) of 16-bit values, in boxes of TOKENS times 64.
+// As cuTensorMapEncodeTiled makes it: (tokens, columns) of 16-bit values, in boxes of so many tokens times 64; or bytes
+// of packed weights.
 struct __align__(64) TokenMap {
     uint64 words[16];
 };
@@ -20,17 +21,20 @@ __device__ inline void expect_bytes(uint64* barrier, int bytes) {
                  : "memory");
 }
 
-// 64 columns from `column` on, of all tokens; zeros for what is outside. The bytes are counted by `barrier`.
-__device__ inline void copy_block(void* target, const TokenMap* tokens, int column, uint64* barrier) {
+// A box of the map, whose first column and row are given; zeros for what is outside. The bytes are counted by
+// `barrier`.
+__device__ inline void copy_box(void* target, const TokenMap* map, int column, int row, uint64* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(target)),
-        "l"(tokens), "r"(column), "r"(0), "r"(shared_address(barrier))
+        "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
         : "memory");
 }
 
-// Where a block begins, for wgmma; 32 bytes further (2) are the next 16 columns.
-__device__ inline uint32 describe_swizzled_tokens(const void* block) { return shared_address(block) >> 4 | 1u << 16; }
+// Where a block begins, for wgmma, which wants no rank in a cluster; 32 bytes further (2) are the next 16 columns.
+__device__ inline uint32 describe_swizzled_tokens(const void* block) {
+    return (shared_address(block) & 0x3ffff) >> 4 | 1u << 16;
+}
 
 __device__ inline uint64 swizzled_tokens(uint32 described) {
     constexpr uint64 EIGHT_TOKENS = 8 * 128, SWIZZLE_128 = 1;

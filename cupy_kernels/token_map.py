@@ -1,4 +1,4 @@
-"""Describes tokens to the copy engine of Hopper and later: the maps that token_copies.cuh reads."""
+"""Describes tokens and weights to the copy engine of Hopper, as token_copies.cuh wants them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ _ALIGNMENT: Final = 64  # of a map in memory
 _BLOCK: Final = 64  # columns, the widest box whose rows are swizzled
 
 # From cuda.h
-_UINT16: Final = 1  # CU_TENSOR_MAP_DATA_TYPE_UINT16
+_UINT8: Final = 0  # CU_TENSOR_MAP_DATA_TYPE_UINT8
+_UINT16: Final = 1
 _NO_INTERLEAVE: Final = 0
+_SWIZZLE_32B: Final = 1  # CU_TENSOR_MAP_SWIZZLE_32B
 _SWIZZLE_128B: Final = 3
 _L2_PROMOTION_256B: Final = 3
 _ZEROS: Final = 0  # CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
@@ -43,19 +45,47 @@ def fill_map(target: TokenMap, x: int, stride: int, count: int, columns: int, bo
     Raises:
         RuntimeError: the driver refuses.
     """
+    stride_bytes = (stride if count > 1 else columns) * 2
+    _fill(target, _UINT16, x, (columns, count), stride_bytes, (_BLOCK, box), _SWIZZLE_128B)
+
+
+def fill_packed_map(target: TokenMap, packed: int, columns: int, rows: int, box: int) -> None:
+    """Describe packed weights (rows, columns) of 4 bits to the copy engine. Rows beyond are zeros.
+
+    Args:
+        packed: their address, 16-byte aligned.
+        columns: a multiple of 64.
+        box: rows that are copied at once, 64 columns of each.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    row_bytes = columns // 2
+    _fill(target, _UINT8, packed, (row_bytes, rows), row_bytes, (_BLOCK // 2, box), _SWIZZLE_32B)
+
+
+def _fill(
+    target: TokenMap,
+    dtype: int,
+    address: int,
+    sizes: tuple[int, int],
+    stride_bytes: int,
+    box: tuple[int, int],
+    swizzle: int,
+) -> None:
     space = ctypes.create_string_buffer(MAP_BYTES + _ALIGNMENT)
     aligned = -(-ctypes.addressof(space) // _ALIGNMENT) * _ALIGNMENT
     status = _encode()(
         aligned,
-        _UINT16,
+        dtype,
         2,
-        x,
-        _Sizes(columns, count),
-        _Strides((stride if count > 1 else columns) * 2),
-        _Counts(_BLOCK, box),
+        address,
+        _Sizes(*sizes),
+        _Strides(stride_bytes),
+        _Counts(*box),
         _Counts(1, 1),
         _NO_INTERLEAVE,
-        _SWIZZLE_128B,
+        swizzle,
         _L2_PROMOTION_256B,
         _ZEROS,
     )

@@ -43,6 +43,8 @@ __device__ inline void take_registers() {
 #define SUMS_2(i) SUMS_1(i), SUMS_1(i + 1)
 #define SUMS_4(i) SUMS_2(i), SUMS_2(i + 2)
 #define SUMS_8(i) SUMS_4(i), SUMS_4(i + 4)
+#define SUMS_16(i) SUMS_8(i), SUMS_8(i + 8)
+#define TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define PRODUCT(SIZE, TYPE, SUMS, A, TOKENS_AT, ADDS, ...)                                                     \
     asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " ADDS ", 0;\n"                                      \
                  "wgmma.mma_async.sync.aligned.m64n" SIZE "k16.f32." TYPE "." TYPE " {" SUMS "}, {" A "}, "    \
@@ -75,7 +77,18 @@ __device__ inline void multiply_group(float (&sums)[TILES][4], uint32 a0, uint32
         EITHER_PRODUCT("64", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
                        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
                        "%32, %33, %34, %35", "%36", "%37", SUMS_8(0));
+    } else if constexpr (TILES == 16) {
+        EITHER_PRODUCT("128", TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63",
+                       "%64, %65, %66, %67", "%68", "%69", SUMS_16(0));
+    } else if constexpr (TILES == 24) {
+        EITHER_PRODUCT("192",
+                       TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) "%90, %91, %92, %93, %94, %95",
+                       "%96, %97, %98, %99", "%100", "%101", SUMS_16(0), SUMS_8(16));
     } else {
-        static_assert(TILES == 1, "8, 16, 32 or 64 tokens");
+        static_assert(TILES == 32, "8, 16, 32, 64, 128, 192 or 256 tokens");
+        EITHER_PRODUCT("256",
+                       TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
+                       "%120, %121, %122, %123, %124, %125, %126, %127",
+                       "%128, %129, %130, %131", "%132", "%133", SUMS_16(0), SUMS_16(16));
     }
 }

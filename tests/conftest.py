@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,22 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.fail(f"QTOOL_TEST_DATA={folder} is no folder")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_gpu_empty(request: pytest.FixtureRequest) -> Iterator[None]:
+    """GPU tests share the card with those of other processes, and some measure what is on it."""
+    yield
+    if not request.node.get_closest_marker("gpu") or "torch" not in sys.modules:
+        return
+    import torch
+
+    if torch.cuda.memory_reserved() >= _WORTH_GIVING_BACK_BYTES:
+        gc.collect()  # modules hold each other
+        torch.cuda.empty_cache()
+
+
+_WORTH_GIVING_BACK_BYTES = 128 << 20
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

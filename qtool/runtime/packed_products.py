@@ -1,20 +1,28 @@
-"""Products of up to 64 tokens with packed layers on a GPU, by the kernels that read packed bytes.
+"""Products with packed layers on a GPU, by the kernels that read packed bytes.
 
-launch = PackedProduct(kind, weight, num_tokens)
+launch = PackedProduct(kind, weight, num_tokens)  # up to 64 tokens
 launch.queue(x, out)
+
+if takes_many(kind, rows, num_tokens):  # more, where that is faster than to dequantize
+    launch = ManyProducts(kind, weights, num_tokens)
+    launch.queue(x, outs)
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from functools import cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from cupy_kernels import linear_many
 from cupy_kernels.capture import capture_id
 from cupy_kernels.linear_few import MAX_TOKENS as MAX_FEW_TOKENS
 from cupy_kernels.linear_few import LinearFew, LinearKind, LinearWeight, Tokens, holds_all_columns
+from cupy_kernels.linear_many import LinearMany
 from cupy_kernels.linear_some import COUNTER_BYTES, LinearSome
 
 # Below, each weight is looked up for so few products that warps of one row each do as well.
@@ -61,8 +69,7 @@ class PackedProduct:
             out: (tokens, rows), which may lie apart.
         """
         stream: int = torch.cuda.current_stream(x.device).cuda_stream
-        if x.stride(0) < x.shape[1]:  # such as one row repeated, which the copy engine refuses
-            x = x.contiguous()
+        x = _in_rows(x)
         tokens = Tokens(x.shape[0], x.data_ptr(), x.stride(0), (out.data_ptr(),), (out.stride(0),))
         if self._few is not None:
             self._few.queue(tokens, stream)
@@ -85,6 +92,63 @@ def takes_few(kind: LinearKind, rows: int, max_tokens: int) -> bool:
     if max_tokens > MAX_FEW_TOKENS or rows > MAX_FEW_ROWS:
         return False
     return holds_all_columns(kind, max_tokens)
+
+
+# -- more tokens ----------------------------------------------------------------------------------
+
+
+def takes_many(kind: LinearKind, rows: Sequence[int], num_tokens: int) -> bool:
+    """Whether `ManyProducts` runs for layers of so many rows on the current GPU, and is faster than
+    to dequantize them.
+    """
+    return _takes_many(kind, tuple(rows), num_tokens, torch.cuda.current_device())
+
+
+@cache
+def _takes_many(kind: LinearKind, rows: tuple[int, ...], num_tokens: int, device: int) -> bool:
+    return linear_many.fits(kind) and linear_many.is_faster(rows, kind.columns, num_tokens)
+
+
+class ManyProducts:
+    """A launch for one to three layers and about `num_tokens` tokens, for one thread at a time."""
+
+    def __init__(self, kind: LinearKind, weights: Sequence[LinearWeight], num_tokens: int) -> None:
+        self._launch = LinearMany(kind, weights, num_tokens)
+
+    def set_weights(self, weights: Sequence[LinearWeight]) -> None:
+        """Take other layers of the same shapes."""
+        self._launch.set_weights(weights)
+
+    def queue(self, x: Tensor, outs: Sequence[Tensor], residual: Tensor | None = None) -> None:
+        """Queue the products on the current stream of x's device, which is the current one.
+
+        Args:
+            x: (tokens, columns), rows 16-byte aligned.
+            outs: (tokens, rows) each, which may lie apart.
+            residual: added to each, (tokens, rows); of one layer it may be the output itself.
+        """
+        stream: int = torch.cuda.current_stream(x.device).cuda_stream
+        x = _in_rows(x)
+        tokens = Tokens(
+            x.shape[0],
+            x.data_ptr(),
+            x.stride(0),
+            tuple(out.data_ptr() for out in outs),
+            tuple(out.stride(0) for out in outs),
+            residual=0 if residual is None else residual.data_ptr(),
+            residual_stride=0 if residual is None else residual.stride(0),
+        )
+        self._launch.queue(tokens, stream)
+
+
+def many_shape(kind: LinearKind, rows: Sequence[int], num_tokens: int) -> linear_many.Shape:
+    """What tells launches of `ManyProducts` for the same layers apart."""
+    return linear_many.shape_on(tuple(rows), kind.columns, num_tokens)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """Without rows that overlap, such as one repeated, which the copy engine refuses."""
+    return x.contiguous() if x.stride(0) < x.shape[1] else x
 
 
 # -- counters -------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
     y = linear_4bit(x, packed, absmax, quant_type="nf4", blocksize=64, out_features=4096, ...)
 
 They run on the current stream, may be captured in CUDA graphs and compiled by torch.compile, and
-have a gradient for x. Up to 64 tokens go through kernels that read the packed bytes; more through a
-dequantized copy and PyTorch's product, which is the faster one there, or with INT8 weights, where
-that is asked for, through an INT8 product (`qtool.runtime.int8_products`).
+have a gradient for x. Up to 64 tokens go through kernels that read the packed bytes, and so do more
+with 4-bit weights where a GPU of Hopper is faster that way (up to some thousand tokens); else
+through a dequantized copy and PyTorch's product, or with INT8 weights, where that is asked for,
+through an INT8 product (`qtool.runtime.int8_products`).
 """
 
 from __future__ import annotations
@@ -127,6 +128,16 @@ def runs_fused(x: Tensor, columns: int) -> bool:
     )
 
 
+def _runs_many(x: Tensor, kind: Any, out_features: int) -> bool:
+    num_tokens = x.numel() // kind.columns
+    if num_tokens <= MAX_FUSED_TOKENS:
+        return False
+    from qtool.runtime.packed_products import takes_many
+
+    with torch.cuda.device(x.device):
+        return takes_many(kind, (out_features,), num_tokens)
+
+
 @cache
 def has_kernels(device: torch.device) -> bool:
     """Whether our kernels run there; without CuPy PyTorch's own operators dequantize."""
@@ -181,7 +192,7 @@ def _linear_4bit_cuda(
 ) -> Tensor:
     columns = x.shape[-1]
     statistics = (absmax, absmax_codes, nested_absmax, nested_quant_map, nested_offset)
-    if runs_fused(x, columns) and packed.data_ptr() % 16 == 0:
+    if x.dtype in KERNEL_DTYPES and has_kernels(x.device) and packed.data_ptr() % 16 == 0:
         from cupy_kernels.linear_few import LinearKind
 
         kind = LinearKind(
@@ -191,7 +202,8 @@ def _linear_4bit_cuda(
             blocksize=blocksize,
             nested=absmax is None,
         )
-        return _multiply_packed(x, kind, out_features, (packed, *statistics), bias)
+        if runs_fused(x, columns) or _runs_many(x, kind, out_features):
+            return _multiply_packed(x, kind, out_features, (packed, *statistics), bias)
     dtype = getattr(torch, weight_dtype)
 
     def make_weight(rows: slice) -> Tensor:
@@ -360,7 +372,10 @@ def _multiply_packed(
             out_features, *(0 if t is None else t.data_ptr() for t in (*tensors, bias))
         )
         with torch.cuda.device(x.device):
-            _launch_for(kind, weight, rows).queue(rows, out)
+            if rows.shape[0] <= MAX_FUSED_TOKENS:
+                _launch_for(kind, weight, rows).queue(rows, out)
+            else:
+                _launch_for_many(kind, weight, rows).queue(rows, (out,))
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -374,6 +389,18 @@ def _launch_for(kind: Any, weight: Any, rows: Tensor) -> Any:
     if launch is None:
         launch = _launches.by_key[key] = PackedProduct(kind, weight, max_tokens)
     launch.set_weight(weight)
+    return launch
+
+
+def _launch_for_many(kind: Any, weight: Any, rows: Tensor) -> Any:
+    from qtool.runtime.packed_products import ManyProducts, many_shape
+
+    shape = many_shape(kind, (weight.rows,), rows.shape[0])
+    key = (kind, weight.rows, shape, rows.device)
+    launch = _launches.by_key.get(key)
+    if launch is None:
+        launch = _launches.by_key[key] = ManyProducts(kind, (weight,), rows.shape[0])
+    launch.set_weights((weight,))
     return launch
 
 

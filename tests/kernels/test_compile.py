@@ -46,7 +46,8 @@ def test_kernels_of_the_decode_step_begin_with_sm_80():
     major, minor = OLDEST_COMPUTE_CAPABILITY
     for target in TARGETS:
         compiled = {kernel.name for kernel in specialisations(target)}
-        assert ("linear_few" in compiled) == (int(target[3:]) >= 10 * major + minor)
+        runs = int(target[3:]) >= 10 * major + minor
+        assert [name in compiled for name in ("linear_few", "int8_sums")] == [runs, runs]
 
 
 @pytest.mark.slow

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from cupy_kernels.linear_few import LinearKind, LinearWeight, Tokens, shared_memory
+from cupy_kernels.linear_few import LinearKind, Tokens, shared_memory
 from cupy_kernels.linear_some import COUNTER_BYTES, GROUP_TUNINGS, LinearSome, plan_with
 from cupy_kernels.loader import compiles_for
-from qtool.formats.codebooks import CODES, dynamic_map
+from tests.kernels.layers_on_gpu import DEVICE, DTYPES, LARGEST_ERROR, make
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cuda"
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
-LARGEST_ERROR = {"BF16": 2.5e-3, "F16": 4e-4}
-ABSMAX_GROUP = 256
 # Tiles that one thread block has, that two cut, that many share; some that are not full.
 KINDS = (
     (LinearKind("nf4", 4096, "BF16", nested=True), 40_000),
@@ -25,36 +19,6 @@ KINDS = (
     (LinearKind("fp4", 1408, "F16", blocksize=128), 301),
     (LinearKind("nf4", 64, "BF16", blocksize=64), 131),
 )
-
-
-def make(kind: LinearKind, rows: int) -> tuple[LinearWeight, torch.Tensor, list[torch.Tensor]]:
-    """A layer, its weight in float64, and what has to stay alive."""
-    count = rows * kind.columns
-    packed = torch.randint(0, 256, (count // 2,), dtype=torch.uint8, device=DEVICE)
-    code = torch.from_numpy(CODES[kind.format].copy()).to(DEVICE).double()
-    values = torch.stack((code[packed.int() >> 4], code[packed.int() & 15]), -1).reshape(-1)
-    blocks = -(-count // kind.blocksize)
-    bias = torch.randn(rows, device=DEVICE).to(DTYPES[kind.dtype])
-    addresses: dict[str, Any] = {"bias": bias.data_ptr()}
-    if kind.nested:
-        codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=DEVICE)
-        nested = torch.rand(-(-blocks // ABSMAX_GROUP), device=DEVICE) * 0.01 + 0.01
-        entries = torch.from_numpy(dynamic_map().copy()).to(DEVICE)
-        offset = torch.full((), 0.05, device=DEVICE)
-        kept = [packed, bias, codes, nested, entries, offset]
-        absmax = entries[codes.long()] * nested.repeat_interleave(ABSMAX_GROUP)[:blocks] + offset
-        addresses |= {
-            "absmax_codes": codes.data_ptr(),
-            "nested_absmax": nested.data_ptr(),
-            "nested_quant_map": entries.data_ptr(),
-            "nested_offset": offset.data_ptr(),
-        }
-    else:
-        absmax = torch.rand(blocks, device=DEVICE) * 0.05 + 0.02
-        kept = [packed, bias, absmax]
-        addresses["absmax"] = absmax.data_ptr()
-    dense = values * absmax.double().repeat_interleave(kind.blocksize)[:count]
-    return LinearWeight(rows, packed.data_ptr(), **addresses), dense.view(rows, -1), kept
 
 
 @pytest.mark.parametrize(("kind", "rows"), KINDS)

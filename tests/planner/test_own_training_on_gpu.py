@@ -5,7 +5,6 @@ Published widths, few layers, random weights.
 
 from __future__ import annotations
 
-import gc
 import json
 from typing import Any
 
@@ -50,8 +49,6 @@ def test_a_step_takes_what_was_planned(test_data, case):
         describe_model(Checkpoint.of_config("bare", config)), quant, asked
     ).plan(asked)
 
-    gc.collect()  # modules of the case before hold each other
-    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     with build_random_model(config, quant, device="cuda") as loaded:
         network = loaded.model.requires_grad_(False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -167,6 +170,28 @@ def test_gradients_of_the_input(quant):
     layer(x).backward(upstream)
     expected = upstream.cpu().double() @ exact_weight(layer)
     assert relative_error(x.grad, expected) < 1e-2
+
+
+@pytest.mark.parametrize("quant", ["nf4-dq", "int8"])
+def test_threads_that_nobody_gave_a_context(quant):
+    """As PyTorch's for backward passes, whose first call that touches the device may be ours."""
+    layer = make_layer(quant, 256, 512, device="cuda")
+    num_tokens = (1, 70)  # a product of few and, after dequantizing, one of many
+    inputs = [torch.randn(n, 512, dtype=torch.bfloat16, device="cuda") for n in num_tokens]
+    expected = [multiply(layer, x) for x in inputs]
+    cached = [multiply(layer, x) for x in inputs]  # memory that the thread finds without asking
+    del cached
+    context = ctypes.c_void_p(1)
+
+    def multiply_without_context():
+        ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
+        with torch.no_grad():
+            return [layer(x) for x in inputs]
+
+    with ThreadPoolExecutor(1) as thread:
+        results = thread.submit(multiply_without_context).result()
+    assert context.value is None
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
 def test_under_torch_compile():

@@ -224,12 +224,15 @@ class FusedNetwork(Network):
             raise CaptureFailed("its logits hang on rounding, so kernels cannot be checked")
 
     def _check_prompt(self, tokens: Tensor, own: _Own) -> None:
-        """Up to a token that tells: in one chunk through dequantized layers, and in two through
-        packed ones."""
+        """Up to a token that tells: in one chunk through dequantized layers and through products of
+        many tokens, and in two through those of few."""
         assert self._prompt is not None and own.last_near is not None
-        count = own.last_near + 1
-        for chunk, packed in ((count, 0), (max(count - 2, 1), MAX_FUSED_TOKENS)):
-            self._prompt.max_packed_tokens = packed
+        prompt, count = self._prompt, own.last_near + 1
+        ways = [(count, 0, False), (max(count - 2, 1), MAX_FUSED_TOKENS, None)]
+        if prompt.can_multiply_many():
+            ways.insert(1, (count, 0, True))
+        for chunk, few, many in ways:
+            prompt.max_packed_tokens, prompt.multiplies_many = few, many
             found = self._run_prompt(tokens[:, :count], 0, chunk)
             if not _are_near(found, own.logits[own.last_near]):
                 raise NotFusable("a prompt gives other logits there")

@@ -1,10 +1,11 @@
 """A prompt through the common decoder block: PyTorch's products and attention, our kernels between.
 
-Each packed layer is dequantized into one scratch buffer, out of which PyTorch multiplies at once,
-while the second-level cache still holds most of it; up to 64 tokens are multiplied straight from
-the packed bytes, and more with INT8 layers as integers, if that is asked for. What adapters add
-comes from products of its own. Nothing waits for the device, and what can be made ready is made
-once, so that the host stays ahead of a block's twenty launches.
+Up to 64 tokens are multiplied straight from the packed bytes, and so are more with 4-bit layers
+where that is faster (on Hopper); else each packed layer is dequantized into one scratch buffer, out
+of which PyTorch multiplies at once, while the second-level cache still holds most of it, or with
+INT8 layers as integers, if that is asked for. What adapters add comes from products of its own.
+Nothing waits for the device, and what can be made ready is made once, so that the host stays ahead
+of a block's launches.
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cupy_kernels import linear_many
 from cupy_kernels.dequantize_4bit import Dequantize4bit, NestedAbsmax
 from cupy_kernels.dequantize_int8_rows import DequantizeInt8Rows
-from cupy_kernels.linear_few import NormWeight
+from cupy_kernels.linear_few import LinearKind, NormWeight
 from cupy_kernels.prompt_rows import GatedRows, NormRows
 from qtool.runtime.decoders.blocks import Block, FusableNetwork, Norm, NotFusable, PackedRows
 from qtool.runtime.decoders.fused_adapters import AdapterGroup, BlockAdapters, adapters_of
 from qtool.runtime.decoders.fused_attention import AttentionLaunches
 from qtool.runtime.dequantize_host import KERNEL_DTYPES
 from qtool.runtime.int8_products import add_product, find_outliers, round_activations
-from qtool.runtime.packed_products import PackedProduct, tokens_of_kernel
+from qtool.runtime.packed_products import (
+    ManyProducts,
+    PackedProduct,
+    many_shape,
+    takes_many,
+    tokens_of_kernel,
+)
 from qtool.runtime.products import (
     MAX_DEQUANTIZED_ELEMENTS,
     MAX_FUSED_TOKENS,
@@ -58,6 +66,24 @@ class Launches(Protocol):
 
     def multiply(self, layer: PackedRows, x: Tensor, out: Tensor) -> None:
         """Few tokens' product with a packed layer, and its bias, to `out`."""
+        ...
+
+    def fits_many(self, kind: LinearKind) -> bool:
+        """Whether `multiply_many` takes such layers."""
+        ...
+
+    def takes_many(self, layers: Sequence[PackedRows], num_tokens: int) -> bool:
+        """Whether it does, and is faster than to dequantize; layers are of one kind."""
+        ...
+
+    def multiply_many(
+        self, layers: Sequence[PackedRows], x: Tensor, outs: Sequence[Tensor], *, added: bool
+    ) -> None:
+        """Many tokens' products with packed layers, and their biases, to `outs`.
+
+        Args:
+            added: to what is there, of one layer.
+        """
         ...
 
     def multiply_rounded(
@@ -118,7 +144,8 @@ class FusedPrompt:
         adapters: those of the network, `adapters_of` it; made here if None.
 
     Attributes:
-        max_packed_tokens: up to how many are multiplied without dequantizing.
+        max_packed_tokens: up to how many are few, and multiplied without dequantizing.
+        multiplies_many: whether more are, where there is a kernel; None where that is faster.
 
     Raises:
         NotFusable: attention that PyTorch's fused one does not do, or a layer that cannot be
@@ -145,6 +172,14 @@ class FusedPrompt:
         self._windows = [window if window < capacity else 0 for window in windows]
         self._products = [_products_of(block) for block in network.blocks]
         self.max_packed_tokens = MAX_FUSED_TOKENS
+        self.multiplies_many: bool | None = None
+
+    def can_multiply_many(self) -> bool:
+        """Whether there is a kernel for more than few tokens, and any layer."""
+        blocks = self._network.blocks
+        layers = [layer for block in blocks for layer in _layers_of(block)]
+        kinds = {layer.kind for layer in layers if layer.plain is None}
+        return any(self._launches.fits_many(kind) for kind in kinds)
 
     def run(self, input_ids: Tensor, start: int) -> Tensor:
         """Take up tokens int64 (batch, n) at positions from `start` on.
@@ -181,13 +216,20 @@ class FusedPrompt:
         self, index: int, products: _BlockProducts, normed: Tensor, hidden: Tensor
     ) -> None:
         adapters, norm = self._adapters[index], self._network.blocks[index].down_norm
-        gate = self._product(products.gate, normed)
-        up = self._product(products.up, normed)
+        gate, up = self._gate_and_up(products, normed)
         if adapters.gate_up is not None:
             adapters.gate_up.add(normed, (gate, up))
         self._launches.gate(gate, up)
         del up
         self._add_product(products.down, gate, hidden, norm, normed, adapters.down)
+
+    def _gate_and_up(self, products: _BlockProducts, normed: Tensor) -> tuple[Tensor, Tensor]:
+        both = (*products.gate.layers, *products.up.layers)
+        if self._is_many(both, normed):
+            outs = [normed.new_empty(normed.shape[0], layer.weight.rows) for layer in both]
+            self._launches.multiply_many(both, normed, outs, added=False)
+            return outs[0], outs[1]
+        return self._product(products.gate, normed), self._product(products.up, normed)
 
     def _attend(self, index: int, query_key_value: Tensor, start: int) -> Tensor:
         """Attention of all tokens (batch * n, heads * head_dim)."""
@@ -211,9 +253,21 @@ class FusedPrompt:
     def _reads_packed(self, product: _Product, x: Tensor) -> bool:
         return product.is_packed and x.shape[0] <= self.max_packed_tokens
 
+    def _is_many(self, layers: Sequence[PackedRows], x: Tensor) -> bool:
+        """Whether the packed bytes of these layers are read at once, for more than a few tokens."""
+        kind, num_tokens = layers[0].kind, x.shape[0]
+        if num_tokens <= self.max_packed_tokens or self.multiplies_many is False:
+            return False
+        if any(layer.plain is not None or layer.kind != kind for layer in layers):
+            return False
+        if self.multiplies_many:
+            return self._launches.fits_many(kind)
+        return self._launches.takes_many(layers, num_tokens)
+
     def _product(self, product: _Product, x: Tensor) -> Tensor:
         """x @ weight.T + bias (n, rows of all layers)."""
-        in_place = self._reads_packed(product, x) or product.rounds(x)
+        in_place = self._reads_packed(product, x) or self._is_many(product.layers, x)
+        in_place = in_place or product.rounds(x)
         if len(product.groups) == 1 and not in_place:
             out = x.mm(self._dequantize(product.groups[0], x).t())
             return out if product.bias is None else out.add_(product.bias)
@@ -225,6 +279,11 @@ class FusedPrompt:
             for layer in product.layers:
                 self._launches.multiply(layer, x, out[:, start : start + layer.weight.rows])
                 start += layer.weight.rows
+            return out
+        if self._is_many(product.layers, x):
+            rows = [layer.weight.rows for layer in product.layers]
+            outs = torch.split(out, rows, dim=1)
+            self._launches.multiply_many(product.layers, x, outs, added=False)
             return out
         if product.rounds(x):
             self._launches.multiply_rounded(product.layers, x, out, added=False)
@@ -255,6 +314,9 @@ class FusedPrompt:
             adapters.add(x, (hidden,))
         if self._reads_packed(product, x):
             hidden += self._product_to(product, x, scratch)
+            return
+        if self._is_many(product.layers, x):
+            self._launches.multiply_many(product.layers, x, (hidden,), added=True)
             return
         if product.rounds(x):
             self._launches.multiply_rounded(product.layers, x, hidden, added=True)
@@ -350,6 +412,7 @@ class PromptLaunches:
         self._gate = GatedRows(self._dtype, network.gate)
         self.take_up = attention.take_up
         self._products: dict[tuple[int, int], PackedProduct] = {}  # by weight and tokens
+        self._many: dict[tuple[int, int, object], ManyProducts] = {}  # by weight, number and shape
 
     def norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         """See `Launches.norm`."""
@@ -380,6 +443,27 @@ class PromptLaunches:
         if launch is None:
             launch = self._products[key] = PackedProduct(layer.kind, layer.weight, x.shape[0])
         launch.queue(x, out)
+
+    def fits_many(self, kind: LinearKind) -> bool:
+        """See `Launches.fits_many`."""
+        return linear_many.fits(kind)
+
+    def takes_many(self, layers: Sequence[PackedRows], num_tokens: int) -> bool:
+        """See `Launches.takes_many`."""
+        rows = [layer.weight.rows for layer in layers]
+        return takes_many(layers[0].kind, rows, num_tokens)
+
+    def multiply_many(
+        self, layers: Sequence[PackedRows], x: Tensor, outs: Sequence[Tensor], *, added: bool
+    ) -> None:
+        """See `Launches.multiply_many`."""
+        kind, weights = layers[0].kind, [layer.weight for layer in layers]
+        rows = [weight.rows for weight in weights]
+        key = weights[0].weight, len(weights), many_shape(kind, rows, x.shape[0])
+        launch = self._many.get(key)
+        if launch is None:
+            launch = self._many[key] = ManyProducts(kind, weights, x.shape[0])
+        launch.queue(x, outs, outs[0] if added else None)
 
     def multiply_rounded(
         self, layers: Sequence[PackedRows], x: Tensor, out: Tensor, *, added: bool
@@ -473,8 +557,11 @@ def _groups(layers: Sequence[PackedRows]) -> Iterator[list[Piece]]:
 def _check(block: Block) -> None:
     if block.attention.softcap:
         raise NotFusable("PyTorch's flash attention caps no scores")
-    layers = (*block.query_key_value, block.output, *block.gate_up, block.down)
-    for layer in layers:
+    for layer in _layers_of(block):
         elements = layer.weight.rows * layer.kind.columns
         if elements > MAX_DEQUANTIZED_ELEMENTS and layer.kind.columns % layer.kind.blocksize:
             raise NotFusable("a large layer whose rows share blocks")
+
+
+def _layers_of(block: Block) -> tuple[PackedRows, ...]:
+    return (*block.query_key_value, block.output, *block.gate_up, block.down)

@@ -63,6 +63,10 @@ def launches_on_the_cpu() -> Iterator[None]:
             "round_activations": lambda x, threshold: (x, threshold),
             "add_product": add_product,
             "PackedProduct": PackedProduct,
+            "linear_many": SimpleNamespace(fits=is_four_bit),
+            "takes_many": lambda kind, rows, num_tokens: is_four_bit(kind),
+            "many_shape": lambda kind, rows, num_tokens: num_tokens,
+            "ManyProducts": ManyProducts,
             "flash_attention": flash_attention,
         },
         torch.cuda: {"current_stream": lambda device: SimpleNamespace(cuda_stream=0)},
@@ -187,6 +191,25 @@ class PackedProduct:
     def queue(self, x: Tensor, out: Tensor) -> None:
         tokens = Tokens(x.shape[0], x.data_ptr(), x.stride(0), (out.data_ptr(),), (out.stride(0),))
         self._launch.queue(tokens, 0)
+
+
+class ManyProducts:
+    """See `qtool.runtime.packed_products`."""
+
+    def __init__(self, kind: LinearKind, weights: Sequence[LinearWeight], num_tokens: int) -> None:
+        self._kind, self._weights = kind, weights
+
+    def queue(self, x: Tensor, outs: Sequence[Tensor], residual: Tensor | None = None) -> None:
+        assert residual is None or len(outs) == 1
+        for weight, out in zip(self._weights, outs, strict=True):
+            made = x.float() @ floats_of(self._kind, weight).to(x.dtype).float().t()
+            if weight.bias:
+                made += at(weight.bias, x.dtype, 1, weight.rows).float()
+            out.copy_(made if residual is None else made + residual.float())
+
+
+def is_four_bit(kind: LinearKind) -> bool:
+    return kind.format in ("nf4", "fp4")
 
 
 def floats_of(kind: LinearKind, weight: LinearWeight) -> Tensor:

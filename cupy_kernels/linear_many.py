@@ -1,0 +1,249 @@
+"""Launches linear_many.cu: products of more than 64 tokens with 4-bit linear layers, on Hopper."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Final
+
+from cupy_kernels.launch import Launch, ceil_div, cuda_dtype, current_gpu
+from cupy_kernels.linear_few import (
+    MAX_WEIGHTS,
+    LinearKind,
+    LinearWeight,
+    Tokens,
+    arguments_type,
+    fill_weight,
+)
+from cupy_kernels.loader import compiles_for, load_kernel_of_one_architecture
+from cupy_kernels.token_map import TokenMap, fill_map, fill_packed_map
+
+if TYPE_CHECKING:
+    import cupy
+
+# As in the .cu
+_TILE_ROWS: Final = 128
+_BLOCK: Final = 64
+_CHUNK: Final = 256
+_THREADS: Final = 384
+_STAGES: Final = 4
+_TABLE_BYTES: Final = 1 << 16
+_MAP_BYTES: Final = 1 << 10
+_BARRIER_BYTES: Final = _STAGES * 2 * 8
+_STAGE_BYTES_OF_TOKEN: Final = 128
+_STAGE_BYTES_OF_ROW: Final = 32
+_NO_TILE: Final = (1 << 31) - 1
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        ("tokens", TokenMap),
+        ("packed", TokenMap * MAX_WEIGHTS),
+        ("layers", arguments_type(MAX_WEIGHTS)),
+        ("token_tiles", ctypes.c_int),
+        ("num_tiles", ctypes.c_int),
+        ("chunks", ctypes.c_int),
+        ("padding", ctypes.c_byte * 64),  # to a multiple of 64, at least
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of tiles.
+
+    Attributes:
+        tokens: of a tile of 128 rows.
+        split: thread blocks that share a tile's columns.
+        block_clocks: for 64 columns of a tile.
+        tile_clocks: for what a tile takes besides.
+    """
+
+    tokens: int
+    split: int
+    block_clocks: int
+    tile_clocks: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Table, ring, dynamic map and barriers."""
+        stage = self.tokens * _STAGE_BYTES_OF_TOKEN + _TILE_ROWS * _STAGE_BYTES_OF_ROW
+        return _TABLE_BYTES + _STAGES * stage + _MAP_BYTES + _BARRIER_BYTES
+
+
+# Clocks as measured on an H200 (docs/kernels.md).
+SHAPES: Final = (
+    Shape(128, 1, 725, 3000),
+    Shape(128, 2, 810, 4500),
+    Shape(192, 1, 980, 1500),
+    Shape(192, 2, 1000, 6000),
+    Shape(256, 1, 1110, 3500),
+    Shape(256, 2, 1170, 6500),
+)
+
+# The other way, on the same card and by each multiprocessor: weights that are dequantized, weights
+# that PyTorch's product reads, and products that it makes; what two launches take besides.
+_DEQUANTIZED_PER_CLOCK: Final = 6.0
+_READ_PER_CLOCK: Final = 8.9
+_PRODUCTS_PER_CLOCK: Final = 1990.0
+_LAUNCH_CLOCKS: Final = 5000
+
+
+def fits(kind: LinearKind) -> bool:
+    """Whether the kernel takes such layers, on the current device."""
+    return (
+        kind.format in ("nf4", "fp4")
+        and kind.blocksize >= _BLOCK
+        and kind.columns % _CHUNK == 0
+        and kind.norm == "none"
+        and kind.epilogue == "bias"
+        and not kind.adapted
+        and compiles_for("sm_90")
+    )
+
+
+def is_faster(rows: Sequence[int], columns: int, tokens: int) -> bool:
+    """Whether it should be faster than to dequantize the layers, of so many rows, and multiply."""
+    multiprocessors = current_gpu().multiprocessors
+    shape = shape_on(tuple(rows), columns, tokens)
+    clocks = estimate_clocks(shape, rows, columns, tokens, multiprocessors)
+    weights = sum(rows) * columns / multiprocessors
+    product = weights * max(tokens / _PRODUCTS_PER_CLOCK, 1 / _READ_PER_CLOCK)
+    return clocks < weights / _DEQUANTIZED_PER_CLOCK + product + _LAUNCH_CLOCKS
+
+
+def shape_on(rows: tuple[int, ...], columns: int, tokens: int) -> Shape:
+    """`choose_shape` for the current device."""
+    return choose_shape(rows, columns, tokens, current_gpu().multiprocessors)
+
+
+@cache
+def choose_shape(rows: tuple[int, ...], columns: int, tokens: int, multiprocessors: int) -> Shape:
+    """The one that should take least time."""
+    return min(
+        SHAPES, key=lambda shape: estimate_clocks(shape, rows, columns, tokens, multiprocessors)
+    )
+
+
+def estimate_clocks(
+    shape: Shape, rows: Sequence[int], columns: int, tokens: int, multiprocessors: int
+) -> float:
+    """Of the busiest thread block."""
+    tiles = _row_tiles(rows) * ceil_div(tokens, shape.tokens)
+    clusters = multiprocessors // shape.split
+    chunks = ceil_div(columns // _CHUNK, shape.split)
+    tile_clocks = chunks * (_CHUNK // _BLOCK) * shape.block_clocks + shape.tile_clocks
+    return ceil_div(tiles, clusters) * tile_clocks
+
+
+def _row_tiles(rows: Sequence[int]) -> int:
+    return sum(ceil_div(count, _TILE_ROWS) for count in rows)
+
+
+class LinearMany:
+    """A launch for given layers, to be queued again and again.
+
+    Args:
+        kind: of all layers; one that `fits`.
+        weights: one to three.
+        num_tokens: that the shape of tiles is chosen for.
+        overlap: begin while the launch before still runs (see `Launch`).
+        shape: another one than `choose_shape` makes.
+    """
+
+    def __init__(
+        self,
+        kind: LinearKind,
+        weights: Sequence[LinearWeight],
+        num_tokens: int,
+        *,
+        overlap: bool = True,
+        shape: Shape | None = None,
+    ) -> None:
+        if not 1 <= len(weights) <= MAX_WEIGHTS:
+            raise ValueError(f"{len(weights)} layers, a launch takes 1 to {MAX_WEIGHTS}")
+        rows = tuple(weight.rows for weight in weights)
+        self.shape = shape or shape_on(rows, kind.columns, num_tokens)
+        self._columns = kind.columns
+        self._row_tiles = _row_tiles(rows)
+        arguments = _Arguments()
+        arguments.layers.blocksize_log2 = kind.blocksize.bit_length() - 1
+        arguments.chunks = kind.columns // _CHUNK
+        self._launch = Launch(
+            _load(kind, self.shape),
+            (self.shape.split,),
+            _THREADS,
+            self.shape.shared_bytes,
+            arguments,
+            overlap=overlap,
+        )
+        self._clusters = self._launch.count_clusters(self.shape.split)
+        self._mapped: tuple[int, int, int] | None = None
+        self.set_weights(weights)
+
+    def set_weights(self, weights: Sequence[LinearWeight]) -> None:
+        """Take other layers of the same shapes."""
+        arguments = self._launch.arguments
+        first_tile = 0
+        for place in arguments.layers.weights:
+            place.first_tile = _NO_TILE
+        places = zip(arguments.layers.weights, arguments.packed, weights, strict=False)
+        for place, packed, weight in places:
+            fill_weight(place, weight)
+            place.first_tile = first_tile
+            first_tile += ceil_div(weight.rows, _TILE_ROWS)
+            fill_packed_map(packed, weight.weight, self._columns, weight.rows, _TILE_ROWS)
+
+    def queue(self, tokens: Tokens, stream: int) -> None:
+        """Queue the products of any number of `tokens` on `stream`.
+
+        The residual, where there is one, may be the output.
+        """
+        arguments = self._launch.arguments
+        layers = arguments.layers
+        for place, out, stride in zip(
+            layers.weights, tokens.outs, tokens.out_strides, strict=False
+        ):
+            place.out, place.out_stride = out, stride
+        layers.residual, layers.residual_stride = tokens.residual, tokens.residual_stride
+        layers.num_tokens = tokens.count
+        self._map(tokens)
+        self._launch(stream)
+
+    def _map(self, tokens: Tokens) -> None:
+        place = tokens.x, tokens.x_stride, tokens.count
+        if place == self._mapped:
+            return
+        arguments, shape = self._launch.arguments, self.shape
+        fill_map(arguments.tokens, *place, columns=self._columns, box=shape.tokens)
+        arguments.token_tiles = ceil_div(tokens.count, shape.tokens)
+        arguments.num_tiles = self._row_tiles * arguments.token_tiles
+        self._launch.set_grid(min(arguments.num_tiles, self._clusters) * shape.split)
+        self._mapped = place
+
+
+def compile_for(kind: LinearKind, rows: Sequence[int], num_tokens: int) -> None:
+    """Have the kernel in the cache and loaded."""
+    _load(kind, shape_on(tuple(rows), kind.columns, num_tokens))
+
+
+def defines_of(kind: LinearKind, shape: Shape) -> dict[str, str | int]:
+    """What specialises the kernel: the same for all layers of a format and all lengths."""
+    return {
+        "ACTIVATION": cuda_dtype(kind.dtype),
+        "FORMAT": kind.format.upper(),
+        "NESTED": int(kind.nested),
+        "TOKENS": shape.tokens,
+        "SPLIT": shape.split,
+        "NUM_WEIGHTS": MAX_WEIGHTS,
+        "EPILOGUE": 0,
+        "UNIT": _BLOCK,
+        "LINE": 128,
+        "WARPGROUPS": 1,
+        "COLUMNS": _CHUNK,
+    }
+
+
+def _load(kind: LinearKind, shape: Shape) -> cupy.RawKernel:
+    return load_kernel_of_one_architecture("linear_many", **defines_of(kind, shape))
