@@ -1,15 +1,17 @@
 """What running a model needs and Python does not, begun while modules are still being imported.
 
 The context of a GPU takes some tenths of a second, page-locked buffers too; neither holds Python's
-lock. Imports only what is light, so that it can begin before all else.
+lock, if the driver itself is asked. Imports only what is light, so that it can begin before all
+else.
 """
 
 from __future__ import annotations
 
-import sys
+import ctypes
+import importlib.util
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from pathlib import Path
 
 
 def begin(device: str) -> None:
@@ -21,25 +23,10 @@ def begin(device: str) -> None:
         threading.Thread(target=_prepare, args=(device,), name="qtool-head-start").start()
 
 
-@contextmanager
-def without_sklearn() -> Iterator[None]:
-    """Modules that are imported meanwhile find no scikit-learn.
-
-    transformers (5.17 did, 5.23 does not) imports it for assisted decoding, and with it SciPy and
-    pandas: 0.9 s for what no command of ours asks for.
-    """
-    if "sklearn" in sys.modules:
-        yield
-        return
-    sys.modules["sklearn"] = None  # type: ignore[assignment]  # how Python marks what is not there
-    try:
-        yield
-    finally:
-        del sys.modules["sklearn"]
-
-
 def _prepare(device: str) -> None:
     with suppress(Exception):
+        if _pytorch_has_cuda():
+            _make_context(int(device.partition(":")[2] or 0))
         import torch
 
         if not torch.cuda.is_available():
@@ -51,3 +38,20 @@ def _prepare(device: str) -> None:
         from cupy_kernels.launch import current_gpu
 
         current_gpu()  # CuPy is there then
+
+
+def _pytorch_has_cuda() -> bool:
+    """Whether the PyTorch that will be imported can use a GPU: else it is left alone."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    return (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
+
+
+def _make_context(index: int) -> None:
+    """The context that PyTorch and CuPy will find on the device; for what fails, they will tell."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index):
+        return
+    driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)

@@ -37,6 +37,7 @@ from qtool.runtime.hf_quantizer import PackedLayersConfig, wrong_shape
 from qtool.runtime.host_head import multiply_head_on_host
 from qtool.runtime.linear import Int8Layer, LinearInt8, PackedLayer
 from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
+from qtool.runtime.meta_device import WithoutMetaArithmetic
 from qtool.runtime.model_config import (
     Int8Threshold,
     build_config,
@@ -290,7 +291,7 @@ def _build_model(
     model_class = find_model_class(config)
     on_event(Started("loading", source.total_bytes))
     try:
-        with source.stored.read_ahead(placement.reading_device, on_event):
+        with source.stored.read_ahead(placement.reading_device, on_event), WithoutMetaArithmetic():
             network, report = model_class.from_pretrained(
                 None,
                 config=config,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from qtool.errors import QtoolError
 from qtool.events import Advanced, Event, Finished, Started
@@ -148,3 +149,13 @@ def test_tensors_of_a_spread_model_are_read_to_the_host() -> None:
     gpu = torch.device("cuda", 0)
     assert Placement(gpu, {"": "cuda:0"}).reading_device == gpu
     assert Placement(gpu, "sequential", {0: 1 << 30}).reading_device.type == "cpu"
+
+
+def test_frequencies_are_those_of_transformers(packed_folders: PackedFolders) -> None:
+    folder = packed_folders.sources / MODEL
+    expected = dict(AutoModelForCausalLM.from_pretrained(folder).named_buffers())
+    found = dict(load(folder).named_buffers())
+    assert expected
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], buffer) for name, buffer in expected.items())
+    assert all(found[name].dtype == buffer.dtype for name, buffer in expected.items())

@@ -1,0 +1,216 @@
+"""Imports of transformers without what a process that only runs a model never uses.
+
+    with lean_imports():
+        from qtool.runtime.loading import load_model
+
+Left out are PyTorch's compiler, its tensors spread over processes, and scikit-learn; and the files
+of all models are read once where transformers reads them twice. On two cores of an EPYC the first
+token of a small model comes after 2.5 s instead of 3.7.
+
+For our own commands only: a program that imports qtool may compile and spread what it loads. What
+asks for more than is expected here gets the real thing, later than usual.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+MARKS: Final = ("allow_in_graph", "assume_constant_result", "disable")
+INDEXING: Final = "torch._dynamo._trace_wrapped_higher_order_op"
+MODEL_PARTS: Final = "transformers.modeling_layers"
+MODEL_LISTS: Final = "transformers.utils.import_utils"
+
+
+@contextmanager
+def lean_imports() -> Iterator[None]:
+    """transformers, if it is not there yet, is imported without what running a model never uses."""
+    if "transformers" in sys.modules:
+        yield
+        return
+    with ExitStack() as left_out:
+        left_out.enter_context(without_sklearn())
+        left_out.enter_context(_reading_models_once())
+        left_out.enter_context(_without_compiler())
+        _say_not_distributed()
+        if importlib.util.find_spec(MODEL_PARTS) is not None:
+            importlib.import_module(MODEL_PARTS)  # else models import it later, with all it wants
+        yield
+
+
+@contextmanager
+def without_sklearn() -> Iterator[None]:
+    """Modules that are imported meanwhile find no scikit-learn.
+
+    transformers (5.17 did, 5.23 does not) imports it for assisted decoding, and with it SciPy and
+    pandas: 0.9 s for what no command of ours asks for.
+    """
+    if "sklearn" in sys.modules:
+        yield
+        return
+    sys.modules["sklearn"] = None  # type: ignore[assignment]  # how Python marks what is not there
+    try:
+        yield
+    finally:
+        del sys.modules["sklearn"]
+
+
+def _say_not_distributed() -> None:
+    """Let transformers believe that PyTorch was built for one process.
+
+    It asks once and keeps the answer. Releases that ask otherwise import what they like.
+    """
+    import torch
+
+    asks: Any = getattr(
+        importlib.import_module(MODEL_LISTS), "is_torch_distributed_available", None
+    )
+    if not hasattr(asks, "cache_info"):
+        return
+    is_available = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
+    try:
+        asks()
+    finally:
+        torch.distributed.is_available = is_available
+
+
+# -- PyTorch's compiler ---------------------------------------------------------------------------
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Functions that are defined meanwhile are not marked for PyTorch's compiler.
+
+    The marks are all that modules want of it while they are imported, and it is large.
+    """
+    import torch
+
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    marking = {name: getattr(torch.compiler, name) for name in MARKS}
+    vars(torch.compiler).update(dict.fromkeys(MARKS, _unmarked))
+    torch._dynamo = marks = _Marks()  # type: ignore[assignment]
+    sys.modules[INDEXING] = _Indexing(INDEXING)
+    try:
+        yield
+    finally:
+        vars(torch.compiler).update(marking)
+        if vars(torch).get("_dynamo") is marks:
+            del torch._dynamo  # PyTorch imports it when it is asked for
+        _forget_indexing()
+
+
+def _unmarked(function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+    """A decorator that changes nothing, with or without arguments."""
+    return _unmarked if function is None else function
+
+
+class _Marks:
+    """Stands where `torch._dynamo` is looked up."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in MARKS:
+            return _unmarked
+        return getattr(importlib.import_module("torch._dynamo"), name)
+
+
+class _Indexing(ModuleType):
+    """Stands for the compiler's module of which masks are made with one class, some of them."""
+
+    @staticmethod
+    def TransformGetItemToIndex() -> Any:
+        return _real_indexing().TransformGetItemToIndex()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked of every module
+            raise AttributeError(name)
+        return getattr(_real_indexing(), name)
+
+
+def _real_indexing() -> Any:
+    _forget_indexing()
+    return importlib.import_module(INDEXING)
+
+
+def _forget_indexing() -> None:
+    if isinstance(sys.modules.get(INDEXING), _Indexing):
+        del sys.modules[INDEXING]
+
+
+# -- the files of models --------------------------------------------------------------------------
+
+
+@contextmanager
+def _reading_models_once() -> Iterator[None]:
+    """What transformers finds in the files of its models is kept until the block ends.
+
+    It lists what they define for `transformers` and again for `transformers.models`, 1,600 files,
+    for its own memory tells a folder from a file in it.
+    """
+    finder = _MemoryFinder()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        finder.forget()
+
+
+class _MemoryFinder(MetaPathFinder):
+    """Finds transformers' module that lists models where it is, and gives it a memory."""
+
+    def __init__(self) -> None:
+        self._module: ModuleType | None = None
+        self._list_folder: Callable[..., Any] | None = None
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == MODEL_LISTS else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_patch(module: ModuleType) -> None:
+            execute(module)
+            self._remember(module)
+
+        spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
+        return spec
+
+    def _remember(self, module: ModuleType) -> None:
+        listing = getattr(module, "create_import_structure_from_path", None)
+        if listing is not None:
+            self._module, self._list_folder = module, listing
+            module.create_import_structure_from_path = _remembered(listing)  # type: ignore[attr-defined]
+
+    def forget(self) -> None:
+        """Let the module list folders as it did."""
+        if self._module is not None:
+            self._module.create_import_structure_from_path = self._list_folder  # type: ignore[attr-defined]
+
+
+def _remembered(list_folder: Callable[..., Any]) -> Callable[..., Any]:
+    """`list_folder` of a folder, or of a file in it, which calls itself by its public name."""
+    lists: dict[Path, Any] = {}
+
+    @wraps(list_folder)
+    def listed(path: str | os.PathLike[str]) -> Any:
+        place = Path(path)
+        folder = place.parent if place.is_file() else place
+        if folder not in lists:
+            lists[folder] = list_folder(path)
+        return lists[folder]
+
+    return listed

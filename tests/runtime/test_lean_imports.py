@@ -1,0 +1,131 @@
+"""What is left out while transformers is imported, and that it is there when it is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from qtool.resources import demo_model_path
+from qtool.runtime import lean_imports
+
+HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "sklearn")
+ONE_RUN = f"""
+import sys
+from qtool.cli import main
+
+sys.argv = ["qtool", "generate", {str(demo_model_path())!r}, "a", "--device", "cpu", "--no-chat",
+            "--max-new-tokens", "2", "--quiet"]
+try:
+    main()
+except SystemExit as done:
+    assert not done.code
+print()
+print("found", *(name for name in {HEAVY!r} if name in sys.modules))
+"""
+AFTERWARDS = """
+import sys
+import torch
+from qtool.runtime.lean_imports import INDEXING, MARKS, lean_imports
+
+marking = [getattr(torch.compiler, name) for name in MARKS]
+with lean_imports():
+    import transformers
+    from transformers import masking_utils, models
+    from transformers.utils import import_utils
+
+    assert "torch._dynamo" not in sys.modules
+assert INDEXING not in sys.modules
+assert [getattr(torch.compiler, name) for name in MARKS] == marking
+assert torch.distributed.is_available()
+
+frame = masking_utils.TransformGetItemToIndex()
+assert type(frame) is sys.modules[INDEXING].TransformGetItemToIndex
+assert torch._dynamo is sys.modules["torch._dynamo"]
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() == [2, 2]
+
+listing = import_utils.create_import_structure_from_path
+assert getattr(listing, "__closure__", None) is None  # its own again, without our memory
+fresh = import_utils.define_import_structure(models.__file__)
+names = {name for files in fresh.values() for found in files.values() for name in found}
+assert len(names) > 1000 and names <= set(dir(models)) and names <= set(dir(transformers))
+"""
+MEANWHILE = """
+import sys
+from qtool.runtime.lean_imports import INDEXING, lean_imports
+
+with lean_imports():
+    import torch
+
+    assert torch._dynamo.allow_in_graph(len) is torch._dynamo.disable(recursive=False)(len) is len
+    assert "torch._dynamo" not in sys.modules
+    assert torch._dynamo.config.cache_size_limit > 0  # more than marks: the real one is imported
+    from torch._dynamo.exc import Unsupported
+
+    assert torch._dynamo is sys.modules["torch._dynamo"]
+    assert sys.modules[INDEXING].trace_wrapped
+assert torch._dynamo.exc.Unsupported is Unsupported
+"""
+
+
+def run(program: str) -> str:
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_a_run_needs_none_of_it() -> None:
+    assert run(ONE_RUN).splitlines()[-1].split() == ["found"]
+
+
+@pytest.mark.parametrize("program", [AFTERWARDS, MEANWHILE], ids=["afterwards", "meanwhile"])
+def test_all_is_there_when_asked_for(program: str) -> None:
+    run(program)
+
+
+def test_transformers_that_is_there_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
+    finders = sys.meta_path.copy()
+    with lean_imports.lean_imports():
+        assert sys.meta_path == finders
+        assert "sklearn" not in sys.modules
+
+
+def test_a_folder_is_listed_once(tmp_path: Any) -> None:
+    file = tmp_path / "model.py"
+    file.touch()
+    listed: list[Any] = []
+
+    def list_folder(path: Any) -> dict[str, set[str]]:
+        listed.append(path)
+        return {"model": {"Model"}}
+
+    remembered = lean_imports._remembered(list_folder)
+    first = remembered(tmp_path)
+    again = remembered(str(file))  # a file stands for its folder
+    assert listed == [tmp_path]
+    assert again is first
+
+
+def test_modules_imported_meanwhile_find_no_sklearn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
+    with lean_imports.without_sklearn():
+        assert importlib.util.find_spec("sklearn") is None
+        with pytest.raises(ImportError):
+            importlib.import_module("sklearn")
+    assert "sklearn" not in sys.modules
+
+
+def test_sklearn_that_is_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = ModuleType("sklearn")
+    monkeypatch.setitem(sys.modules, "sklearn", there)
+    with lean_imports.without_sklearn():
+        assert sys.modules["sklearn"] is there
+    assert sys.modules["sklearn"] is there
