@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-RECORD_FIELDS: Final = 32
+RECORD_FIELDS: Final = 40
 
 # Of all operators: whether results are rounded to bfloat16.
 ROUNDS: Final = 0
@@ -21,13 +21,26 @@ NORM, EPSILON, NORM_ROUNDS_ONCE = range(6, 9)
 # Where y goes and how; the cap is float32, 0 for none.
 OUT, EPILOGUE, SOFTCAP = range(9, 12)
 NUM_RUNS: Final = 12  # into which rows are cut, whose items are handed out in turns
-STORED, ADDED, SILU, GELU_TANH, GELU = range(5)  # epilogues; the last three are gates
+# Epilogues. INNER values of adapters are scaled, and never rounded; the last three are gates.
+STORED, ADDED, INNER, SILU, GELU_TANH, GELU = range(6)
+SCALES: Final = 13  # of inner values, float32
+# Of products beside which inner values are made: those are there when so many of the step's items
+# are done.
+INNER_DONE: Final = 14
 
 # Of each of a product's weights, from FIRST_WEIGHT on; gates have another of as many rows.
 WEIGHT_FIELDS: Final = 8
 FIRST_WEIGHT: Final = 16
 SECOND_WEIGHT: Final = FIRST_WEIGHT + WEIGHT_FIELDS
 WEIGHT, ABSMAX, NESTED_ABSMAX, NESTED_MAP, NESTED_OFFSET, CODE, SHIFT, BIAS = range(WEIGHT_FIELDS)
+
+# Of the adapter of each of these weights, from FIRST_ADAPTER on: y += inner B. B is of the dtype
+# of activations; its rows, one for each of the RANK inner values, are STRIDE values apart.
+ADAPTER_FIELDS: Final = 4
+FIRST_ADAPTER: Final = SECOND_WEIGHT + WEIGHT_FIELDS
+SECOND_ADAPTER: Final = FIRST_ADAPTER + ADAPTER_FIELDS
+B, STRIDE, INNER_VALUES, RANK = range(ADAPTER_FIELDS)
+ADAPTER_LANES: Final = 16  # rows of y at once: B's own are so much longer, sums have room for them
 
 # Of attention. Queries of all heads, then keys, then values lie side by side; of the cache heads
 # are HEAD_STRIDE values apart, and tokens HEAD_DIM.

@@ -15,6 +15,7 @@ from numba import types
 from numba.extending import overload
 
 from qtool.backends import cpu_records as at
+from qtool.backends.cpu_dots import add_weighted
 from qtool.backends.cpu_kernels import helper, inlined
 from qtool.backends.cpu_numbers import (
     as_float,
@@ -28,10 +29,11 @@ from qtool.backends.cpu_numbers import (
 )
 from qtool.backends.cpu_products import _ORDER, GROUP, PAIRS_GROUP
 from qtool.backends.cpu_rows import most_scales, multiply_rows
-from qtool.backends.cpu_threads import STEP, TOKEN, operator
-from qtool.backends.cpu_vectors import array_at, full, halving_sum, load
+from qtool.backends.cpu_threads import STEP, TOKEN, operator, wait_for
+from qtool.backends.cpu_vectors import array_at, full, halving_sum, load, store
 
 _LANES: Final = 16  # of float32 in the widest register
+_ADAPTER_LANES: Final = at.ADAPTER_LANES  # a constant only as a global
 _INPUT_BITS: Final = 20  # of a step's inputs; its own number stands above them
 
 u64, f32 = np.uint64, np.float32
@@ -44,20 +46,21 @@ def product_floats(width: int, item_rows: int) -> list[int]:
         width: the most columns of a layer.
         item_rows: the most rows of an item.
     """
-    return [width, width, most_scales(width), 2 * item_rows]
+    return [width, width, most_scales(width), 2 * (item_rows + at.ADAPTER_LANES)]
 
 
 # ---- Products ---------------------------------------------------------------------------------
 
 
 @cache
-def products_operator(stored: Any, absmax: Any, like: Any, x: Any) -> Any:
-    """Rows of a layer: the norm before, bias and epilogue behind.
+def products_operator(stored: Any, absmax: Any, like: Any, x: Any, kept: Any) -> Any:
+    """Rows of a layer: the norm before; bias, adapter and epilogue behind.
 
     Args:
         stored, absmax, like: dtypes, see `cpu_rows.multiply_rows`.
         x: np.uint16 for pairs of bfloat16, widths a multiple of PAIRS_GROUP; or np.float32, of
             GROUP.
+        kept: the dtype of adapters, np.float32, or np.uint16 for bfloat16.
     """
     reorder = stored is np.uint8
 
@@ -72,12 +75,23 @@ def products_operator(stored: Any, absmax: Any, like: Any, x: Any) -> Any:
         last = min(first + u64(fields[u64(at.ITEM_ROWS)]), u64(fields[u64(at.NUM_ROWS)]))
         dtypes = array_at(0, stored), array_at(0, absmax), array_at(0, like)
         _multiply(fields, u64(at.FIRST_WEIGHT), dtypes, arranged, first, last, scales, sums)
-        if fields[u64(at.EPILOGUE)] < at.SILU:
+        behind = 4 * (fields[u64(at.ITEM_ROWS)] + at.ADAPTER_LANES)
+        ups = array_at(places[u64(at.SUMS_PLACE)] + behind, np.float32)
+        gated = fields[u64(at.EPILOGUE)] >= at.SILU
+        if gated:
+            _multiply(fields, u64(at.SECOND_WEIGHT), dtypes, arranged, first, last, scales, ups)
+        if fields[u64(at.INNER_DONE)] != 0:
+            # Who adds nothing waits too: else what it has done could stand for what is awaited.
+            wait_for(control, fields[u64(at.INNER_DONE)])
+            b = array_at(fields[u64(at.FIRST_ADAPTER + at.B)], kept)
+            _add_adapter(fields, u64(at.FIRST_ADAPTER), b, first, last, sums)
+            if gated:
+                b = array_at(fields[u64(at.SECOND_ADAPTER + at.B)], kept)
+                _add_adapter(fields, u64(at.SECOND_ADAPTER), b, first, last, ups)
+        if gated:
+            _put_gated(fields, sums, ups, first, last)
+        else:
             _put(fields, sums, first, last)
-            return
-        ups = array_at(places[u64(at.SUMS_PLACE)] + 4 * fields[u64(at.ITEM_ROWS)], np.float32)
-        _multiply(fields, u64(at.SECOND_WEIGHT), dtypes, arranged, first, last, scales, ups)
-        _put_gated(fields, sums, ups, first, last)
 
     return multiply
 
@@ -105,6 +119,8 @@ def _multiply(
     """Fill sums[: last - first] with what the weight at fields[place] makes of x, and its bias."""
     multiply_rows(fields, place, dtypes, x, first, last, scales, sums)
     bias_at, rounds = fields[place + u64(at.BIAS)], fields[u64(at.ROUNDS)] != 0
+    if fields[u64(at.EPILOGUE)] == at.INNER:
+        rounds = False
     if bias_at != 0:
         bias = array_at(bias_at, np.float32)
         for i in range(last - first):
@@ -114,9 +130,31 @@ def _multiply(
 
 
 @helper
+def _add_adapter(fields: Any, place: Any, b: Any, first: Any, last: Any, sums: Any) -> None:
+    """Add what the adapter at fields[place], if there is one, makes of its inner values."""
+    if fields[place + u64(at.B)] == 0:
+        return
+    inner = array_at(fields[place + u64(at.INNER_VALUES)], np.float32)
+    rank, stride = u64(fields[place + u64(at.RANK)]), u64(fields[place + u64(at.STRIDE)])
+    rounds = fields[u64(at.ROUNDS)] != 0
+    for row in range(first, last, u64(_ADAPTER_LANES)):
+        total = load(sums, row - first, _ADAPTER_LANES)
+        for i in range(rank):
+            total = add_weighted(total, b, i * stride + row, inner, i, u64(0), 1)
+        store(sums, row - first, total)
+    for i in range(last - first):
+        sums[i] = rounded(sums[i], rounds)
+
+
+@helper
 def _put(fields: Any, sums: Any, first: Any, last: Any) -> None:
     """Store or add the rows from `first` on; with a cap, they are shrunk to below it."""
     out, rounds = array_at(fields[u64(at.OUT)], np.float32), fields[u64(at.ROUNDS)] != 0
+    if fields[u64(at.EPILOGUE)] == at.INNER:
+        factors = array_at(fields[u64(at.SCALES)], np.float32)
+        for i in range(last - first):
+            out[first + i] = sums[i] * factors[first + i]
+        return
     if fields[u64(at.EPILOGUE)] == at.ADDED:
         for i in range(last - first):
             out[first + i] = rounded(out[first + i] + sums[i], rounds)

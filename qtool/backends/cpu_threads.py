@@ -174,7 +174,7 @@ def _work(control: int, scratch: int) -> None:
         while ticket >= tasks[np.uint64((task + 1) * TASK_FIELDS + FIRST)]:
             task += 1
         at = np.uint64(task * TASK_FIELDS)
-        _wait(control, tasks[at + np.uint64(DEPENDS)])
+        wait_for(control, tasks[at + np.uint64(DEPENDS)])
         item = ticket - tasks[at + np.uint64(FIRST)]
         record = tasks[at + np.uint64(RECORD)]
         _call(tasks[at + np.uint64(OPERATOR)], control, record, item, scratch)
@@ -188,7 +188,8 @@ def _has_work(control: int) -> Any:
 
 
 @inlined
-def _wait(control: int, num_done: int) -> None:
+def wait_for(control: int, num_done: int) -> None:
+    """Wait until so many items of the step are done; those whose tickets were drawn before."""
     pauses = 0
     while _load(control + 8 * DONE) < num_done:
         _pause()
@@ -204,7 +205,7 @@ def run_step(control: int, scratch: int) -> None:
     """Work until all of the step is done."""
     limit = array_at(control, np.int64)[LIMIT]
     _work(control, scratch)
-    _wait(control, limit & _TICKET_MASK)
+    wait_for(control, limit & _TICKET_MASK)
 
 
 @kernel

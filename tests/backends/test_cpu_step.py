@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -55,7 +56,18 @@ def as_bfloat16(values):
 # ---- Products ---------------------------------------------------------------------------------
 
 
-def multiply(x, stored, weight, *, item_rows=4, num_runs=1, pairs=False, like="BF16", **record):
+def multiply(
+    x,
+    stored,
+    weight,
+    *,
+    item_rows=4,
+    num_runs=1,
+    pairs=False,
+    like="BF16",
+    bfloat16_adapter=False,
+    **record,
+):
     """y float32 (ROWS,) of an operator whose record has `weight` at FIRST_WEIGHT."""
     out = np.full(ROWS, 77, np.float32)
     fields = {
@@ -70,9 +82,8 @@ def multiply(x, stored, weight, *, item_rows=4, num_runs=1, pairs=False, like="B
     fields |= {at.FIRST_WEIGHT + place: value for place, value in weight.items()}
     fields |= {getattr(at, name): value for name, value in record.items()}
     absmax = np.uint8 if weight.get(at.NESTED_MAP) else np.float32
-    operator = products_operator(
-        stored, absmax, BIT_DTYPES[like], np.uint16 if pairs else np.float32
-    )
+    x_kind, kept = (np.uint16 if it else np.float32 for it in (pairs, bfloat16_adapter or pairs))
+    operator = products_operator(stored, absmax, BIT_DTYPES[like], x_kind, kept)
     place = Place(product_floats(x.size, item_rows))
     place.run(operator, fields, -(-ROWS // item_rows))
     return out
@@ -243,6 +254,105 @@ def test_the_norm_before(once, rounds):
         np.testing.assert_allclose(y, expected, rtol=1e-6)
 
 
+# ---- Adapters ---------------------------------------------------------------------------------
+
+
+class LowRank:
+    """B (rank, stride) and inner values of an adapter, as a record has them."""
+
+    def __init__(self, rank, *, bfloat16=False, seed=5):
+        rng = np.random.default_rng(seed)
+        self.b = np.full((rank, 48), np.nan, np.float32)
+        self.b[:, :ROWS] = as_bfloat16(rng.standard_normal((rank, ROWS)).astype(np.float32))
+        self.inner = rng.standard_normal(rank).astype(np.float32)
+        self.kept = floats.narrow(self.b.reshape(-1), "BF16") if bfloat16 else self.b
+
+    def fields(self, place=at.FIRST_ADAPTER):
+        addresses = address(self.kept), self.b.shape[1], address(self.inner), len(self.inner)
+        places = (
+            place + it - at.FIRST_WEIGHT for it in (at.B, at.STRIDE, at.INNER_VALUES, at.RANK)
+        )
+        return dict(zip(places, addresses, strict=True))
+
+    def sums(self):
+        return self.inner.astype(np.float64) @ self.b[:, :ROWS]
+
+
+@pytest.mark.parametrize("rank", [1, 8, 24])
+@pytest.mark.parametrize("item_rows", [4, 20])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_an_adapter_is_added(bfloat16, item_rows, rank):
+    """With items that end between vectors of B, and what lies behind its rows is not seen."""
+    adapter, x = LowRank(rank, bfloat16=bfloat16), np.linspace(-3, 3, 64).astype(np.float32)
+    weights = np.eye(ROWS, 64, dtype=np.float32)
+    fields = {at.WEIGHT: address(weights)} | adapter.fields()
+    how = {"item_rows": item_rows, "bfloat16_adapter": bfloat16}
+    y = multiply(x, np.float32, fields, EPILOGUE=at.ADDED, INNER_DONE=-1, **how)
+    np.testing.assert_allclose(y, 77 + x[:ROWS] + adapter.sums(), rtol=1e-5)
+
+
+def test_what_an_adapter_adds_is_rounded_once():
+    adapter, x = LowRank(8), np.linspace(-3, 3, 64).astype(np.float32)
+    weights = np.eye(ROWS, 64, dtype=np.float32)
+    fields = {at.WEIGHT: address(weights)} | adapter.fields()
+    y = multiply(x, np.float32, fields, INNER_DONE=-1, ROUNDS=1)
+    exact = as_bfloat16(x[:ROWS]) + adapter.sums()
+    np.testing.assert_array_equal(y, as_bfloat16(exact.astype(np.float32)))
+
+
+def test_gates_have_an_adapter_for_each_of_both():
+    first, second = LowRank(8), LowRank(3, seed=6)
+    x = np.zeros(64, np.float32)
+    weights = np.zeros((ROWS, 64), np.float32)
+    other = at.SECOND_WEIGHT - at.FIRST_WEIGHT
+    fields = {at.WEIGHT: address(weights), other + at.WEIGHT: address(weights)}
+    fields |= first.fields() | second.fields(at.SECOND_ADAPTER)
+    for item_rows in (4, 8, 20):
+        y = multiply(x, np.float32, fields, item_rows=item_rows, EPILOGUE=at.SILU, INNER_DONE=-1)
+        expected = GATES[at.SILU](first.sums()) * second.sums()
+        np.testing.assert_allclose(y, expected, rtol=1e-5)
+
+
+def test_inner_values_are_scaled_and_not_rounded():
+    weights = np.eye(ROWS, 64, dtype=np.float32) / 3
+    x = as_bfloat16(activations(1, 64)[0])
+    scales = np.linspace(0.1, 2, ROWS, dtype=np.float32)
+    fields = {at.WEIGHT: address(weights)}
+    y = multiply(x, np.float32, fields, EPILOGUE=at.INNER, SCALES=address(scales), ROUNDS=1)
+    np.testing.assert_allclose(y, x[:ROWS] / 3 * scales, rtol=1e-6)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_who_needs_inner_values_waits_for_them(adapted):
+    """And who is beside those as well, since what is done is only counted."""
+    adapter, out = LowRank(8), np.full(ROWS, 77, np.float32)
+    expected = adapter.sums() if adapted else np.zeros(ROWS)
+    inner, adapter.inner[:] = adapter.inner.copy(), np.nan
+    weights, x = np.zeros((ROWS, 64), np.float32), np.zeros(64, np.float32)
+    fields = {at.WEIGHT: address(weights)} | (adapter.fields() if adapted else {})
+    fields = {at.FIRST_WEIGHT + place: value for place, value in fields.items()} | {
+        at.INPUT: 1,
+        at.X: address(x),
+        at.WIDTH: 64,
+        at.NUM_ROWS: ROWS,
+        at.ITEM_ROWS: 20,
+        at.NUM_RUNS: 1,
+        at.OUT: address(out),
+        at.INNER_DONE: 3,
+    }
+    place = Place(product_floats(64, 20))
+    place.control[cpu_threads.DONE] = 2
+    operator = products_operator(np.float32, np.float32, np.uint16, np.float32, np.float32)
+    with ThreadPoolExecutor(1) as pool:
+        product = pool.submit(place.run, operator, fields, 1)
+        assert wait([product], timeout=0.1).not_done
+        assert np.all(out == 77)
+        adapter.inner[:] = inner
+        place.control[cpu_threads.DONE] = 3
+        product.result()
+    np.testing.assert_allclose(out, expected, rtol=1e-5)
+
+
 # ---- Attention --------------------------------------------------------------------------------
 
 
@@ -406,6 +516,7 @@ def test_a_processor_with_fewer_instructions():
         "import tests.backends.test_cpu_step as t\n"
         "t.test_four_bit_rows('BF16', True, 192, 64)\n"
         "t.test_four_bit_rows_in_pairs_of_bfloat16(True, 640, 128)\n"
+        "t.test_an_adapter_is_added(True, 20, 8)\n"
         "t.test_attention(True, 64, 4)\n"
         "t.test_attention(False, 80, 3)\n"
     )

@@ -195,14 +195,12 @@ class BlockReader:
         dtype: of activations, and of what is not packed.
         device: where all layers have to lie.
         plus_one: whether norms hold the weight less one.
-        takes_added_norms: whether there may be norms of what attention and MLP add.
     """
 
     config: Any
     dtype: torch.dtype
     device: torch.device
     plus_one: bool
-    takes_added_norms: bool = False
 
     @classmethod
     def of(cls, model: Any, device: torch.device) -> Self:
@@ -212,7 +210,6 @@ class BlockReader:
             model.get_input_embeddings().weight.dtype,
             device,
             plus_one=model.config.model_type in PLUS_ONE_TYPES,
-            takes_added_norms=True,
         )
 
     def network(self, model: Any) -> FusableNetwork:
@@ -263,8 +260,6 @@ class BlockReader:
         before_mlp = getattr(layer, "pre_feedforward_layernorm", None)
         if before_mlp is None:  # then the name says only where it stands
             return behind_attention, None, None
-        if not self.takes_added_norms:
-            raise NotFusable("it has norms of what attention and MLP add")
         behind_mlp = self.norm(layer.post_feedforward_layernorm)
         return self.norm(before_mlp), behind_attention, behind_mlp
 
@@ -285,16 +280,21 @@ class BlockReader:
         if not isinstance(module, nn.Linear):
             kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
             raise NotFusable(f"a layer is {kind}")
+        stop = module.out_features if stop is None else stop
+        found = self.own_rows(module, start, stop)
+        if adapter is None:
+            return found
+        return replace(found, adapter=replace(adapter, b=adapter.b[start:stop]))
+
+    def own_rows(self, module: nn.Linear, start: int, stop: int) -> PackedRows:
+        """The same without an adapter."""
         if module.weight.device != self.device:
             raise NotFusable("a layer lies on another device")
-        stop = module.out_features if stop is None else stop
         found = _packed_rows(module, self.dtype, start, stop)
         addresses = (found.weight.weight, found.weight.bias)
         if not fits(found.kind) or any(address % 16 for address in addresses):
             raise NotFusable(f"a layer of {module.in_features} columns does not fit the kernels")
-        if adapter is None:
-            return found
-        return replace(found, adapter=replace(adapter, b=adapter.b[start:stop]))
+        return found
 
     def _query_key_value(self, attention: Any) -> tuple[PackedRows, ...]:
         joined = getattr(attention, "qkv_proj", None)

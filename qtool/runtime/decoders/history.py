@@ -17,6 +17,7 @@ from typing import Any, Final, Self
 import torch
 
 from qtool.errors import QtoolError
+from qtool.runtime.adapters import is_peft_layer
 from qtool.runtime.decoders.choose import DecoderOptions, asked_path, choose_decoder
 from qtool.runtime.decoders.protocol import Decoder, Sampling
 from qtool.runtime.loading import LoadedModel
@@ -155,7 +156,8 @@ class KeptHistory:
 
     def _renewed(self, loaded: LoadedModel, options: DecoderOptions) -> History:
         """The one that is there, if it was made for the same and nothing moved since."""
-        made_for = (weakref.ref(loaded.model), asked_path(options), options, _places(loaded.model))
+        state = _places(loaded.model), _contents(loaded.model)
+        made_for = (weakref.ref(loaded.model), asked_path(options), options, *state)
         if self._history is None or made_for != self._made_for:
             self._close()
             self._history = History(replace(loaded, model=weakref.proxy(loaded.model)), options)
@@ -172,3 +174,17 @@ def _places(model: Any) -> tuple[int, ...]:
     """Which modules there are and where their tensors lie: a recorded step takes it for granted."""
     tensors = chain(model.parameters(), model.buffers())
     return (*map(id, model.modules()), *(tensor.data_ptr() for tensor in tensors))
+
+
+def _contents(model: Any) -> tuple[object, ...]:
+    """How often parameters were written, and which adapters are on: a step has copies of them."""
+    parameters = (it for it in model.parameters() if not it.is_inference())
+    return (*(it._version for it in parameters), *map(_switches, model.modules()))
+
+
+def _switches(module: Any) -> tuple[object, ...]:
+    if not is_peft_layer(module):
+        return ()
+    scales = getattr(module, "scaling", {})
+    merged = getattr(module, "merged", False)
+    return module.disable_adapters, merged, *module.active_adapters, *scales.items()

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from cupy_kernels.linear_few import LinearKind, LinearWeight
-from qtool.runtime.adapters import is_peft_layer
 from qtool.runtime.decoders.blocks import (
     BlockReader,
     FusableNetwork,
@@ -47,20 +46,12 @@ def describe_host_network(model: Any) -> FusableNetwork:
 class _HostReader(BlockReader):
     """Takes layers as the step has them."""
 
-    def rows(self, module: Any, start: int = 0, stop: int | None = None) -> PackedRows:
-        """Rows [start, stop) of a linear layer."""
-        if is_peft_layer(module):
-            raise NotFusable("adapters have no fused step")
-        if not isinstance(module, nn.Linear):
-            kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
-            raise NotFusable(f"a layer is {kind}")
+    def own_rows(self, module: nn.Linear, start: int, stop: int) -> PackedRows:
+        """Rows [start, stop) of a linear layer, without its adapter."""
         if hasattr(module, "_hf_hook") or module.weight.device != self.device:
             raise NotFusable("a layer is not in memory")
         if module.in_features % GROUP:
             raise NotFusable(f"a layer of {module.in_features} columns does not fit the step")
-        return self._rows_of(module, start, module.out_features if stop is None else stop)
-
-    def _rows_of(self, module: nn.Linear, start: int, stop: int) -> PackedRows:
         bias = module.bias
         if bias is not None and bias.dtype != self.dtype:
             raise NotFusable("a bias of another dtype")

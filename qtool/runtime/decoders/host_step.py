@@ -183,11 +183,14 @@ def _records(tasks: Sequence[Task]) -> NDArray[np.int64]:
 def _table(tasks: Sequence[Task], records: NDArray[np.int64]) -> NDArray[np.int64]:
     """The rows that `cpu_threads` takes; the last has the number of all items."""
     table = np.zeros((len(tasks) + 1, cpu_threads.TASK_FIELDS), np.int64)
-    first = depends = 0
+    first = depends = beside = 0
     for row, record, task in zip(table, records, tasks, strict=False):
         depends = first if task.follows else depends
         row[:] = first, depends, task.operator.address, record.ctypes.data
+        if task.awaits:
+            record[at.INNER_DONE] = beside
         first += task.num_items
+        beside = first if task.follows else beside
     table[-1, cpu_threads.FIRST] = first
     return table
 

@@ -14,8 +14,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from cupy_kernels.linear_few import LinearKind
+from cupy_kernels.linear_few import LinearKind, LinearWeight
 from qtool.backends import cpu_records as at
 from qtool.backends.cpu import BIT_DTYPES
 from qtool.backends.cpu_attention import attention_floats, attention_operator, merge_operator
@@ -29,6 +30,8 @@ from qtool.backends.cpu_step import (
 )
 from qtool.formats.codebooks import CODES
 from qtool.runtime.decoders.blocks import Attention, Block, FusableNetwork, Norm, PackedRows
+from qtool.runtime.decoders.fused_adapters import AdapterGroup, adapters_of
+from qtool.runtime.dequantize_host import SOURCE_DTYPES
 
 EPILOGUES: Final = {
     "silu": at.SILU,
@@ -46,13 +49,15 @@ ITEMS_PER_THREAD: Final = 8
 class Task:
     """One operator's work; `record` goes by place.
 
-    `follows` is set where all tasks before must be done first; else it goes beside the last.
+    `follows` is set where all tasks before must be done first; else it goes beside the last. With
+    `awaits` it begins beside inner values, and waits for them where it adds an adapter.
     """
 
     operator: Any
     record: dict[int, int]
     num_items: int
     follows: bool = True
+    awaits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,7 @@ class TaskMaker:
         self._num_inputs = 0
         self._most_strips = -(-capacity // at.STRIP)
         self._widest = self._most_rows = 0
+        self._inner = 0  # address of the inner values of one group at a time
 
     def tasks(self, logits: Tensor) -> Iterator[Task]:
         """All of a step, in order; `logits` float32 (1, vocabulary) is what it fills."""
@@ -93,15 +99,19 @@ class TaskMaker:
         strip = network.head_dim + at.PARTIAL_EXTRA
         partials = self._buffer(network.num_heads * self._most_strips * strip)
         added = self._buffer(network.hidden_size)
+        adapters_of_blocks = adapters_of(network)
+        groups = [group for adapters in adapters_of_blocks for group in adapters.groups]
+        self._inner = self._buffer(max((group.a.shape[0] for group in groups), default=0))
         yield self._embedding(hidden)
-        for block in network.blocks:
-            yield from self._products(
-                block.query_key_value, hidden, query_key_value, block.attention_norm
-            )
+        for block, adapters in zip(network.blocks, adapters_of_blocks, strict=True):
+            group, norm = adapters.query_key_value, block.attention_norm
+            yield from self._products(block.query_key_value, hidden, query_key_value, norm, group)
             yield from self._attend(block.attention, query_key_value, attended, partials)
-            yield from self._add(block.output, attended, hidden, block.output_norm, added)
-            yield self._gated(block, hidden, gated)
-            yield from self._add(block.down, gated, hidden, block.down_norm, added)
+            yield from self._add(
+                block.output, attended, hidden, block.output_norm, added, adapters.output
+            )
+            yield from self._gated(block, hidden, gated, adapters.gate_up)
+            yield from self._add(block.down, gated, hidden, block.down_norm, added, adapters.down)
         (head,) = self._products((network.head,), hidden, self._keep(logits), network.final_norm)
         head.record[at.SOFTCAP] = _float_bits(network.logit_softcap)
         yield head
@@ -132,24 +142,46 @@ class TaskMaker:
         x: int,
         out: int,
         norm: Norm | None,
+        group: AdapterGroup | None = None,
         epilogue: int = at.STORED,
     ) -> Iterator[Task]:
-        """Layers of the same input, side by side in `out`."""
+        """Layers of the same input, side by side in `out`, with their adapters."""
         normed = self._norm(norm)
         self._num_inputs += 1
+        yield from self._inner_values(group, x, normed)
         for number, layer in enumerate(layers):
             record = self._product(layer, x, out, epilogue) | normed
-            yield self._product_task(layer, record, follows=number == 0)
+            record |= self._adapter(group, number, at.FIRST_ADAPTER)
+            yield self._product_task(layer, record, group, follows=number == 0)
             out += 4 * layer.weight.rows
 
+    def _inner_values(
+        self, group: AdapterGroup | None, x: int, normed: dict[int, int]
+    ) -> Iterator[Task]:
+        """Those of a group's adapters; the products behind begin before they are there."""
+        if group is None:
+            return
+        rows, columns = group.a.shape
+        kind = LinearKind("plain", columns, SOURCE_DTYPES[self._network.dtype])
+        layer = PackedRows(kind, LinearWeight(rows, self._keep(group.a)))
+        record = self._product(layer, x, self._inner, at.INNER) | normed
+        record[at.SCALES] = self._keep(group.scales)
+        yield self._product_task(layer, record, None, follows=True)
+
     def _add(
-        self, layer: PackedRows, x: int, hidden: int, norm: Norm | None, added: int
+        self,
+        layer: PackedRows,
+        x: int,
+        hidden: int,
+        norm: Norm | None,
+        added: int,
+        group: AdapterGroup | None,
     ) -> Iterator[Task]:
         """Add a layer's results to the hidden state; through a norm if there is one."""
         if norm is None:
-            yield from self._products((layer,), x, hidden, None, at.ADDED)
+            yield from self._products((layer,), x, hidden, None, group, at.ADDED)
             return
-        yield from self._products((layer,), x, added, None)
+        yield from self._products((layer,), x, added, None, group)
         record = {
             at.ROUNDS: self._rounds,
             at.X: added,
@@ -158,12 +190,16 @@ class TaskMaker:
         }
         yield Task(added_norm_operator(), record | self._norm(norm), 1)
 
-    def _gated(self, block: Block, x: int, out: int) -> Task:
+    def _gated(self, block: Block, x: int, out: int, group: AdapterGroup | None) -> Iterator[Task]:
         gate, up = block.gate_up
+        normed = self._norm(block.mlp_norm)
         self._num_inputs += 1
-        record = self._product(gate, x, out, EPILOGUES[self._network.gate])
-        record |= self._norm(block.mlp_norm) | self._weight(up, at.SECOND_WEIGHT)
-        return self._product_task(gate, record, follows=True)
+        yield from self._inner_values(group, x, normed)
+        record = self._product(gate, x, out, EPILOGUES[self._network.gate]) | normed
+        record |= self._weight(up, at.SECOND_WEIGHT)
+        record |= self._adapter(group, 0, at.FIRST_ADAPTER)
+        record |= self._adapter(group, 1, at.SECOND_ADAPTER)
+        yield self._product_task(gate, record, group, follows=True)
 
     def _attend(
         self, attention: Attention, query_key_value: int, attended: int, partials: int
@@ -216,14 +252,24 @@ class TaskMaker:
         }
         return record | self._weight(layer, at.FIRST_WEIGHT)
 
-    def _product_task(self, layer: PackedRows, record: dict[int, int], *, follows: bool) -> Task:
+    def _product_task(
+        self,
+        layer: PackedRows,
+        record: dict[int, int],
+        group: AdapterGroup | None,
+        *,
+        follows: bool,
+    ) -> Task:
+        """`follows` is set for the first one of an input; if there is a group, it goes beside
+        that one's inner values."""
         kind, dtype = layer.kind, self._network.dtype
         # A thread arranges an input once for each way in which layers take it.
         way = 2 * int(_takes_pairs(kind, dtype)) + int(kind.format in CODES)
         record[at.INPUT] = 4 * self._num_inputs + way
         operator = operator_for(kind, dtype)
         num_items = -(-layer.weight.rows // record[at.ITEM_ROWS])
-        return Task(operator, record, num_items, follows)
+        awaits = group is not None
+        return Task(operator, record, num_items, follows and not awaits, awaits)
 
     def _weight(self, layer: PackedRows, place: int) -> dict[int, int]:
         kind, weight = layer.kind, layer.weight
@@ -237,6 +283,21 @@ class TaskMaker:
             place + at.CODE: 0 if code is None else code.ctypes.data,
             place + at.SHIFT: (kind.blocksize // GROUP).bit_length() - 1,
             place + at.BIAS: 0 if layer.bias is None else self._floats(layer.bias),
+        }
+
+    def _adapter(self, group: AdapterGroup | None, number: int, place: int) -> dict[int, int]:
+        """Of layer `number` of a group."""
+        part = None if group is None else group.parts[number]
+        if part is None:
+            return {}
+        rows, rank = part.b.shape
+        stride = (-(-rows // at.ADAPTER_LANES) + 1) * at.ADAPTER_LANES
+        b = functional.pad(part.b.t(), (0, stride - rows)).contiguous()
+        return {
+            place + at.B: self._keep(b),
+            place + at.STRIDE: stride,
+            place + at.INNER_VALUES: self._inner + 4 * part.first,
+            place + at.RANK: rank,
         }
 
     def _norm(self, norm: Norm | None) -> dict[int, int]:
@@ -272,7 +333,7 @@ def _item_rows(rows: int, width: int, num_threads: int) -> int:
 def operator_for(kind: LinearKind, dtype: torch.dtype) -> Any:
     """The operator of products with layers of a kind, for activations of `dtype`."""
     pairs = _takes_pairs(kind, dtype)
-    return products_operator(*_dtypes(kind), np.uint16 if pairs else np.float32)
+    return products_operator(*_dtypes(kind), np.uint16 if pairs else np.float32, kept_as(dtype))
 
 
 def _takes_pairs(kind: LinearKind, dtype: torch.dtype) -> bool:
@@ -292,7 +353,7 @@ def _dtypes(kind: LinearKind) -> tuple[Any, Any, Any]:
 
 
 def kept_as(dtype: torch.dtype) -> Any:
-    """How operators are told the dtype of embedding and cache."""
+    """How operators are told the dtype of embedding, adapters and cache."""
     return np.uint16 if dtype == torch.bfloat16 else np.float32
 
 

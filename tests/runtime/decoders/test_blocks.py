@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("cupy", exc_type=ImportError)
 
-from qtool.runtime.decoders.blocks import UNTURNED, BlockReader, NotFusable, describe_network
+from qtool.runtime.decoders.blocks import UNTURNED, NotFusable, describe_network
 from qtool.runtime.decoders.fused_attention import attention_shape, check_rotary
 from qtool.runtime.random_model import build_random_model
 from tests.runtime.decoders.common_blocks import BASE, MODELS
@@ -74,13 +74,6 @@ def test_caps_are_those_that_the_type_looks_at():
     text = MODELS["gemma3"]["text_config"] | caps
     network = describe_network(load("gemma3", text_config=text))
     assert network.logit_softcap == 0
-
-
-def test_a_step_without_added_norms_is_not_given_any():
-    model = load("gemma3_text")
-    reader = BlockReader(model.config, torch.bfloat16, torch.device("cpu"), plus_one=True)
-    with pytest.raises(NotFusable, match="norms of what attention and MLP add"):
-        reader.block(model.model.layers[0], 0)
 
 
 def test_gate_and_up_of_one_layer_are_its_halves():

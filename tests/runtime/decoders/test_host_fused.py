@@ -203,25 +203,6 @@ def test_what_is_not_fused_says_why() -> None:
     assert refusal(loaded) == "gpt2 blocks have no fused step"
 
 
-@pytest.mark.parametrize(
-    ("targets", "reason"),
-    [
-        (["down_proj"], "adapters have no fused step"),
-        (["embed_tokens"], "an adapter changes the embedding"),
-        (["lm_head"], "an adapter changes the output head"),
-    ],
-)
-def test_adapters_are_run_by_peft(targets: list[str], reason: str) -> None:
-    pytest.importorskip("peft")
-    from tests.runtime.decoders.adapted import adapt
-
-    loaded = load()
-    adapt(loaded.model, target_modules=targets)
-    decoder = choose_decoder(loaded, 64)
-    assert decoder.path == "eager"
-    assert decoder.path_reason.startswith(reason)
-
-
 def test_other_logits_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load()
     own = HostNetwork._own_logits
