@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, Final
 
 from qtool.backends import BackendChoice, choose_backend
@@ -91,29 +92,14 @@ def bench_kernels(request: KernelRequest, on_event: OnEvent = ignore_events) -> 
         warnings.append(reason)
         products = ()
     rival = _find_rival(request, warnings, on_gpu=on_gpu, num_threads=num_threads)
-
-    def measure_groups(device: Device) -> Iterator[list[Row]]:
-        for shape in request.shapes or (CUDA_SHAPE if on_gpu else CPU_SHAPE,):
-            for dtype in request.dtypes or (CUDA_DTYPES if on_gpu else CPU_DTYPES):
-                if operations:
-                    group = _Group(device, rival, shape, dtype, operations)
-                    measured = group.measure(request.repeats, on_event)
-                    warnings.extend(host_bound_warnings(measured, group.label))
-                    yield group_rows(measured, shape_text(shape), DTYPE_WORDS[dtype])
-                    _release(device, rival)
-                if products and not (on_gpu and dtype == "F32"):  # models there have 16 bit
-                    for tokens in request.tokens:
-                        place = _ProductPlace(on_gpu, num_threads, shape, dtype, tokens)
-                        if taken := [p for p in products if tokens >= p.min_tokens]:
-                            yield place.rows(taken, rival, request.repeats, on_event)
-
-    groups: list[list[Row]] = []
+    groups = _Groups(request, operations, products, rival, on_gpu, num_threads, on_event)
+    measured: list[list[Row]] = []
     with _open_device(on_gpu, num_threads) as device:
         name = device_name(num_threads, on_gpu=on_gpu)
-        interruption = gather(measure_groups(device), groups)
+        interruption = gather(groups.measure(device, warnings), measured)
         versions = software_versions(on_gpu=on_gpu, rivals=("torch", "bitsandbytes"))
         runs_per_sample = device.clock.runs_per_sample
-    rows = [row for group_of_rows in groups for row in group_of_rows]
+    rows = [row for group in measured for row in group]
     return BenchResult(
         device=name,
         host=describe_host(),
@@ -151,6 +137,42 @@ def _too_few_tokens(request: KernelRequest) -> QtoolError:
         kind="usage",
         hint=(Option("rows", MIN_ROUNDED_TOKENS), " or more"),
     )
+
+
+# -- all shapes and dtypes ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """What is measured, group by group."""
+
+    request: KernelRequest
+    operations: Sequence[Operation]
+    products: Sequence[Product]
+    rival: Bitsandbytes | None
+    on_gpu: bool
+    num_threads: int
+    on_event: OnEvent
+
+    def measure(self, device: Device, warnings: list[str]) -> Iterator[list[Row]]:
+        """The rows of each; what has to be said of them is added to `warnings`."""
+        shapes = self.request.shapes or (CUDA_SHAPE if self.on_gpu else CPU_SHAPE,)
+        dtypes = self.request.dtypes or (CUDA_DTYPES if self.on_gpu else CPU_DTYPES)
+        for shape, dtype in product(shapes, dtypes):
+            if self.operations:
+                group = _Group(device, self.rival, shape, dtype, self.operations)
+                measured = group.measure(self.request.repeats, self.on_event)
+                warnings.extend(host_bound_warnings(measured, group.label))
+                yield group_rows(measured, shape_text(shape), DTYPE_WORDS[dtype])
+                _release(device, self.rival)
+            if not (self.on_gpu and dtype == "F32"):  # models there have 16 bit
+                yield from self._measure_products(shape, dtype)
+
+    def _measure_products(self, shape: Shape, dtype: SourceDtype) -> Iterator[list[Row]]:
+        for tokens in self.request.tokens:
+            place = _ProductPlace(self.on_gpu, self.num_threads, shape, dtype, tokens)
+            if taken := [p for p in self.products if tokens >= p.min_tokens]:
+                yield place.rows(taken, self.rival, self.request.repeats, self.on_event)
 
 
 # -- one shape and dtype --------------------------------------------------------------------------

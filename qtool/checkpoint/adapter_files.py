@@ -1,4 +1,4 @@
-"""The folder of a PEFT adapter as files: what has to be there, its config, its tensors' header."""
+"""A PEFT adapter as files, here or on the Hub: what has to be there, its config, its header."""
 
 from __future__ import annotations
 
@@ -8,14 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from qtool.checkpoint.file_source import FileSource
 from qtool.checkpoint.local_folder import LocalFolder
+from qtool.checkpoint.open import HubReference, locate_model, naming_the_nearest
 from qtool.checkpoint.records import Shard, TensorInfo
 from qtool.checkpoint.safetensors_header import read_header
 from qtool.checkpoint.strict_json import parse_json_object
 from qtool.errors import QtoolError
+from qtool.events import OnEvent, ignore_events
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
+PICKLE_NAME: Final = "adapter_model.bin"
+FINETUNE_RECORD: Final = "qtool_finetune.json"  # what `qtool finetune` writes beside an adapter
+# Files that make a tokenizer. Training may add tokens or a chat template, so that the adapter's own
+# is the one to keep.
+TOKENIZER_FILES: Final = frozenset(
+    {
+        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
+        *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+        *("chat_template.jinja", "chat_template.json"),
+    }
+)
 MAX_CONFIG_BYTES: Final = 10_000_000  # lists of thousands of target modules
 
 
@@ -29,14 +43,58 @@ class AdapterFiles:
     tensors: tuple[TensorInfo, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterPlace:
+    """Where an adapter lies: `folder`, which is in the Hub's cache for `hub_id` at `revision`."""
+
+    folder: Path
+    hub_id: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        """As messages name it."""
+        if self.hub_id is None:
+            return str(self.folder)
+        return f"{self.hub_id}@{self.revision[:7]}" if self.revision else self.hub_id
+
+
+def find_adapter(adapter: str | Path, on_event: OnEvent = ignore_events) -> AdapterPlace:
+    """The folder that ADAPTER means: it, or that of a Hub id, downloaded into the cache.
+
+    What exists locally wins. Whether that is an adapter is for `read_adapter_files` to say.
+
+    Raises:
+        QtoolError: neither; on the Hub, no adapter; auth, network or no_space.
+    """
+    reference = adapter if isinstance(adapter, Path) else locate_model(adapter)
+    if not isinstance(reference, HubReference):
+        return AdapterPlace(reference)
+    from qtool.checkpoint.hub import HubRepository, download, list_on_hub
+
+    with naming_the_nearest(reference.repo_id):
+        source = list_on_hub(*reference, on_event=on_event)
+    _check_files(source, reference.repo_id)
+    if isinstance(source, HubRepository):
+        names = (CONFIG_NAME, WEIGHTS_NAME, FINETUNE_RECORD, *sorted(TOKENIZER_FILES))
+        source = download(source, reference.revision, names, on_event)
+    return AdapterPlace(source.path, reference.repo_id, source.revision)
+
+
 def read_adapter_files(folder: Path) -> AdapterFiles:
     """Read config and header of the adapter in `folder`, whatever kind of adapter it is.
 
     Raises:
         QtoolError: not_found, or bad_file for what is cut or damaged.
     """
-    _check_presence(folder)
-    source = LocalFolder(folder)
+    if not folder.is_dir():
+        raise QtoolError(
+            f"{folder}: no such folder",
+            kind="not_found",
+            hint="give the folder of a PEFT adapter, or its Hub id",
+        )
+    # Not the other files of OUT: a run's saves may be many.
+    source = LocalFolder(folder, only=(CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME))
+    _check_files(source, str(folder))
     hint = f"fetch {CONFIG_NAME} again"
     size = source.status_of(CONFIG_NAME).num_bytes
     if size > MAX_CONFIG_BYTES:
@@ -53,18 +111,12 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
     )
 
 
-def _check_presence(folder: Path) -> None:
-    if not folder.is_dir():
-        raise QtoolError(
-            f"{folder}: no such folder",
-            kind="not_found",
-            hint="give the folder of a PEFT adapter; `hf download ID` prints one of the Hub",
-        )
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            pickled = name == WEIGHTS_NAME and (folder / "adapter_model.bin").is_file()
+def _check_files(source: FileSource, name: str) -> None:
+    for file in (CONFIG_NAME, WEIGHTS_NAME):
+        if file not in source.files:
+            pickled = file == WEIGHTS_NAME and PICKLE_NAME in source.files
             raise QtoolError(
-                f"{folder} holds no {name}" + (", only a pickle, which can run code" * pickled),
+                f"{name} holds no {file}" + (", only a pickle, which can run code" * pickled),
                 kind="not_found",
-                hint="give the folder of a PEFT adapter saved as safetensors",
+                hint="give the folder or the Hub id of a PEFT adapter saved as safetensors",
             )

@@ -10,7 +10,7 @@ import glob
 import re
 import shutil
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -102,10 +102,30 @@ def open_on_hub(
 
     Without a connection, what the cache holds of that revision.
     """
+    repository = list_on_hub(repo_id, revision, read_config=need == "headers", on_event=on_event)
+    if need == "headers" or isinstance(repository, LocalFolder):
+        return repository
+    weights = find_weight_files(repository, ignore_events)
+    if not weights.shards:  # nothing to download; the caller says why
+        return repository
+    index = () if weights.index is None else (weights.index,)
+    named = (CONFIG_NAME, *index, *weights.shards, *list_other_files(repository))
+    return download(repository, revision, named, on_event)
+
+
+def list_on_hub(
+    repo_id: str, revision: str | None, *, read_config: bool = False, on_event: OnEvent
+) -> HubRepository | LocalFolder:
+    """What the repository holds; without a connection, what the cache holds of that revision.
+
+    Args:
+        read_config: config.json will be read, so it is asked for at the same time.
+    """
     snapshot = find_snapshot(repo_id, revision)
     try:
-        read_config = need == "headers" and snapshot is None
-        repository = _list_repository(repo_id, revision, read_config=read_config)
+        repository = _list_repository(
+            repo_id, revision, read_config=read_config and snapshot is None
+        )
     except QtoolError as error:
         if snapshot is None or error.kind != "network":
             raise
@@ -113,17 +133,21 @@ def open_on_hub(
         on_event(Note(text, level="detail" if _is_offline() else "warning"))
         return snapshot
     on_event(Note(f"{repo_id} is at commit {repository.revision}", level="detail"))
-    if need == "headers":
-        return repository
-    weights = find_weight_files(repository, ignore_events)
-    if not weights.shards:  # nothing to download; the caller says why
-        return repository
-    index = () if weights.index is None else (weights.index,)
-    named = (CONFIG_NAME, *index, *weights.shards, *list_other_files(repository))
-    wanted = [name for name in named if name in repository.files]
+    return repository
+
+
+def download(
+    repository: HubRepository, revision: str | None, names: Iterable[str], on_event: OnEvent
+) -> LocalFolder:
+    """Those of `names` that the repository has, in the cache; what is there is not fetched again.
+
+    Args:
+        revision: as the user named it.
+    """
+    wanted = [name for name in names if name in repository.files]
     missing = [name for name in wanted if not repository.is_cached(name)]
     missing_bytes = sum(repository.files[name] for name in missing)
-    folder = _download(repo_id, revision, wanted, missing_bytes, on_event)
+    folder = _download(repository.repo_id, revision, wanted, missing_bytes, on_event)
     return LocalFolder(folder, revision=folder.name, only=wanted)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -173,12 +174,20 @@ def _open_on_hub(
     reference: HubReference, need: Literal["headers", "files"], on_event: OnEvent
 ) -> FileSource:
     from qtool.checkpoint.hub import open_on_hub
+
+    with naming_the_nearest(reference.repo_id):
+        return open_on_hub(*reference, need=need, on_event=on_event)
+
+
+@contextmanager
+def naming_the_nearest(repo_id: str) -> Iterator[None]:
+    """Where the Hub has no `repo_id`, the error names a folder that may be meant."""
     from qtool.checkpoint.hub_errors import NoSuchModel
 
     try:
-        return open_on_hub(*reference, need=need, on_event=on_event)
+        yield
     except NoSuchModel as error:
-        nearest = _nearest(reference.repo_id)
+        nearest = _nearest(repo_id)
         if nearest is None or not nearest.is_dir():
             raise
         raise error.with_hint(f"did you mean {nearest}? If not: {error.hint}") from error

@@ -10,7 +10,7 @@ import typer
 from qtool.cli import options
 from qtool.cli import planning_options as planning
 from qtool.cli.session import verb_session
-from qtool.errors import EXIT_CODES, Option
+from qtool.errors import EXIT_CODES, Option, QtoolError
 
 if TYPE_CHECKING:
     from qtool.planner.model import PlannedModel
@@ -56,6 +56,7 @@ def estimate(
     kv_dtype: planning.KvDtype = "auto",
     prefill_chunk: planning.PrefillChunk = 512,
     head_quant: planning.HeadQuant = None,
+    int8_threshold: planning.Int8Threshold = None,
     lora_r: planning.LoraR = 16,
     lora_targets: planning.LoraTargets = None,
     lora_dropout: planning.LoraDropout = 0.05,
@@ -91,6 +92,12 @@ def estimate(
     ) as output:
         if plot is not None:
             check_plot_path(plot)
+        if exact and int8_threshold is not None:
+            raise QtoolError(
+                (Option("exact"), " counts products that round no activations"),
+                kind="usage",
+                hint=("leave out ", Option("int8_threshold")),
+            )
         from qtool.checkpoint.open import open_in_background
 
         opening = open_in_background(model, need="headers", on_event=output.on_note)
@@ -114,6 +121,7 @@ def estimate(
                 split=split,
                 prefill_chunk=prefill_chunk,
                 head_quant=head_quant,
+                int8_threshold=int8_threshold,
                 lora_r=lora_r,
                 lora_targets=lora_targets,
                 lora_dropout=lora_dropout,

@@ -12,7 +12,7 @@ from qtool.cli import planning_options as planning
 from qtool.cli.option_names import is_given
 from qtool.cli.session import verb_session
 from qtool.errors import Option, QtoolError
-from qtool.formats.precisions import QuantizedPrecision
+from qtool.formats.precisions import ComputeDtype, QuantizedPrecision
 
 if TYPE_CHECKING:
     from qtool.finetune.records import FinetuneRequest
@@ -231,7 +231,7 @@ def finetune(
         ),
     ] = True,
     compute_dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None,
+        ComputeDtype | None,
         typer.Option(
             rich_help_panel=STEPS_PANEL,
             help="What to compute in.",

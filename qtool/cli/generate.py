@@ -12,7 +12,8 @@ from qtool.cli import options
 from qtool.cli.session import verb_session
 from qtool.cli.sizes import parse_threshold
 from qtool.errors import EXIT_CODES, Option, QtoolError, Words
-from qtool.formats.precisions import QuantizedPrecision
+from qtool.events import OnEvent
+from qtool.formats.precisions import ComputeDtype, QuantizedPrecision
 
 SAMPLING_PANEL = "Sampling"
 LOADING_PANEL = "Loading"
@@ -121,11 +122,15 @@ def generate(
         ),
     ] = None,
     adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", rich_help_panel=LOADING_PANEL, help="A PEFT adapter."),
+        str | None,
+        typer.Option(
+            metavar="DIR|ID",
+            rich_help_panel=LOADING_PANEL,
+            help="A PEFT adapter: a local folder, or a Hub id with an optional @revision.",
+        ),
     ] = None,
     compute_dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None,
+        ComputeDtype | None,
         typer.Option(
             rich_help_panel=LOADING_PANEL, help="What to compute in; default: as the model says."
         ),
@@ -175,6 +180,7 @@ def generate(
         ctx, "generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
         from qtool.runtime import head_start
+        from qtool.runtime.lean_imports import lean_imports
         from qtool.runtime.requirements import require_run_extra
 
         text = _read_prompt(prompt, prompt_file)
@@ -186,7 +192,7 @@ def generate(
                     show.warn((Option(name), " changes nothing at ", Option("temperature", 0)))
         require_run_extra()
         head_start.begin(device)
-        with head_start.without_sklearn():
+        with lean_imports():
             from qtool.report.generate import converse, report_result
             from qtool.runtime.answers import Request, answer
             from qtool.runtime.decoders.choose import DecoderOptions
@@ -198,8 +204,9 @@ def generate(
         decoder = DecoderOptions(path, prefill_chunk)
         request = Request(model, chat, system, sampling, limits, decoder)
         with show.progress() as on_event:
+            folder = None if adapter is None else _find_adapter(adapter, on_event)
             options_ = LoadOptions(
-                quant, compute_dtype, device, max_memory, adapter, head_quant, int8_threshold
+                quant, compute_dtype, device, max_memory, folder, head_quant, int8_threshold
             )
             loaded = load_model(model, options_, on_event=on_event)
         with loaded:
@@ -210,6 +217,15 @@ def generate(
             report_result(show, loaded, result)
         if result.stop_reason == "interrupted":
             raise typer.Exit(EXIT_CODES["interrupted"])
+
+
+def _find_adapter(adapter: str, on_event: OnEvent) -> Path:
+    """Its folder; what it needs here is asked for before anything is fetched."""
+    from qtool.checkpoint.adapter_files import find_adapter
+    from qtool.runtime.requirements import require_peft
+
+    require_peft()
+    return find_adapter(adapter, on_event).folder
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -12,7 +11,7 @@ from qtool.cli import options
 from qtool.cli.session import verb_session
 from qtool.cli.sizes import parse_size
 from qtool.errors import Option, QtoolError
-from qtool.formats.precisions import QuantFormat, QuantizedPrecision
+from qtool.formats.precisions import ComputeDtype, QuantFormat, QuantizedPrecision
 
 QUANT_PANEL = "With --quant"
 CHECK_PANEL = "Check"
@@ -20,7 +19,7 @@ PROMPT = "The first thing to know about the sea is that it is never still, and t
 EXAMPLES = (
     "qtool merge ./adapter -o ./merged",
     "qtool merge ./adapter -o ./merged-nf4 --quant nf4-dq",
-    "qtool merge ./adapter -o ./merged --onto original",
+    "qtool merge org/adapter -o ./merged --onto original",
     "qtool merge ./adapter -o ./merged --base ./Llama-3.1-8B-nf4",
     'qtool merge ./adapter -o ./merged --prompt "Why is the sky blue?" --json',
 )
@@ -29,8 +28,12 @@ EXAMPLES = (
 def merge(
     ctx: typer.Context,
     adapter: Annotated[
-        Path,
-        typer.Argument(metavar="ADAPTER", help="The folder of a LoRA adapter.", show_default=False),
+        str,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="A LoRA adapter: a local folder, or a Hub id with an optional @revision.",
+            show_default=False,
+        ),
     ],
     output: options.OutputFolder = None,
     base: Annotated[
@@ -82,7 +85,7 @@ def merge(
         ),
     ] = None,
     compute_dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"],
+        ComputeDtype,
         typer.Option(rich_help_panel=QUANT_PANEL, help="The dtype that readers compute in."),
     ] = "bfloat16",
     prompt: Annotated[

@@ -10,6 +10,7 @@ import typer
 
 from qtool.cli.option_names import is_given
 from qtool.cli.options import OUTPUT_PANEL
+from qtool.cli.sizes import parse_threshold
 from qtool.errors import Option, Words
 from qtool.formats.precisions import Precision, QuantizedPrecision
 
@@ -77,6 +78,15 @@ HeadQuant = Annotated[
         "--head-quant",
         help="Pack the output head too, in memory, as generate does; qtool's own runtime.",
         show_default="as the model has it",
+    ),
+]
+Int8Threshold = Annotated[
+    float | None,  # or "config"
+    typer.Option(
+        "--int8-threshold",
+        parser=parse_threshold,
+        metavar="T|config",
+        help="Round activations of prompts to INT8 too, as generate does; qtool's own runtime.",
     ),
 ]
 LoraR = Annotated[
@@ -169,7 +179,7 @@ Plot = Annotated[
 
 ADAPTER_OPTIONS: Final = ("lora_r", "lora_targets", "lora_dropout", "adapter_dtype")
 TRAINING_OPTIONS: Final = (*ADAPTER_OPTIONS, "optimizer", "gradient_checkpointing")
-OWN_OPTIONS: Final = ("prefill_chunk", "head_quant")
+OWN_OPTIONS: Final = ("prefill_chunk", "head_quant", "int8_threshold")
 
 
 def without_effect(ctx: typer.Context, workload: Workload) -> Iterator[Words]:
@@ -198,6 +208,7 @@ def build_workload(
     split: SplitName,
     prefill_chunk: int = 512,
     head_quant: QuantizedPrecision | None = None,
+    int8_threshold: float | Literal["config"] | None = None,
     lora_r: int = 16,
     lora_targets: str | None = None,
     lora_dropout: float = 0.05,
@@ -220,6 +231,7 @@ def build_workload(
         split=split,
         prefill_chunk=prefill_chunk,
         head_quant=head_quant,
+        int8_threshold=int8_threshold,
         tuning=Tuning(
             lora_r=lora_r,
             lora_targets=None if is_default else tuple(names),

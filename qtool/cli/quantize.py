@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -11,7 +11,7 @@ from qtool.backends.cuda_driver import open_in_background
 from qtool.cli import options
 from qtool.cli.session import verb_session
 from qtool.cli.sizes import parse_size
-from qtool.formats.precisions import QuantFormat, QuantizedPrecision, QuantStorage
+from qtool.formats.precisions import ComputeDtype, QuantFormat, QuantizedPrecision, QuantStorage
 
 EXAMPLES = (
     "qtool quantize ./Llama-3.1-8B -o ./Llama-3.1-8B-nf4",
@@ -40,7 +40,7 @@ def quantize(
         typer.Option(metavar="PATTERN", help="Keep these modules in 16 bit too; repeatable."),
     ] = None,
     compute_dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"],
+        ComputeDtype,
         typer.Option(help="The dtype that readers compute in."),
     ] = "bfloat16",
     quant_storage: Annotated[

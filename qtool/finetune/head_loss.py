@@ -21,12 +21,12 @@ from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
 from qtool.finetune.loss import (
-    IGNORED_LABEL,
     PLAIN,
     LogitRule,
     apply_rule,
     chunked_causal_loss,
 )
+from qtool.finetune.sequences import IGNORED_LABEL
 from qtool.runtime.host_head import HostLinear
 
 # Names that configs have for what logits are multiplied by; some divide by it.

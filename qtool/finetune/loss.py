@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qtool.finetune.sequences import IGNORED_LABEL
 from qtool.planner.training_loss import chunk_tokens
-
-IGNORED_LABEL: Final = -100
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from qtool.events import OnEvent
 from qtool.finetune.lora_layers import wrap_with_lora
 from qtool.finetune.lora_targets import choose_layers
 from qtool.finetune.plan import PlannedRun, local_rank, num_processes
-from qtool.finetune.records import ComputeDtype, FinetuneRequest
+from qtool.finetune.records import FinetuneRequest
 from qtool.finetune.trainer import Placement
-from qtool.formats.precisions import QuantizedPrecision
+from qtool.formats.precisions import ComputeDtype, QuantizedPrecision
 from qtool.optim import keep_embeddings_32bit
 from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
 from qtool.runtime.placement import resolve_device

@@ -18,7 +18,7 @@ from qtool.checkpoint.records import Checkpoint
 from qtool.errors import Option, QtoolError
 from qtool.finetune.records import DEFAULT_MAX_LENGTH, FinetuneRequest
 from qtool.planner.estimate import EstimateRequest, estimate_opened
-from qtool.planner.gpus import MIB, Gpu, local_gpus
+from qtool.planner.gpus import MIB, Gpu, gpu_of, list_gpus
 from qtool.planner.lora import ALL_LINEAR, HEADS, target_layers
 from qtool.planner.model import PlannedModel, describe_model
 from qtool.planner.optimizers import find_optimizer
@@ -210,15 +210,22 @@ def _check_device(request: FinetuneRequest) -> None:
     """What would be found out in vain once PyTorch is loaded and the plan is shown.
 
     Raises:
-        QtoolError: usage, for a device that is not there or that cannot do what is asked.
+        QtoolError: usage, for a device that is not there, that cannot do what is asked, or that all
+            processes of a launch would share.
     """
     device, optimizer = request.device, request.training.optimizer
-    asked = re.fullmatch(r"auto|cpu|cuda(?::\d+)?", device)
+    asked = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
     if asked is None:
         raise QtoolError(
             (Option("device", device), ": there is no such device"),
             kind="usage",
             hint="use auto, cpu, cuda or cuda:N",
+        )
+    if asked[1] is not None and num_processes() > 1:
+        raise QtoolError(
+            (Option("device", device), f": each of {num_processes()} processes takes its own GPU"),
+            kind="usage",
+            hint=("leave out ", Option("device"), "; CUDA_VISIBLE_DEVICES says which there are"),
         )
     reason = _why_no_gpu(device)
     if device.startswith("cuda") and reason:
@@ -276,15 +283,22 @@ def _training_device(device: str) -> Gpu | None:
     if _why_no_gpu(device):
         return _host()
     try:
-        gpus = local_gpus()
+        listed = list_gpus()
     except QtoolError:
-        # PyTorch may find one without nvidia-smi; what that lists without memory has the host's.
+        # PyTorch may find one without nvidia-smi.
         return _host() if shutil.which("nvidia-smi") else None
-    are_equal = len({gpu.name for gpu in gpus}) == 1
+    if all(gpu.total_mib is None for gpu in listed):
+        return _host()  # which they share
+    are_equal = len({gpu.name for gpu in listed}) == 1
     if not are_equal and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         return None  # CUDA numbers the fastest first, nvidia-smi goes by the bus
+    if any(gpu.is_divided for gpu in listed):
+        return None  # CUDA numbers the parts, whose memory is not listed
     index = _physical_index(device)
-    return gpus[index] if index is not None and index < len(gpus) else None
+    found = next((gpu for gpu in listed if gpu.index == index), None)
+    if found is not None and found.total_mib is None:
+        return _host()
+    return gpu_of(found) if found is not None and found.has_memory else None
 
 
 def _physical_index(device: str) -> int | None:

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from qtool.formats.precisions import QuantizedPrecision
+from qtool.formats.precisions import ComputeDtype, QuantizedPrecision
 from qtool.planner.training import FloatName
 
 Method = Literal["qlora", "lora", "full"]
 Scheduler = Literal["linear", "cosine", "constant"]
-ComputeDtype = Literal["bfloat16", "float16", "float32"]
 
 ADAPTER_LR: Final = 2e-4
 FULL_LR: Final = 2e-5

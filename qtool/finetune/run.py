@@ -7,7 +7,6 @@ result = train(prepared, on_event=..., on_progress=..., warn=print)
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.output_place import hold_lock
 from qtool.checkpoint.records import Checkpoint
 from qtool.errors import Option, QtoolError, Words
 from qtool.events import Note, OnEvent, ignore_events
@@ -390,15 +390,7 @@ def _locked(folder: RunFolder) -> Iterator[None]:
         return
     was_there = folder.path.exists()
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    with (folder.checkpoints / LOCK).open("w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise QtoolError(
-                f"{folder.path}: another qtool process is training into this folder",
-                kind="usage",
-                hint="wait for it, or write elsewhere with -o",
-            ) from error
+    with hold_lock(folder.checkpoints / LOCK, folder.path):
         try:
             yield
         finally:

@@ -12,18 +12,17 @@ A save that was cut short has no `whole.json`, or other sizes than it says, and 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from qtool import __version__
+from qtool.checkpoint.output_place import encode_json, refuse_file, require_writable, sync
 from qtool.errors import Option, QtoolError
 
 CHECKPOINTS: Final = "checkpoints"
@@ -61,12 +60,7 @@ class RunFolder:
         Raises:
             QtoolError: foreign files; a run that neither option says what to do with.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise QtoolError(
-                f"{self.path} is a file, expected a folder to write",
-                kind="usage",
-                hint="choose another -o",
-            )
+        refuse_file(self.path)
         if not self.is_begun:
             first = self._first_foreign()
             if first is not None:
@@ -86,7 +80,7 @@ class RunFolder:
                     " begins anew, or choose another -o",
                 ),
             )
-        self._require_writable()
+        require_writable(self.path)
 
     def begin(self, identity: Mapping[str, Any], *, resume: bool, restart: bool) -> Path | None:
         """Start a run, or find the save to go on from; None begins at step 0.
@@ -126,7 +120,7 @@ class RunFolder:
         """Move the files of `made` into OUT, then write the manifest that lists them."""
         names = sorted(path.name for path in made.iterdir())
         for name in names:
-            _sync(made / name)
+            sync(made / name)
             _open_to_umask(made / name)
             (made / name).replace(self.path / name)
         made.rmdir()
@@ -148,21 +142,6 @@ class RunFolder:
                 self.checkpoints.rmdir()
                 if is_ours:
                     self.path.rmdir()
-
-    def _require_writable(self) -> None:
-        """Try it, where permissions alone do not tell: with a folder that is gone again at once."""
-        place = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        try:
-            Path(tempfile.mkdtemp(prefix=".qtool-", dir=place)).rmdir()
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            what = "written" if place == self.path else "created"
-            raise QtoolError(
-                f"{self.path} cannot be {what}: {place} takes no new files",
-                kind="usage",
-                hint="choose another -o",
-            ) from error
 
     def _first_foreign(self) -> str | None:
         """A file that no run of ours made: one that ended before it began left only its lock."""
@@ -213,7 +192,7 @@ def mark_whole(save: Path) -> None:
     paths = sorted(path for path in save.rglob("*") if path.is_file() and path.name != WHOLE)
     for path in paths:
         _open_to_umask(path)
-        _sync(path)
+        sync(path)
     sizes = {str(path.relative_to(save)): path.stat().st_size for path in paths}
     _write_synced(save / WHOLE, encode_json({"files": sizes}))
 
@@ -232,11 +211,6 @@ def is_whole(save: Path) -> bool:
 def identity_of(settings: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """What makes two runs the same."""
     return {"qtool_version": __version__, **settings, **data}
-
-
-def encode_json(value: Any) -> bytes:
-    """JSON as the files of OUT are written."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _differences(
@@ -262,9 +236,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _write_synced(path: Path, data: bytes) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_bytes(data)
-    _sync(unfinished)
+    sync(unfinished)
     unfinished.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _open_to_umask(path: Path) -> None:
@@ -272,11 +246,3 @@ def _open_to_umask(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

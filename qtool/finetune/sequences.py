@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 from qtool.errors import Option, QtoolError, Words
 from qtool.finetune.rows import COMPLETION, MESSAGES, PROMPT, TEXT, Row, Rows
 
-IGNORED: Final = -100  # PyTorch's and transformers' label for what no loss is taken of
+IGNORED_LABEL: Final = -100  # PyTorch's and transformers' label for what no loss is taken of
 BATCH_ROWS: Final = 256
 SHORTEST: Final = 2  # tokens; a single one has nothing to predict
 ASSISTANT: Final = "assistant"
@@ -59,7 +59,7 @@ class Sequences:
             return
         self.num_cut += len(item.ids) > self.max_length
         item = Tokens(item.ids[: self.max_length], item.labels[: self.max_length])
-        if any(label != IGNORED for label in item.labels[1:]):  # the first is never predicted
+        if any(label != IGNORED_LABEL for label in item.labels[1:]):  # the first is never predicted
             self.items.append(item)
         else:
             self.num_without_labels += 1
@@ -256,7 +256,7 @@ class _Encoder:
 
 
 def _learn(ids: list[int], spans: Iterable[tuple[int, int]]) -> Tokens:
-    labels = [IGNORED] * len(ids)
+    labels = [IGNORED_LABEL] * len(ids)
     for start, end in spans:
         labels[start:end] = ids[start:end]
     return Tokens(ids, labels)

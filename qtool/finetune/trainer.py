@@ -27,7 +27,6 @@ from trl import SFTConfig, SFTTrainer
 from qtool.errors import EXIT_TERMINATED, Option, QtoolError, Words
 from qtool.finetune.optimizers import optimizer_class
 from qtool.finetune.records import (
-    ComputeDtype,
     FinetuneRequest,
     OnProgress,
     Progress,
@@ -36,6 +35,7 @@ from qtool.finetune.records import (
 )
 from qtool.finetune.run_folder import is_whole, mark_whole
 from qtool.finetune.sequences import Sequences
+from qtool.formats.precisions import ComputeDtype
 
 SAVES_KEPT: Final = 2  # while a new one is written, the one before is whole
 SPEED_WINDOW: Final = 20  # steps that the speed is a mean of

@@ -13,6 +13,7 @@ Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "fp4", "fp4-dq", "nf4
 QuantizedPrecision = Literal["int8", "fp4", "fp4-dq", "nf4", "nf4-dq"]
 QuantType = Literal["nf4", "fp4"]
 QuantStorage = Literal["uint8", "bfloat16"]
+ComputeDtype = Literal["bfloat16", "float16", "float32"]
 
 QUANTIZED_PRECISIONS: Final[tuple[QuantizedPrecision, ...]] = get_args(QuantizedPrecision)
 BLOCKSIZES: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -26,8 +26,11 @@ from numpy.typing import NDArray
 
 from qtool.checkpoint.adapter_files import (
     CONFIG_NAME,
+    FINETUNE_RECORD,
     MAX_CONFIG_BYTES,
+    TOKENIZER_FILES,
     WEIGHTS_NAME,
+    AdapterPlace,
     read_adapter_files,
 )
 from qtool.checkpoint.local_folder import LocalFolder
@@ -40,19 +43,8 @@ from qtool.formats.floats import NUMPY_DTYPES, count_nonfinite, widen
 from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantizedPrecision
 from qtool.formats.tensors import DTYPE_BITS, TORCH_NAMES, SourceDtype
 
-FINETUNE_RECORD: Final = "qtool_finetune.json"  # what `qtool finetune` writes beside an adapter
 PREFIX: Final = "base_model.model."
 CHUNK_BYTES: Final = 8 << 20
-
-# Files that make a tokenizer. Training may add tokens or a chat template, so that the adapter's own
-# is the one to keep.
-TOKENIZER_FILES: Final = frozenset(
-    {
-        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
-        *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
-        *("chat_template.jinja", "chat_template.json"),
-    }
-)
 
 # What a config may say without changing what the tensors mean.
 _HARMLESS: Final = frozenset(
@@ -120,7 +112,7 @@ class Adapter:
     the model's.
     """
 
-    folder: Path
+    place: AdapterPlace
     config: Mapping[str, Any]
     shard: Shard
     updates: Mapping[str, LowRank]
@@ -128,6 +120,11 @@ class Adapter:
     tokenizer_files: tuple[str, ...]
     trained_quant: QuantizedPrecision | None = None  # of the base in training, where that is known
     digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return self.place.folder
 
     @property
     def base(self) -> str | None:
@@ -161,19 +158,20 @@ class AdapterReader(ShardReader):
         return widen(values, dtype).reshape(tensor.shape)
 
 
-def open_adapter(folder: Path) -> Adapter:
-    """Read config and headers of the adapter in `folder`, and check them.
+def open_adapter(place: AdapterPlace) -> Adapter:
+    """Read config and headers of the adapter, and check them.
 
     Raises:
         QtoolError: not_found or bad_file; unsupported for what is no LoRA, or for a variant whose
             update is not one of the weights alone.
     """
+    folder = place.folder
     files = read_adapter_files(folder)
     _check_config(folder, files.config)
     updates, replacements = _sort_tensors(folder, files.config, files.tensors)
     source = LocalFolder(folder)
     return Adapter(
-        folder=folder,
+        place=place,
         config=files.config,
         shard=files.shard,
         updates=updates,

@@ -57,7 +57,7 @@ def _little_kept(planned: PlannedMerge, change: LogitChange) -> str:
     packing = f" --quant {base.trained_quant}" if base.trained_quant else ""
     ways.append(
         "leave the adapter beside its base: `qtool generate "
-        f"{base.trained_on}{packing} --adapter {planned.adapter.folder}`"
+        f"{base.trained_on}{packing} --adapter {planned.request.adapter}`"
     )
     share = change.merging / change.adapter
     return (

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from qtool.backends import BackendChoice, ChosenBackend, choose_backend
-from qtool.checkpoint.adapter_files import CONFIG_NAME
+from qtool.checkpoint.adapter_files import CONFIG_NAME, TOKENIZER_FILES, AdapterPlace, find_adapter
 from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.records import Checkpoint
 from qtool.events import OnEvent, ignore_events
 from qtool.formats.precisions import Precision, QuantFormat
-from qtool.merge.adapter import TOKENIZER_FILES, Adapter, check_values, open_adapter
+from qtool.merge.adapter import Adapter, check_values, open_adapter
 from qtool.merge.base import Base, Onto, find_base
 from qtool.merge.plan import MergeSources, pair
 from qtool.quantize.output_folder import RunIdentity
@@ -41,11 +41,11 @@ _PRECISIONS: Final[dict[str, Precision]] = {"F32": "fp32", "F16": "fp16", "BF16"
 class MergeRequest:
     """What the user asked for.
 
-    `recipe` None writes 16 bit. `base` and `onto` None go by the adapter's config and by what the
-    base is.
+    `adapter` is a folder or a Hub id. `recipe` None writes 16 bit. `base` and `onto` None go by the
+    adapter's config and by what the base is.
     """
 
-    adapter: Path
+    adapter: str | Path
     output: Path
     base: str | None = None
     onto: Onto | None = None
@@ -98,7 +98,7 @@ def plan_merge(request: MergeRequest, *, on_event: OnEvent = ignore_events) -> P
     Raises:
         QtoolError: what is wrong with either, or that they do not belong together.
     """
-    adapter = open_adapter(request.adapter)
+    adapter = open_adapter(find_adapter(request.adapter, on_event))
     recipe = request.recipe
     quant = recipe.format.precision if recipe else None
     base = find_base(adapter, request.base, request.onto, on_event, quant=quant)
@@ -181,7 +181,7 @@ def _identify(planned: PlannedMerge, other_files: dict[str, Path]) -> RunIdentit
         source={
             **describe_source(base),
             "adapter": {
-                "name": adapter.folder.resolve().name,
+                **_describe_place(adapter.place),
                 "sha256": dict(sorted(adapter.digests.items())),
             },
         },
@@ -196,3 +196,10 @@ def _identify(planned: PlannedMerge, other_files: dict[str, Path]) -> RunIdentit
         },
         file_names=folder_file_names(planned.shards, other_files),
     )
+
+
+def _describe_place(place: AdapterPlace) -> dict[str, Any]:
+    """What the manifest says of it: a local folder's place is not part of what it is."""
+    if place.hub_id is None:
+        return {"name": place.folder.resolve().name}
+    return {"name": place.hub_id, "revision": place.revision}

@@ -33,7 +33,7 @@ BRAND_WORD = re.compile(
     r"nvidia|geforce|tesla|rtx|gtx|amd|radeon|rx|instinct|intel|apple|gpu|generation|edition"
 )
 
-NVIDIA_SMI_FIELDS = "name,memory.total,memory.free"
+NVIDIA_SMI_FIELDS = "index,mig.mode.current,memory.total,memory.free,name"
 NVIDIA_SMI_TIMEOUT_S = 10
 
 
@@ -133,11 +133,59 @@ def find_gpu(name: str) -> Gpu:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ListedGpu:
+    """One line of nvidia-smi. `index` is its own, which counts every GPU.
+
+    `total_mib` is None where the GPU has no memory of its own, `free_mib` also where nvidia-smi may
+    not tell. Of one that `is_divided` by MIG they are the whole card's, which no program can have.
+    """
+
+    index: int
+    name: str
+    total_mib: int | None
+    free_mib: int | None
+    is_divided: bool
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a program can have what is listed."""
+        return None not in (self.total_mib, self.free_mib) and not self.is_divided
+
+
 def local_gpus() -> tuple[Gpu, ...]:
-    """This machine's NVIDIA GPUs as nvidia-smi lists them, with the memory that is free now.
+    """This machine's NVIDIA GPUs that have memory of their own, with what of it is free now.
 
     Raises:
-        QtoolError: (not_found) no nvidia-smi, or it fails or lists nothing.
+        QtoolError: (not_found) no nvidia-smi, or it fails or lists no such GPU; (unsupported) MIG
+            divides one.
+    """
+    listed = list_gpus()
+    for gpu in listed:
+        if gpu.is_divided:
+            raise QtoolError(
+                (
+                    Option("gpu", "auto"),
+                    f": MIG divides GPU {gpu.index} ({gpu.name}), and nvidia-smi does not list the "
+                    "memory of the parts",
+                ),
+                kind="unsupported",
+                hint=(
+                    "name a GPU with as much memory, or `qtool sizing MODEL` ",
+                    Option("vram", "GIB"),
+                ),
+            )
+    gpus = tuple(gpu_of(listed_gpu) for listed_gpu in listed if listed_gpu.has_memory)
+    if not gpus:
+        raise _no_local_gpu("nvidia-smi lists no GPU with memory of its own")
+    return gpus
+
+
+def list_gpus() -> tuple[ListedGpu, ...]:
+    """This machine's NVIDIA GPUs, all that nvidia-smi lists.
+
+    Raises:
+        QtoolError: (not_found) no nvidia-smi, or it fails.
     """
     import subprocess
 
@@ -148,10 +196,8 @@ def local_gpus() -> tuple[Gpu, ...]:
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise _no_local_gpu(f"nvidia-smi could not be asked ({_cause(error)})") from error
-    gpus = tuple(gpu for line in run.stdout.splitlines() if (gpu := _gpu_from_smi(line)))
-    if not gpus:
-        raise _no_local_gpu("nvidia-smi lists no GPU with memory of its own")
-    return gpus
+    lines = (_read_line(line) for line in run.stdout.splitlines())
+    return tuple(gpu for gpu in lines if gpu is not None)
 
 
 def resolve_gpus(names: Iterable[str]) -> tuple[Gpu, ...]:
@@ -181,17 +227,28 @@ def _gpu_from_row(row: Mapping[str, Any]) -> Gpu:
     return Gpu(**{"memory_mib": None, **row, **lists})
 
 
-def _gpu_from_smi(line: str) -> Gpu | None:
-    name, *memory_mib = (part.strip() for part in line.rsplit(",", 2))
-    if len(memory_mib) != 2 or not all(number.isdigit() for number in memory_mib):
-        return None  # unified memory prints [N/A]
-    total_mib, free_mib = map(int, memory_mib)
+def _read_line(line: str) -> ListedGpu | None:
+    fields = [part.strip() for part in line.split(",", 4)]
+    if len(fields) != 5 or not fields[0].isdigit():
+        return None  # words to people
+    index, mig, total, free, name = fields
+    return ListedGpu(int(index), name, _mib(total), _mib(free), mig == "Enabled")
+
+
+def _mib(text: str) -> int | None:
+    return int(text) if text.isdigit() else None  # unified memory prints [N/A]
+
+
+def gpu_of(listed: ListedGpu) -> Gpu:
+    """What is known of a GPU of this machine that has memory of its own."""
+    total_mib = listed.total_mib
+    assert total_mib is not None
     try:
-        known = find_gpu(name)
+        known = find_gpu(listed.name)
     except QtoolError:
         known = None
     return Gpu(
-        name=name,
+        name=listed.name,
         vendor="NVIDIA",
         memory_gb=round(total_mib / 1024, 1),
         memory_mib=total_mib,
@@ -199,7 +256,7 @@ def _gpu_from_smi(line: str) -> Gpu | None:
         compute_capability=known.compute_capability if known else None,
         basis={**(known.basis if known else {}), "memory_mib": "confirmed"},
         note="this machine",
-        free_mib=free_mib,
+        free_mib=listed.free_mib,
     )
 
 

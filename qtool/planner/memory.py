@@ -207,7 +207,9 @@ class MemoryBudget:
         architecture = self.model.architecture
         if not workload.is_own or architecture is None:
             return None
-        return OwnRuntime.of(architecture, self.model.config, self.weights, workload)
+        return OwnRuntime.of(
+            architecture, self.model.config, self.weights, workload, is_int8=self.quant == "int8"
+        )
 
     def _prompt_peak(self, layer: LayerShape, workload: Workload) -> PrefillPeak:
         """What the prompts take beside the cache."""

@@ -15,6 +15,9 @@ dequantized to multiply by it (the last h + q are the hidden state and what atte
     gate and up         h + 2*i + h + q, and W of one
     down                h + i + h + q, and W
 
+Where activations are rounded to INT8 too, what `rounded_products` says stands for W. A GPU of
+Hopper reads 4-bit weights packed for some thousand tokens, and needs no W; a plan is for any GPU.
+
 The other paths are `qtool.planner.activations`, for a chunk that looks at a longer cache.
 """
 
@@ -26,9 +29,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, NamedTuple, Self
 
 from qtool.architecture import Architecture, AttentionCache, CacheLayer
-from qtool.planner.activations import NO_BUFFER, LayerShape, PrefillPeak, prefill_peak
+from qtool.planner.activations import (
+    NO_BUFFER,
+    DequantBuffer,
+    LayerShape,
+    PrefillPeak,
+    prefill_peak,
+)
 from qtool.planner.kv_cache import CacheLayers, cached_tokens, kv_cache_bytes
 from qtool.planner.records import Workload
+from qtool.planner.rounded_products import RoundedProducts
 from qtool.planner.weights import Weights, piece_rows
 
 Path = Literal["fused", "graph", "eager"]
@@ -72,6 +82,7 @@ FEW_TOKENS: Final = 64  # up to so many, products read packed bytes
 MULTIPROCESSORS: Final = 148
 FLOAT32_BYTES: Final = 4
 INT64_BYTES: Final = 8
+DEFAULT_INT8_THRESHOLD: Final = 6.0  # bitsandbytes' own, and what `qtool quantize` writes
 # Logits of a graph are compared with those of the operations that it was recorded from: three of
 # each in float32, a difference and its absolute values.
 COMPARED_LOGIT_BYTES: Final = 8 * FLOAT32_BYTES
@@ -159,8 +170,8 @@ class FusedBlock:
         angles = self.num_angles * capacity * self.head_dim
         return batch * states * HALF_BYTES + (results + angles) * FLOAT32_BYTES
 
-    def moments(self, tokens: int) -> Iterator[PrefillPeak]:
-        """Of `tokens` that go through at once."""
+    def moments(self, tokens: int, rounding: RoundedProducts | None) -> Iterator[PrefillPeak]:
+        """Of `tokens` that go through at once; `rounding`: whether activations are rounded too."""
         queries = self.heads * self.head_dim
         states = 2 * self.hidden  # before and after the norm
         sums_bytes = tokens * self.heads * FLOAT32_BYTES
@@ -169,6 +180,9 @@ class FusedBlock:
             elements: int, *layers: int, columns: int = 0, more_bytes: int = 0
         ) -> PrefillPeak:
             num_bytes = tokens * (states + elements) * HALF_BYTES + more_bytes
+            if layers and rounding is not None and tokens > FEW_TOKENS:
+                num_bytes += rounding.bytes_at_once(tokens, columns, layers)
+                return PrefillPeak(num_bytes, 0, 0)
             reads_packed = self.is_packed and tokens <= FEW_TOKENS
             weight_bytes = 0 if reads_packed else self._weight_bytes(layers, columns)
             return PrefillPeak(num_bytes, weight_bytes, 0)
@@ -197,7 +211,8 @@ class OwnRuntime:
     """A model on its path.
 
     `fused` is None where another path is gone. `short_context`: up to which rotary frequencies are
-    the same, None if they always are.
+    the same, None if they always are. `rounding`: of the products with packed weights, if
+    activations are rounded for them.
     """
 
     path: Path
@@ -206,6 +221,7 @@ class OwnRuntime:
     fused: FusedBlock | None
     short_context: int | None
     takes_chunks: bool
+    rounding: RoundedProducts | None = None
 
     @classmethod
     def of(
@@ -214,8 +230,14 @@ class OwnRuntime:
         config: Mapping[str, Any],
         weights: Weights,
         workload: Workload,
+        *,
+        is_int8: bool = False,
     ) -> Self:
-        """The path that the runtime goes for the workload's batch and GPUs."""
+        """The path that the runtime goes for the workload's batch and GPUs.
+
+        Args:
+            is_int8: what is packed are INT8 rows.
+        """
         num_parts = workload.gpus if workload.split == "tensor" else 1
         layer = LayerShape.of(architecture)
         fused = FusedBlock.of(architecture, config, weights)
@@ -232,6 +254,7 @@ class OwnRuntime:
             fused=fused if path == "fused" else None,
             short_context=_original_context(config) if is_short_only else None,
             takes_chunks=architecture.model_type not in WHOLE_TYPES,
+            rounding=_rounding(config, weights, workload) if is_int8 else None,
         )
 
     def cache_bytes(self, layers: CacheLayers, workload: Workload) -> int:
@@ -289,7 +312,7 @@ class OwnRuntime:
         few = workload.batch * workload.context <= FEW_TOKENS
         if self.fused is not None and not self.fused.caps_scores and not few:
             tokens = workload.batch * min(workload.prefill_chunk, workload.context)
-            yield from self.fused.moments(tokens)
+            yield from self.fused.moments(tokens, self.rounding)
             return
         yield self._operations_peak(chunk)
         yield self._head_peak(chunk)
@@ -300,6 +323,7 @@ class OwnRuntime:
         reads_packed = chunk.batch * chunk.tokens <= FEW_TOKENS
         reads_packed &= weights.compute_bytes == HALF_BYTES
         converts = weights.buffer != NO_BUFFER and weights.compute_bytes != weights.element_bytes
+        buffer = weights.buffer if self.rounding is None else self._rounding_buffer(chunk)
         capacity = fixed_tokens(chunk.context) if is_fixed else chunk.context
         windows = [it.window for it in self.layer.cache_layers if isinstance(it, AttentionCache)]
         hides = is_fixed and any(window and window <= capacity for window in windows)
@@ -308,11 +332,20 @@ class OwnRuntime:
             context=chunk.tokens,
             batch=chunk.batch,
             element_bytes=weights.element_bytes,
-            buffer=NO_BUFFER if reads_packed else weights.buffer,
+            buffer=NO_BUFFER if reads_packed else buffer,
             converted_bytes=weights.compute_bytes if converts else 0,
             keys=capacity if hides or chunk.tokens < chunk.context else None,
         )
         return replace(peak, activations_bytes=peak.activations_bytes + self._tail_bytes(chunk))
+
+    def _rounding_buffer(self, chunk: Chunk) -> DequantBuffer:
+        """What the MLP's products take in the place of a dequantized weight: the first ones beside
+        most of its results, the last beside its own input alone."""
+        assert self.rounding is not None
+        tokens, layer = chunk.batch * chunk.tokens, self.layer
+        first = self.rounding.bytes_in_pieces(tokens, layer.hidden, layer.mlp)
+        last = self.rounding.bytes_in_pieces(tokens, layer.mlp, layer.hidden)
+        return DequantBuffer(max(first, last), first)
 
     def _head_peak(self, chunk: Chunk) -> PrefillPeak:
         """Multiplying by a head that is packed in memory: as many rows as there are sequences."""
@@ -347,6 +380,20 @@ class OwnRuntime:
         whole = is_long or not self.takes_chunks
         tokens = context if whole else min(workload.prefill_chunk, context)
         return Chunk(tokens, workload.batch, context)
+
+
+def _rounding(
+    config: Mapping[str, Any], weights: Weights, workload: Workload
+) -> RoundedProducts | None:
+    """None where activations stay as they are: a GPU rounds them in 16 bit only."""
+    threshold = workload.int8_threshold
+    if threshold is None or weights.compute_bytes != HALF_BYTES:
+        return None
+    if threshold == "config":
+        entry = config.get("quantization_config")
+        found = entry.get("llm_int8_threshold") if isinstance(entry, Mapping) else None
+        threshold = DEFAULT_INT8_THRESHOLD if found is None else found
+    return RoundedProducts(has_outliers=threshold != 0)
 
 
 def _num_angles(architecture: Architecture, config: Mapping[str, Any]) -> int:

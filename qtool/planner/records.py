@@ -88,7 +88,8 @@ class Workload:
 
     `gpus` hold it together, as `split` says; the memory is that of the fullest one. qtool's own
     runtime takes a prompt up in chunks of `prefill_chunk` tokens and packs the output head in
-    memory to `head_quant`; None leaves it as the model has it.
+    memory to `head_quant`; None leaves it as the model has it. With an `int8_threshold`, a number
+    or the config's, its INT8 layers round the activations of prompts too.
     """
 
     context: int
@@ -100,6 +101,7 @@ class Workload:
     split: Split = "pipeline"
     prefill_chunk: int = 512
     head_quant: QuantizedPrecision | None = None
+    int8_threshold: float | Literal["config"] | None = None
     tuning: Tuning = field(default_factory=Tuning)
 
     @property

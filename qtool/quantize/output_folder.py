@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from qtool import __version__
+from qtool.checkpoint.output_place import (
+    encode_json,
+    hold_lock,
+    refuse_file,
+    require_writable,
+    sync,
+)
 from qtool.errors import Option, QtoolError
 from qtool.quantize.growing_file import GrowingFile
 
@@ -35,8 +41,6 @@ WORK_FOLDER = ".qtool"
 JOURNAL = "journal.jsonl"
 MANIFEST = "qtool_manifest.json"
 MANIFEST_SCHEMA = 1
-# Of a place that takes no folders; /proc says that a new one "does not exist".
-_UNWRITABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _SPACE_MARGIN = 0.01  # file system overhead beside the exactly known bytes
 
 
@@ -136,7 +140,7 @@ class OutputFolder:
         for name, data in {MANIFEST: manifest, **last_files}.items():
             self.write_file(name, data)
         shutil.rmtree(self._work)
-        _sync_folder(self.path)
+        sync(self.path)
 
     def discard(self) -> None:
         """Remove all that this run wrote: its source turned out to be unusable."""
@@ -152,7 +156,7 @@ class OutputFolder:
         with self._publishing:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._partial(name).replace(target)
-            _sync_folder(target.parent)
+            sync(target.parent)
             entry = {"file": name, "bytes": record.num_bytes, "sha256": record.sha256}
             _append_line(self._work / JOURNAL, entry)
             self.finished[name] = record
@@ -173,8 +177,9 @@ def open_output_folder(
     """
     _refuse_foreign(path)
     work = path / WORK_FOLDER
-    _make_folder(work, path)
-    with _lock(work / "lock", path):
+    require_writable(path)
+    work.mkdir(parents=True, exist_ok=True)
+    with hold_lock(work / "lock", path):
         if restart:
             _remove_own_files(path)
         try:
@@ -243,11 +248,6 @@ def encode_manifest(identity: RunIdentity, files: Mapping[str, FileRecord]) -> b
     )
 
 
-def encode_json(value: Any) -> bytes:
-    """JSON as every small file of the output is written."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def hash_bytes(data: bytes) -> FileRecord:
     """The record of a file with this content."""
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
@@ -256,24 +256,8 @@ def hash_bytes(data: bytes) -> FileRecord:
 # -- states of an existing folder ------------------------------------------------------------------
 
 
-def _make_folder(work: Path, output: Path) -> None:
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:  # a full disk says so itself
-            raise
-        raise QtoolError(
-            f"{output} cannot be created or written: {error.strerror}",
-            kind="bad_file",
-            hint=("choose another place with ", Option("output", "OUT")),
-        ) from error
-
-
 def _refuse_foreign(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise QtoolError(
-            f"{path} is a file, expected a folder to write", kind="usage", hint="choose another -o"
-        )
+    refuse_file(path)
     if not path.is_dir() or (path / MANIFEST).is_file() or (path / WORK_FOLDER).is_dir():
         return
     first = next((entry.name for entry in sorted(path.iterdir())), None)
@@ -336,21 +320,7 @@ def _read_lines(journal: Path) -> list[dict[str, Any]]:
 def _start_journal(journal: Path, identity: RunIdentity) -> None:
     journal.unlink(missing_ok=True)
     _append_line(journal, identity.as_journal_head())
-    _sync_folder(journal.parent)
-
-
-@contextmanager
-def _lock(lock: Path, path: Path) -> Iterator[None]:
-    with lock.open("w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise QtoolError(
-                f"{path}: another qtool process is writing this folder",
-                kind="usage",
-                hint="wait for it, or write elsewhere with -o",
-            ) from error
-        yield
+    sync(journal.parent)
 
 
 # -- bytes on disk ---------------------------------------------------------------------------------
@@ -381,14 +351,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _has_size(path: Path, num_bytes: int) -> bool:

@@ -15,11 +15,10 @@ from qtool.architecture.stored_weights import check_linear_layers, place_of
 from qtool.checkpoint.records import Checkpoint, TensorInfo
 from qtool.errors import Option, QtoolError
 from qtool.formats.bitsandbytes import find_quantized, packed_layouts, quantization_config
-from qtool.formats.precisions import QuantFormat
+from qtool.formats.precisions import ComputeDtype, QuantFormat
 from qtool.formats.tensors import TensorLayout
 
 Action = Literal["quantize", "copy"]
-ComputeDtype = Literal["bfloat16", "float16", "float32"]
 
 DATA_ALIGNMENT_BYTES = 16  # a 16-byte load never straddles the start of a large tensor
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qtool.backends.protocol import Backend
+from qtool.checkpoint.output_place import encode_json
 from qtool.checkpoint.reading import OpenTensors, open_shards
 from qtool.checkpoint.records import Checkpoint
 from qtool.checkpoint.safetensors_header import EncodedHeader, encode_header
@@ -30,7 +31,6 @@ from qtool.quantize.memory import PeakMemory
 from qtool.quantize.output_folder import (
     OutputFolder,
     RunIdentity,
-    encode_json,
     encode_manifest,
     hash_bytes,
     open_output_folder,

@@ -24,7 +24,7 @@ def report_plan(output: Output, planned: PlannedMerge, *, dry_run: bool) -> None
     counts = ", ".join(f"{number} {what}" for what, number in sources.count().most_common())
     weights_bytes = sum(shard.weights_bytes for shard in planned.shards)
     num_files = len(planned.shards)
-    say(f"plan     {planned.adapter.folder} → {_name(planned)} · {planned.precision}")
+    say(f"plan     {planned.adapter.place} → {_name(planned)} · {planned.precision}")
     say(f"         onto the {base.onto} weights ({base.reason})")
     say(f"         {counts}")
     files = f"{num_files} file{'s' * (num_files != 1)}"

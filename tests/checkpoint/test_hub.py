@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.adapter_files import AdapterPlace, find_adapter
 from qtool.errors import QtoolError
 from qtool.events import Advanced, Event, Note, Started
 from tests.checkpoint import tiny_models
@@ -460,6 +461,60 @@ class TestWithoutConnection:
         error = error_of(ID, "files")
         assert tiny_models.SECOND in error.message
         assert "online" in error.hint
+
+
+class TestAdapters:
+    """Of PEFT, which are no models."""
+
+    def test_are_downloaded_without_what_nobody_reads(self, hub: HubServer, tmp_path: Path):
+        source = write_adapter(tmp_path / "source")
+        (source / "optimizer.safetensors").write_bytes(bytes(5_000_000))
+        commit = hub.add_model(ID, source, revision="v2")
+        place = find_adapter(f"{ID}@v2")
+        assert (place.hub_id, place.revision, str(place)) == (ID, commit, f"{ID}@{commit[:7]}")
+        found = {path.name: path.read_bytes() for path in place.folder.iterdir()}
+        names = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+        assert found == {name: (source / name).read_bytes() for name in names}
+        hub.stop_answering()
+        assert find_adapter(f"{ID}@v2") == place
+
+    def test_of_a_folder_stay_there(self, hub: HubServer, tmp_path: Path):
+        source = write_adapter(tmp_path / "source")
+        assert find_adapter(str(source)) == find_adapter(source) == AdapterPlace(source)
+        assert not hub.requests
+
+    def test_that_are_none_are_refused_before_a_download(self, hub: HubServer, tmp_path: Path):
+        hub.add_model(ID, tiny_models.write_single(tmp_path / "model"))
+        with pytest.raises(QtoolError, match=f"{ID} holds no adapter_config.json") as caught:
+            find_adapter(ID)
+        assert caught.value.kind == "not_found"
+        source = write_adapter(tmp_path / "source")
+        (source / "adapter_model.safetensors").rename(source / "adapter_model.bin")
+        hub.add_model("someone/pickled", source)
+        with pytest.raises(QtoolError, match="only a pickle, which can run code"):
+            find_adapter("someone/pickled")
+        assert {request.path.split("/")[1] for request in hub.requests} == {"api"}
+
+    def test_that_do_not_exist_are_not_found(self, hub: HubServer, monkeypatch, tmp_path: Path):
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        with pytest.raises(QtoolError) as caught:
+            find_adapter("someone/else")
+        assert caught.value.kind == "not_found"
+        write_adapter(tmp_path / "else")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(QtoolError) as caught:
+            find_adapter("elsewhere")
+        assert "did you mean else?" in str(caught.value.hint)
+
+
+def write_adapter(folder: Path) -> Path:
+    """The files alone; what is in them is for others to check."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "README.md").write_text("an adapter")
+    return folder
 
 
 OPEN_AND_PRINT = """

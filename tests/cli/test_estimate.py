@@ -125,11 +125,25 @@ def test_a_packed_output_head_takes_less(large):
     assert ran.exit_code == 2 and "--head-quant" in ran.error["message"]
 
 
+def test_rounded_activations_take_no_dequantized_weight(large):
+    options = ("--quant", "int8", "--quant", "nf4")
+    usual = plans_of(large, *options)
+    for threshold in ("config", "6", "0"):
+        rounded = plans_of(large, *options, "--int8-threshold", threshold)
+        assert component_bytes(rounded[0], "dequant_buffer") == 0
+        assert component_bytes(rounded[0], "activations") > component_bytes(usual[0], "activations")
+        assert rounded[1] == usual[1]  # 4-bit layers never do
+    ran = run("estimate", large, "--int8-threshold", "config", "--exact", "--json")
+    assert ran.exit_code == 2 and "round no activations" in ran.error["message"]
+    assert "--int8-threshold" in ran.error["hint"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "without_effect"),
     [
         (("--runtime", "vllm", "--prefill-chunk", 64), "--prefill-chunk .. --runtime vllm"),
         (("--runtime", "transformers", "--head-quant", "nf4"), "--head-quant .. --runtime tran"),
+        (("--runtime", "vllm", "--int8-threshold", 6), "--int8-threshold .. --runtime vllm"),
         (("--mode", "qlora", "--prefill-chunk", 512), "--prefill-chunk .. --mode qlora"),
         (("--mode", "qlora", "--kv-dtype", "fp8"), "--kv-dtype .. --mode qlora"),
         (("--mode", "full", "--lora-r", 16), "--lora-r .. --mode full"),

@@ -22,6 +22,8 @@ import pytest
 
 from qtool.runtime import requirements
 from tests.cli.running import run
+from tests.hub_server import HubServer, hub_server  # noqa: F401
+from tests.merge.adapters import linear_layers, lora_tensors, write_adapter
 
 PROMPT = "Once upon a time"
 START = ", there was a little girl named Lily."
@@ -246,6 +248,37 @@ def test_a_missing_extra_is_one_sentence_and_one_command(
 
 
 # ---- In processes of their own ----------------------------------------------------------------
+
+
+def test_an_adapter_may_lie_on_the_hub(
+    stories: Path,
+    tmp_path: Path,
+    hub_server: HubServer,  # noqa: F811
+) -> None:
+    pytest.importorskip("peft")
+    config = json.loads((stories / "config.json").read_text())
+    tensors = lora_tensors(linear_layers(config))
+    adapter = write_adapter(tmp_path / "adapter", tensors, stories)
+    hub_server.add_model("org/adapter", adapter)
+    arguments = (stories, PROMPT, "--max-new-tokens", "8", "--device", "cpu", "--json")
+    environment = hub_server.environment(tmp_path / "home", PYTHONPATH=str(Path.cwd()))
+    fetched = subprocess.run(
+        [*PROGRAM, *map(str, arguments), "--adapter", "org/adapter@main"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    own = run("generate", *arguments, "--adapter", adapter).document["token_ids"]
+    assert json.loads(fetched.stdout)["token_ids"] == own
+    assert run("generate", *arguments).document["token_ids"] != own
+
+
+def test_an_adapter_that_is_nowhere_is_not_found(stories: Path) -> None:
+    pytest.importorskip("peft")
+    ran = run("generate", stories, PROMPT, "--adapter", "./gone", "--json")
+    assert ran.exit_code == 1 and ran.error["kind"] == "not_found"
+    assert "./gone: no such folder" in ran.error["message"]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.running import run
+from tests.hub_server import hub_server  # noqa: F401
 from tests.merge.adapters import linear_layers, lora_tensors, read_folder, write_adapter
 from tests.test_readme import shape_of
 from tests.tiny_models import write_llama
@@ -199,8 +200,30 @@ def test_a_dry_run_tells_what_a_run_writes_and_writes_nothing(adapter, tmp_path,
 
 def test_an_output_that_cannot_be_made(adapter):
     ran = run("merge", adapter, "-o", "/proc/none", "--no-check", "--json")
-    assert ran.exit_code == 1 and "/proc/none cannot be created or written" in ran.error["message"]
+    assert ran.exit_code == 2
+    assert ran.error["message"] == "/proc/none cannot be created: /proc takes no new files"
     assert "--output" in ran.error["hint"]
+
+
+def test_an_adapter_on_the_hub_is_merged_like_its_copy(adapter, tmp_path, hub_server):  # noqa: F811
+    commit = hub_server.add_model("org/adapter", adapter)
+    environment = hub_server.environment(tmp_path / "home", PYTHONPATH=str(ROOT))
+    program = "from qtool.cli import main; main()"
+    options = ("merge", "org/adapter", "-o", str(tmp_path / "out"), "--no-check")
+    command = [sys.executable, "-c", program, *options]
+    for _ in range(2):  # the second finds it done
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert f"plan     org/adapter@{commit[:7]} → model · bf16" in ran.stderr
+    assert "complete already" in ran.stdout
+    run("merge", adapter, "-o", tmp_path / "local", "--no-check")
+    manifests = [
+        json.loads((tmp_path / name / "qtool_manifest.json").read_text())
+        for name in ("out", "local")
+    ]
+    [remote, local] = [manifest["source"].pop("adapter") for manifest in manifests]
+    assert manifests[0] == manifests[1]  # with the checksums of all files
+    assert remote == {**local, "name": "org/adapter", "revision": commit}
+    assert local["name"] == "a" and "revision" not in local
 
 
 def test_a_model_that_cannot_be_run_is_merged_and_said_so(adapter, tmp_path):

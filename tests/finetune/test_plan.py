@@ -9,7 +9,8 @@ import pytest
 
 from qtool.errors import QtoolError
 from qtool.finetune import plan
-from qtool.planner.gpus import Gpu
+from qtool.finetune.records import DataOptions, FinetuneRequest
+from qtool.planner.gpus import ListedGpu
 
 LAUNCHER = ("WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 
@@ -29,13 +30,13 @@ def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return file
 
 
-def list_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: tuple[str, int]) -> None:
-    """What nvidia-smi says: names and MiB."""
+def list_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: tuple[str, int | None] | ListedGpu) -> None:
+    """What nvidia-smi says: names and MiB, of all that is free."""
     found = tuple(
-        Gpu(name=name, vendor="NVIDIA", memory_gb=mib / 1024, memory_mib=mib, free_mib=mib)
-        for name, mib in gpus
+        gpu if isinstance(gpu, ListedGpu) else ListedGpu(index, gpu[0], gpu[1], gpu[1], False)
+        for index, gpu in enumerate(gpus)
     )
-    monkeypatch.setattr(plan, "local_gpus", lambda: found)
+    monkeypatch.setattr(plan, "list_gpus", lambda: found)
 
 
 def refuse(*arguments: object) -> None:
@@ -51,7 +52,7 @@ def test_where_there_may_be_a_gpu_nothing_is_refused(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert plan._why_no_gpu(device) == ""
-    monkeypatch.setattr(plan, "local_gpus", refuse)
+    monkeypatch.setattr(plan, "list_gpus", refuse)
     assert plan._why_no_gpu(device) == ""
 
 
@@ -82,7 +83,6 @@ def test_a_library_that_only_pytorch_finds_is_a_driver(no_driver: Path) -> None:
         ("cuda:1", {"CUDA_VISIBLE_DEVICES": "1"}, None),
         ("cuda", {"CUDA_VISIBLE_DEVICES": "GPU-8a3f"}, None),
         ("auto", {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 2),
-        ("cuda:1", {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, 1),  # as `network` chooses
         ("auto", {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "1,0"}, 1),
     ],
 )
@@ -99,6 +99,26 @@ def test_the_plan_is_on_the_gpu_that_will_train(
     assert (found and found.free_mib) == free_mib
 
 
+@pytest.mark.parametrize(("processes", "is_refused"), [(None, False), ("1", False), ("2", True)])
+def test_a_number_is_refused_where_each_process_takes_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, processes: str | None, is_refused: bool
+) -> None:
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    for device in ("auto", "cuda"):
+        plan._check_device(asking(device))
+    if not is_refused:
+        plan._check_device(asking("cuda:1"))
+        return
+    with pytest.raises(QtoolError, match=r"cuda:1.*each of 2 processes takes its own") as caught:
+        plan._check_device(asking("cuda:1"))
+    assert caught.value.kind == "usage"
+
+
+def asking(device: str) -> FinetuneRequest:
+    return FinetuneRequest(model="m", output=Path("o"), data=DataOptions(source="d"), device=device)
+
+
 def test_unequal_gpus_are_known_by_number_only_in_one_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -110,10 +130,26 @@ def test_unequal_gpus_are_known_by_number_only_in_one_order(
     assert found.name == "slow"
 
 
+def test_a_gpu_without_memory_of_its_own_moves_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    list_gpus(monkeypatch, ("A", None), ("A", 2))
+    found = plan._training_device("cuda:1")
+    assert found is not None and found.free_mib == 2
+    host = plan._training_device("cuda:0")
+    assert host is not None and host.name == plan.HOST_NAME
+    list_gpus(monkeypatch, ListedGpu(0, "A", 2, None, False))  # it has some, but how much is left?
+    assert plan._training_device("cuda:0") is None
+
+
+def test_a_part_of_a_gpu_has_not_the_memory_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    list_gpus(monkeypatch, ListedGpu(0, "A", 2, 2, True), ("A", 2))
+    assert plan._training_device("cuda:0") is None
+    assert plan._training_device("cuda:1") is None  # whichever that is among the parts
+
+
 def test_a_gpu_that_nobody_can_be_asked_about_has_not_the_hosts_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plan, "local_gpus", refuse)
+    monkeypatch.setattr(plan, "list_gpus", refuse)
     monkeypatch.setattr(plan, "shutil", SimpleNamespace(which=lambda name: None))
     assert plan._training_device("cuda") is None
     # Listed without memory of its own it shares the host's.

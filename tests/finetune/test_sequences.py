@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from qtool.errors import QtoolError
 from qtool.finetune.records import DataOptions
 from qtool.finetune.rows import open_rows
-from qtool.finetune.sequences import IGNORED, Sequences, encode
+from qtool.finetune.sequences import IGNORED_LABEL, Sequences, encode
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -45,7 +45,7 @@ def sequences_of(
 
 
 def learned(tokenizer: Any, item: Any) -> str:
-    return str(tokenizer.decode([label for label in item.labels if label != IGNORED]))
+    return str(tokenizer.decode([label for label in item.labels if label != IGNORED_LABEL]))
 
 
 def test_text_is_learned_with_its_end(tmp_path: Path, tokenizer: Any) -> None:
@@ -61,7 +61,7 @@ def test_of_a_pair_only_the_completion_is_learned(tmp_path: Path, tokenizer: Any
     whole = tokenizer("Once upon a time there was a cat</s>").input_ids
     prompt = tokenizer("Once upon a time").input_ids
     assert item.ids == whole
-    assert item.labels == [IGNORED] * len(prompt) + whole[len(prompt) :]
+    assert item.labels == [IGNORED_LABEL] * len(prompt) + whole[len(prompt) :]
     [all_of_it] = sequences_of(tmp_path, tokenizer, row, completion_only=False).items
     assert all_of_it.labels == whole
 

@@ -13,6 +13,7 @@ from qtool.planner.gpus import (
     MIB,
     Gpu,
     find_gpu,
+    list_gpus,
     local_gpus,
     read_catalogue,
     resolve_gpus,
@@ -172,7 +173,10 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 
 def test_local_gpus_have_the_memory_that_is_free(nvidia_smi):
-    nvidia_smi("NVIDIA A100-SXM4-80GB, 81920, 61440\nNVIDIA GeForce RTX 9090, 49140, 48900")
+    nvidia_smi(
+        "0, Disabled, 81920, 61440, NVIDIA A100-SXM4-80GB\n"
+        "1, [N/A], 49140, 48900, NVIDIA GeForce RTX 9090"
+    )
     busy, new = local_gpus()
     assert busy.usable_bytes == 61440 * MIB
     assert busy.bandwidth_gb_s == find_gpu("a100 80gb").bandwidth_gb_s
@@ -181,7 +185,10 @@ def test_local_gpus_have_the_memory_that_is_free(nvidia_smi):
 
 
 def test_auto_names_the_local_gpus_and_equal_ones_once(nvidia_smi):
-    nvidia_smi("NVIDIA H100 80GB HBM3, 81559, 81000\n" * 2 + "NVIDIA H100 80GB HBM3, 81559, 900")
+    lines = [
+        f"{n}, Disabled, 81559, {(81000, 81000, 900)[n]}, NVIDIA H100 80GB HBM3" for n in range(3)
+    ]
+    nvidia_smi("\n".join(lines))
     gpus = resolve_gpus(["auto", "4090", "rtx 4090"])
     assert [(gpu.name, gpu.free_mib) for gpu in gpus] == [
         ("NVIDIA H100 80GB HBM3", 81000),
@@ -191,13 +198,39 @@ def test_auto_names_the_local_gpus_and_equal_ones_once(nvidia_smi):
 
 
 @pytest.mark.parametrize(
-    ("stdout", "exit_code"), [("", 0), ("NVIDIA GB10, [N/A], [N/A]", 0), ("broken driver", 9)]
+    ("stdout", "exit_code"),
+    [("", 0), ("0, [N/A], [N/A], [N/A], NVIDIA GB10", 0), ("broken driver", 9)],
 )
 def test_no_local_gpu_is_an_error_that_says_why(nvidia_smi, stdout, exit_code):
     nvidia_smi(stdout, exit_code)
     with pytest.raises(QtoolError, match=r"gpu='auto': nvidia-smi") as raised:
         local_gpus()
     assert raised.value.kind == "not_found"
+
+
+def test_a_gpu_without_memory_of_its_own_moves_no_number(nvidia_smi):
+    nvidia_smi(
+        "0, [N/A], [N/A], [N/A], NVIDIA GB10\n"
+        "1, Disabled, 81559, [Insufficient Permissions], NVIDIA H100 80GB HBM3\n"
+        "2, [N/A], 24564, 24000, NVIDIA GeForce RTX 4090"
+    )
+    assert [gpu.free_mib for gpu in local_gpus()] == [24000]
+    assert [(gpu.index, gpu.has_memory) for gpu in list_gpus()] == [
+        (0, False),
+        (1, False),
+        (2, True),
+    ]
+
+
+def test_of_a_gpu_that_mig_divides_nobody_has_the_whole_memory(nvidia_smi):
+    nvidia_smi(
+        "0, Disabled, 81559, 81000, NVIDIA H100 80GB HBM3\n"
+        "1, Enabled, 81559, 81000, NVIDIA H100 80GB HBM3"
+    )
+    with pytest.raises(QtoolError, match=r"MIG divides GPU 1 \(NVIDIA H100 80GB HBM3\)") as raised:
+        resolve_gpus(["auto"])
+    assert raised.value.kind == "unsupported"
+    assert "vram='GIB'" in raised.value.hint
 
 
 def test_no_nvidia_smi_is_an_error_that_says_so(monkeypatch, tmp_path):

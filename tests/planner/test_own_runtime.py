@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -12,7 +14,8 @@ from qtool.architecture import KNOWN_MODEL_TYPES
 from qtool.checkpoint import Checkpoint
 from qtool.exact.peak import exact_peak
 from qtool.exact.records import ExactRequest
-from qtool.planner import own_runtime
+from qtool.exact.storages import LiveStorages
+from qtool.planner import own_runtime, rounded_products
 from qtool.planner.memory import MemoryBudget
 from qtool.planner.model import describe_model
 from qtool.planner.records import Workload
@@ -20,6 +23,7 @@ from qtool.planner.reference_models import reference_models
 from qtool.runtime import products
 from qtool.runtime.decoders import caches
 from qtool.runtime.decoders.network import LENGTH_DEPENDENT_ROTARY
+from qtool.runtime.linear import LinearInt8
 from qtool.runtime.model_config import find_model_class, parse_config
 from tests.architecture import families
 from tests.planner.plans import plan_of
@@ -64,7 +68,7 @@ def path_and_bytes(config, quant, workload):
         prefill_chunk=workload.prefill_chunk,
     )
     peak = exact_peak(config, request)
-    own = own_runtime.OwnRuntime.of(model.architecture, config, budget.weights, workload)
+    own = budget._own_runtime(workload)
     return own.path, planned, peak.allocated_peak_bytes - peak.weights_bytes
 
 
@@ -96,6 +100,97 @@ def test_chunks_of_few_tokens_are_not_dequantized(test_data, quant):
     assert path == "fused" and planned == pytest.approx(found, rel=0.03)
     weight_bytes = 4096 * 14336 * 2  # of the largest layer, in floating point
     assert path_and_bytes(config, quant, more)[1] - planned > 0.9 * weight_bytes
+
+
+@pytest.fixture
+def rounding(monkeypatch):
+    """INT8 layers round activations, and the kernels for it do nothing: what is left are their
+    buffers, made by the runtime's own code."""
+    pytest.importorskip("cupy")
+    from cupy_kernels import int8_products as kernels
+    from qtool.exact import own_runtime as exact
+    from qtool.runtime import int8_products
+    from qtool.runtime.decoders.fused_prompt import PromptLaunches
+
+    class Launches(exact._NoLaunches):
+        multiply_rounded = PromptLaunches.multiply_rounded
+
+    def multiply(x, codes, scb, bias=None, *, threshold=None):
+        if exact.reads_packed(x):
+            return x.new_empty(*x.shape[:-1], codes.shape[0])
+        return int8_products.multiply_rounded(x, codes, scb, bias, threshold)
+
+    for name in ("find_outliers", "round_activations", "finish_product"):
+        monkeypatch.setattr(kernels, name, lambda *arguments, **named: None)
+    monkeypatch.setattr(int8_products, "_stream", lambda x: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(exact, "_NoLaunches", Launches)
+    monkeypatch.setattr(exact, "_linear_int8", multiply)
+
+    def begin(threshold):
+        monkeypatch.setattr(LinearInt8, "threshold", threshold)
+
+    return begin
+
+
+@pytest.mark.parametrize("threshold", [0, 6.0])
+@pytest.mark.parametrize(
+    "workload",
+    [Workload(300, 2), Workload(3000), Workload(40_000, prefill_chunk=4096), Workload(400, 9)],
+)
+def test_rounded_activations_take_what_is_planned(test_data, rounding, workload, threshold):
+    """The last goes the graph path, where the count leaves least out."""
+    rounding(threshold)
+    config = few_layers(test_data, "meta-llama--Meta-Llama-3.1-8B")
+    asked = replace(workload, int8_threshold=threshold)
+    path, planned, found = path_and_bytes(config, "int8", asked)
+    assert path == ("graph" if workload.batch == 9 else "fused")
+    assert planned == pytest.approx(found, rel=0.02)
+    rounded, plain = (plan_of_config(config, "int8", it) for it in (asked, workload))
+    assert rounded["dequant_buffer"] == 0 or path == "graph"
+    assert rounded != plain
+
+
+@pytest.mark.usefixtures("rounding")
+@pytest.mark.parametrize("threshold", [0, 6.0])
+@pytest.mark.parametrize(
+    ("tokens", "columns", "rows"),
+    [(300, 4096, 14336), (5000, 14336, 4096), (5000, 1024, 65536), (2048, 4096, 4096)],
+)
+def test_one_product_takes_what_is_planned(tokens, columns, rows, threshold):
+    from qtool.runtime import int8_products
+
+    x = torch.empty(tokens, columns, dtype=torch.bfloat16, device="meta")
+    codes = torch.empty(rows, columns, dtype=torch.int8, device="meta")
+    scb = torch.empty(rows, device="meta")
+    storages = LiveStorages()
+    with storages:
+        int8_products.multiply_rounded(x, codes, scb, None, threshold)
+    planned = rounded_products.RoundedProducts(threshold != 0)
+    beside = planned.bytes_in_pieces(tokens, columns, rows)
+    there_bytes = x.nbytes + codes.nbytes + 2 * tokens * rows  # and the result
+    assert storages.peak_bytes - there_bytes == pytest.approx(beside, rel=0.01)
+
+
+def plan_of_config(config, quant, workload):
+    """Bytes of the components."""
+    model = describe_model(Checkpoint.of_config("bare", config))
+    plan = MemoryBudget.of(model, quant, workload).plan(workload)
+    return {name: part.bytes for name, part in plan.components.items()}
+
+
+def test_the_threshold_is_the_config_s_where_that_is_asked_for(test_data):
+    config = few_layers(test_data, "meta-llama--Meta-Llama-3.1-8B")
+    none_left = {**config, "quantization_config": {"llm_int8_threshold": 0.0}}
+
+    def sizes(of, threshold, quant="int8"):
+        return plan_of_config(of, quant, Workload(3000, int8_threshold=threshold))
+
+    assert sizes(config, "config") == sizes(config, 6.0) != sizes(config, 0)
+    assert sizes(none_left, "config") == sizes(config, 0)
+    assert sizes(config, 6.0, "nf4") == sizes(config, None, "nf4")
+    wide = {**config, "dtype": "float32"}
+    assert sizes(wide, 6.0) == sizes(wide, None)  # a GPU rounds 16 bit only
 
 
 @pytest.mark.parametrize("quant", ["bf16", "nf4-dq"])
@@ -152,8 +247,11 @@ def test_the_limits_are_the_runtime_s():
     assert set(LENGTH_DEPENDENT_ROTARY) == own_runtime.LENGTH_DEPENDENT_ROTARY
     pytest.importorskip("cupy")
     from cupy_kernels import decode_attention, linear_few
+    from qtool.runtime import int8_products
     from qtool.runtime.decoders import fused_attention
 
+    assert rounded_products.MAX_SUMS == int8_products.MAX_SUMS
+    assert rounded_products.MAX_ROUNDED_ROWS == int8_products.MAX_ROUNDED_ROWS
     assert own_runtime.FUSED_BATCH == linear_few.MAX_TOKENS
     assert own_runtime.FUSED_ROTARY == fused_attention.STATIC_ROTARY
     assert own_runtime.ANGLE_POSITIONS == fused_attention.ANGLE_POSITIONS
