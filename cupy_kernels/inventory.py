@@ -94,7 +94,9 @@ SOME_ROWS: Final = 4096
 # And with many, for any number of columns, in tiles of these shapes.
 MANY_LINEARS: Final = (
     (LinearKind("nf4", 256, "BF16", nested=True), linear_many.SHAPES),
-    (LinearKind("fp4", 256, "F16"), linear_many.SHAPES[::2]),
+    (LinearKind("fp4", 256, "F16"), linear_many.SHAPES[::4]),
+    (LinearKind("int8", 256, "BF16"), linear_many.SHAPES[1::2]),
+    (LinearKind("int8", 256, "F16"), linear_many.SHAPES[::4]),
 )
 
 NORM_KINDS: Final[tuple[Norm, ...]] = ("rms", "rms_plus_one")

@@ -1,20 +1,21 @@
-// Products of many tokens (more than 64) with one to three linear layers of 4-bit weights (Hopper alone):
-// y = x W^T + bias, or also + residual, straight on the layout of the files.
+// Products of many tokens (more than 64) with one to three packed linear layers (Hopper alone): y = x W^T + bias, or
+// also + residual, straight on the layout of the files.
 //
-// Defines: ACTIVATION (Bf16, F16), FORMAT (NF4, FP4), NESTED (0, 1), TOKENS (of a tile: 128, 192, 256), SPLIT (thread
-// blocks that share a tile: 1, 2); NUM_WEIGHTS (3), EPILOGUE (0), UNIT (64), LINE (128), WARPGROUPS (1) and COLUMNS
-// (any) as the files that all products share want them.
+// Defines: ACTIVATION (Bf16, F16), FORMAT (NF4, FP4, INT8), NESTED (0, 1), TOKENS (of a tile: 128, 192, 256), SPLIT
+// (thread blocks that share a tile: 1, 2); LINE (of 256 columns, in bytes), NUM_WEIGHTS (3), EPILOGUE (0), UNIT (64),
+// WARPGROUPS (1) and COLUMNS (any) as the files that all products share want them.
 //
-// A tile is 128 rows of weights times TOKENS tokens. Two groups of four warps have 64 rows each: they look up a block
-// of 64 columns, scale it in float32 and round it as dequantizing does, all in registers, and give it to the tensor
-// cores, which read the tokens from shared memory; while these have one group's block the other group looks up its
-// next (they begin in turns). The sums stay in registers. A third group gives up its registers; one of its threads
-// has the copy engine bring tokens and packed weights.
+// A tile is 128 rows of weights times TOKENS tokens. Two groups of four warps have 64 rows each: they make 16-bit values
+// of a block of 64 columns, all in registers, and give them to the tensor cores, which read the tokens from shared
+// memory; while these have one group's block the other group makes its next (they begin in turns). 4-bit weights are
+// looked up, scaled in float32 and rounded, as dequantizing does; INT8 codes are exact, and sums are scaled at the end.
+// Sums stay in registers. A third group gives up its registers; one of its threads has the copy engine bring tokens and
+// packed weights.
 //
 // Thread blocks take every so many tiles, columns that SPLIT blocks of a cluster share: at the end each of them gives
 // the others the sums of their tokens, over shared memory, and adds up its own in a fixed order.
 //
-// Bytes read per weight and tile: 1/2 + 4/blocksize, or 1/2 + 1/blocksize when nested; nothing is written but y.
+// Bytes read per weight and tile: 1/2 + 4/blocksize, or 1/2 + 1/blocksize when nested; 1. Nothing is written but y.
 #include "source_dtypes.cuh"
 #include "code_tables.cuh"
 #include "products.cuh"
@@ -33,15 +34,15 @@ constexpr int ROWS = WARPS * FRAGMENT_ROWS;     // of a tile
 constexpr int TOKEN_TILES = TOKENS / 8;
 constexpr int STAGES = BLOCKS;                  // of the ring: a block of a chunk always has the same place
 constexpr int X_BYTES = TOKENS * BLOCK * 2;     // of a stage
-constexpr int LINE_BYTES = BLOCK / 2;           // of a row's block
+constexpr int LINE_BYTES = BLOCK * BITS / 8;    // of a row's block
 constexpr int PACKED_BYTES = ROWS * LINE_BYTES;
 constexpr int PART = TOKEN_TILES / SPLIT;       // of a block's sums, once they are merged
-static_assert(IS_4BIT && UNIT == 64 && BLOCKS == 4 && WARPGROUPS, "what the copies and lookups are written for");
+static_assert((IS_4BIT || FORMAT == INT8) && UNIT == 64 && BLOCKS == 4, "what the copies and lookups are written for");
 
-// -- shared memory: the table of pairs, a copy for each lane; the ring; the dynamic map; barriers. The ring is also
-// where sums are merged.
+// -- shared memory: the table of 4-bit pairs, a copy for each lane; the ring; the dynamic map; barriers. The ring is
+// also where sums are merged.
 constexpr int VALUES_STRIDE = WARP * sizeof(float2);
-constexpr int X_AT = 256 * VALUES_STRIDE;
+constexpr int X_AT = IS_4BIT ? 256 * VALUES_STRIDE : 0;
 constexpr int PACKED_AT = X_AT + STAGES * X_BYTES;
 constexpr int MAP_AT = PACKED_AT + STAGES * PACKED_BYTES;
 constexpr int BARRIERS_AT = MAP_AT + 256 * sizeof(float);
@@ -49,7 +50,7 @@ static_assert((SPLIT - 1) * PART * WARPS * WARP * sizeof(float4) <= STAGES * X_B
 
 struct ManyArguments {
     TokenMap tokens;                 // boxes of TOKENS
-    TokenMap packed[NUM_WEIGHTS];    // (rows, columns / 2) bytes, in boxes of ROWS times LINE_BYTES
+    TokenMap packed[NUM_WEIGHTS];    // (rows, bytes of a row), in boxes of ROWS times LINE_BYTES
     Arguments layers;                // first_tile counts tiles of rows; that of a layer that is not there is behind all
     int token_tiles, num_tiles;
     int chunks;                      // of a row: columns / 256
@@ -73,7 +74,7 @@ __device__ inline void fill_values(uint8* shared) {
     }
 }
 
-// absmax of a lane's two rows in a chunk, loaded one chunk ahead; lane `member` of a quad has those of block `member`.
+// absmax of a lane's two rows in a chunk of 4-bit blocks, loaded one chunk ahead; lane `member` of a quad has those of block `member`.
 struct Scales {
     float values[2];  // absmax, or the nested absmax of it
     uint32 codes[2];
@@ -143,7 +144,7 @@ __device__ inline void bring_tile(const Work& work, const Ring& ring, const Tile
             expect_bytes(ring.full(b), X_BYTES + PACKED_BYTES);
             const int column = chunk * CHUNK + b * BLOCK;
             copy_box(ring.tokens(b), &work.args.tokens, column, tile.token, ring.full(b));
-            copy_box(ring.packed(b), &work.args.packed[tile.which], column / 2, tile.row, ring.full(b));
+            copy_box(ring.packed(b), &work.args.packed[tile.which], column * BITS / 8, tile.row, ring.full(b));
         }
     }
 }
@@ -174,14 +175,25 @@ struct Worker {
         own_byte = 0x6504u | member << 4;
     }
 
-    // The lane's values of block `b`, as dequantizing makes them.
+    // The lane's values of block `b`.
     __device__ void look_up(int b) {
-        float scale[2];
+        float scale[2] = {1.0f, 1.0f};
+        if constexpr (IS_4BIT) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) scale[i] = __shfl_sync(FULL_WARP, scales.values[i], group * 4 + b);
+            for (int i = 0; i < 2; i++) scale[i] = __shfl_sync(FULL_WARP, scales.values[i], group * 4 + b);
+        }
         wait_for_phase(ring.full(b), phase);
-        // The copy engine swaps both halves of a line in every other four lines.
-        const uint32 line = shared_address(ring.packed(b)) + own_row * LINE_BYTES + own_row / 4 % 2 * 16;
+        const uint32 line = shared_address(ring.packed(b)) + own_row * LINE_BYTES;
+        if constexpr (IS_4BIT) {
+            look_up_codes(line, scale, pairs[b % 2]);
+        } else {
+            widen_codes(line, pairs[b % 2]);
+        }
+    }
+
+    // The copy engine swaps both halves of a line in every other four lines.
+    __device__ void look_up_codes(uint32 line, const float (&scale)[2], uint32 (&into)[4][4]) const {
+        line += own_row / 4 % 2 * 16;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const uint4 first = load_words<0>(line ^ half * 16), second = load_words<LINE_BYTES>(line ^ half * 16);
@@ -190,8 +202,23 @@ struct Worker {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const float2 values = look_up_values(words[i % 2][i / 2], own_byte, lane_offset);
-                pairs[b % 2][2 * half + i / 4][i % 4] = ACTIVATION::narrow_pair(
-                    rounded_product(values.x, scale[i % 2]), rounded_product(values.y, scale[i % 2]));
+                into[2 * half + i / 4][i % 4] = ACTIVATION::narrow_pair(rounded_product(values.x, scale[i % 2]),
+                                                                        rounded_product(values.y, scale[i % 2]));
+            }
+        }
+    }
+
+    // Of 16 columns, 16 bytes, a lane has two and the two that are eight further. The copy engine swaps these sixteenths
+    // by the number of a line's pair.
+    __device__ void widen_codes(uint32 line, uint32 (&into)[4][4]) const {
+        const uint32 own_half = member % 2 ? 0x7632u : 0x5410u;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const uint32 at = line + (k ^ own_row / 2 % 4) * 16 + member / 2 * 4;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32 first = load_word(at + i * LINE_BYTES), second = load_word(at + i * LINE_BYTES + 8);
+                widen_int8<ACTIVATION>(__byte_perm(first, second, own_half), into[k][i], into[k][2 + i]);
             }
         }
     }
@@ -224,14 +251,16 @@ struct Worker {
         const int row = tile.row + own_row;
         const float offset = NESTED ? __ldg(weight.nested_offset) : 0.0f;
         const int first = work.first_chunk(), end = work.end_chunk();
-        next.load(args, weight, row, first, member);
+        if constexpr (IS_4BIT) next.load(args, weight, row, first, member);
 #pragma unroll
         for (int i = 0; i < TOKEN_TILES * 4; i++) sums[i / 4][i % 4] = 0.0f;
 #pragma unroll 1
         for (int chunk = first; chunk < end; chunk++) {
-            scales = next;
-            scales.decode(map, offset);
-            if (chunk + 1 < end) next.load(args, weight, row, chunk + 1, member);
+            if constexpr (IS_4BIT) {
+                scales = next;
+                scales.decode(map, offset);
+                if (chunk + 1 < end) next.load(args, weight, row, chunk + 1, member);
+            }
 #pragma unroll
             for (int b = 0; b < BLOCKS; b++) {
                 look_up(b);
@@ -295,6 +324,11 @@ struct Worker {
             bias[0] = ACTIVATION::widen(weight.bias[row]);
             if (has_second) bias[1] = ACTIVATION::widen(weight.bias[row + 1]);
         }
+        float scale[2] = {1.0f, 1.0f};
+        if constexpr (FORMAT == INT8) {
+            scale[0] = weight.absmax[row] * INVERSE_127;
+            if (has_second) scale[1] = weight.absmax[row + 1] * INVERSE_127;
+        }
         const bool in_pairs =
             ((weight.rows | int(weight.out_stride)) & 1) == 0 && (reinterpret_cast<uint64>(weight.out) & 3) == 0;
         Bits* target = weight.out + first_token * weight.out_stride + row;
@@ -304,7 +338,13 @@ struct Worker {
             const int token = i / 2 * 8 + i % 2;
             if (first_token + token >= args.layers.num_tokens) return;
             const float(&own)[4] = sums[keeper * PART + i / 2];
-            float first = own[i % 2] + bias[0], second = own[2 + i % 2] + bias[1];
+            float first = own[i % 2], second = own[2 + i % 2];
+            if constexpr (FORMAT == INT8) {
+                first *= scale[0];
+                second *= scale[1];
+            }
+            first += bias[0];
+            second += bias[1];
             if constexpr (HAS_RESIDUAL) {
                 const Bits* other = residual + token * args.layers.residual_stride;
                 first += ACTIVATION::widen(other[0]);
@@ -364,7 +404,7 @@ linear_many(const __grid_constant__ ManyArguments args) {
         }
         publish_barriers();
     }
-    if (warp < WARPS) fill_values(shared);
+    if (IS_4BIT && warp < WARPS) fill_values(shared);
 #if NESTED
     if (threadIdx.x < 256)
         reinterpret_cast<float*>(shared + MAP_AT)[threadIdx.x] =

@@ -1,4 +1,4 @@
-"""Launches linear_many.cu: products of more than 64 tokens with 4-bit linear layers, on Hopper."""
+"""Launches linear_many.cu: products of more than 64 tokens with packed linear layers, on Hopper."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ if TYPE_CHECKING:
 # As in the .cu
 _TILE_ROWS: Final = 128
 _BLOCK: Final = 64
-_CHUNK: Final = 256
+CHUNK: Final = 256  # columns of a row, a multiple of it
 _THREADS: Final = 384
 _STAGES: Final = 4
 _TABLE_BYTES: Final = 1 << 16
 _MAP_BYTES: Final = 1 << 10
 _BARRIER_BYTES: Final = _STAGES * 2 * 8
-_STAGE_BYTES_OF_TOKEN: Final = 128
-_STAGE_BYTES_OF_ROW: Final = 32
+_BITS: Final = {"nf4": 4, "fp4": 4, "int8": 8}
 _NO_TILE: Final = (1 << 31) - 1
 
 
@@ -65,11 +64,11 @@ class Shape:
     block_clocks: int
     tile_clocks: int
 
-    @property
-    def shared_bytes(self) -> int:
-        """Table, ring, dynamic map and barriers."""
-        stage = self.tokens * _STAGE_BYTES_OF_TOKEN + _TILE_ROWS * _STAGE_BYTES_OF_ROW
-        return _TABLE_BYTES + _STAGES * stage + _MAP_BYTES + _BARRIER_BYTES
+    def shared_bytes(self, bits: int) -> int:
+        """Table, ring, dynamic map and barriers, for weights of so many bits."""
+        stage = _BLOCK * (self.tokens * 16 + _TILE_ROWS * bits) // 8
+        table = _TABLE_BYTES if bits == 4 else 0
+        return table + _STAGES * stage + _MAP_BYTES + _BARRIER_BYTES
 
 
 # Clocks as measured on an H200 (docs/kernels.md).
@@ -93,9 +92,9 @@ _LAUNCH_CLOCKS: Final = 5000
 def fits(kind: LinearKind) -> bool:
     """Whether the kernel takes such layers, on the current device."""
     return (
-        kind.format in ("nf4", "fp4")
-        and kind.blocksize >= _BLOCK
-        and kind.columns % _CHUNK == 0
+        kind.format in _BITS
+        and (kind.format == "int8" or kind.blocksize >= _BLOCK)
+        and kind.columns % CHUNK == 0
         and kind.norm == "none"
         and kind.epilogue == "bias"
         and not kind.adapted
@@ -132,8 +131,8 @@ def estimate_clocks(
     """Of the busiest thread block."""
     tiles = _row_tiles(rows) * ceil_div(tokens, shape.tokens)
     clusters = multiprocessors // shape.split
-    chunks = ceil_div(columns // _CHUNK, shape.split)
-    tile_clocks = chunks * (_CHUNK // _BLOCK) * shape.block_clocks + shape.tile_clocks
+    chunks = ceil_div(columns // CHUNK, shape.split)
+    tile_clocks = chunks * (CHUNK // _BLOCK) * shape.block_clocks + shape.tile_clocks
     return ceil_div(tiles, clusters) * tile_clocks
 
 
@@ -165,16 +164,16 @@ class LinearMany:
             raise ValueError(f"{len(weights)} layers, a launch takes 1 to {MAX_WEIGHTS}")
         rows = tuple(weight.rows for weight in weights)
         self.shape = shape or shape_on(rows, kind.columns, num_tokens)
-        self._columns = kind.columns
+        self._columns, self._bits = kind.columns, _BITS[kind.format]
         self._row_tiles = _row_tiles(rows)
         arguments = _Arguments()
         arguments.layers.blocksize_log2 = kind.blocksize.bit_length() - 1
-        arguments.chunks = kind.columns // _CHUNK
+        arguments.chunks = kind.columns // CHUNK
         self._launch = Launch(
             _load(kind, self.shape),
             (self.shape.split,),
             _THREADS,
-            self.shape.shared_bytes,
+            self.shape.shared_bytes(self._bits),
             arguments,
             overlap=overlap,
         )
@@ -193,7 +192,14 @@ class LinearMany:
             fill_weight(place, weight)
             place.first_tile = first_tile
             first_tile += ceil_div(weight.rows, _TILE_ROWS)
-            fill_packed_map(packed, weight.weight, self._columns, weight.rows, _TILE_ROWS)
+            fill_packed_map(
+                packed,
+                weight.weight,
+                self._columns,
+                weight.rows,
+                bits=self._bits,
+                box=_TILE_ROWS,
+            )
 
     def queue(self, tokens: Tokens, stream: int) -> None:
         """Queue the products of any number of `tokens` on `stream`.
@@ -239,9 +245,9 @@ def defines_of(kind: LinearKind, shape: Shape) -> dict[str, str | int]:
         "NUM_WEIGHTS": MAX_WEIGHTS,
         "EPILOGUE": 0,
         "UNIT": _BLOCK,
-        "LINE": 128,
+        "LINE": CHUNK * _BITS[kind.format] // 8,
         "WARPGROUPS": 1,
-        "COLUMNS": _CHUNK,
+        "COLUMNS": CHUNK,
     }
 
 

@@ -52,6 +52,12 @@ __device__ inline uint4 load_words(uint32 at) {
     return words;
 }
 
+__device__ inline uint32 load_word(uint32 at) {
+    uint32 word;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(at));
+    return word;
+}
+
 // Which makes an address in the table of byte `i` of a word (see packed_lines.cuh).
 __device__ inline uint32 select_byte(int i) { return 0x5504u | i << 4; }
 

@@ -14,7 +14,7 @@ _BLOCK: Final = 64  # columns, the widest box whose rows are swizzled
 _UINT8: Final = 0  # CU_TENSOR_MAP_DATA_TYPE_UINT8
 _UINT16: Final = 1
 _NO_INTERLEAVE: Final = 0
-_SWIZZLE_32B: Final = 1  # CU_TENSOR_MAP_SWIZZLE_32B
+_SWIZZLES: Final = {4: 1, 8: 2}  # CU_TENSOR_MAP_SWIZZLE_32B and 64B, by bits of a weight
 _SWIZZLE_128B: Final = 3
 _L2_PROMOTION_256B: Final = 3
 _ZEROS: Final = 0  # CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
@@ -49,8 +49,12 @@ def fill_map(target: TokenMap, x: int, stride: int, count: int, columns: int, bo
     _fill(target, _UINT16, x, (columns, count), stride_bytes, (_BLOCK, box), _SWIZZLE_128B)
 
 
-def fill_packed_map(target: TokenMap, packed: int, columns: int, rows: int, box: int) -> None:
-    """Describe packed weights (rows, columns) of 4 bits to the copy engine. Rows beyond are zeros.
+def fill_packed_map(
+    target: TokenMap, packed: int, columns: int, rows: int, *, bits: int, box: int
+) -> None:
+    """Describe packed weights (rows, columns) of 4 or 8 bits to the copy engine.
+
+    Rows beyond are zeros.
 
     Args:
         packed: their address, 16-byte aligned.
@@ -60,8 +64,8 @@ def fill_packed_map(target: TokenMap, packed: int, columns: int, rows: int, box:
     Raises:
         RuntimeError: the driver refuses.
     """
-    row_bytes = columns // 2
-    _fill(target, _UINT8, packed, (row_bytes, rows), row_bytes, (_BLOCK // 2, box), _SWIZZLE_32B)
+    row_bytes, box_bytes = columns * bits // 8, _BLOCK * bits // 8
+    _fill(target, _UINT8, packed, (row_bytes, rows), row_bytes, (box_bytes, box), _SWIZZLES[bits])
 
 
 def _fill(

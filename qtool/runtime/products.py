@@ -4,9 +4,9 @@
 
 They run on the current stream, may be captured in CUDA graphs and compiled by torch.compile, and
 have a gradient for x. Up to 64 tokens go through kernels that read the packed bytes, and so do more
-with 4-bit weights where a GPU of Hopper is faster that way (up to some thousand tokens); else
-through a dequantized copy and PyTorch's product, or with INT8 weights, where that is asked for,
-through an INT8 product (`qtool.runtime.int8_products`).
+where a GPU of Hopper is faster that way (up to some thousand tokens); else through a dequantized
+copy and PyTorch's product, or with INT8 weights, where that is asked for, through an INT8 product
+(`qtool.runtime.int8_products`).
 """
 
 from __future__ import annotations
@@ -304,11 +304,13 @@ def _linear_int8_cuda(
     out_features, columns = codes.shape
     if threshold is not None and rounds_activations(x, codes, threshold):
         return multiply_rounded(x, codes, scb, bias, threshold)
-    if runs_fused(x, columns) and codes.data_ptr() % 16 == 0:
+    if x.dtype in KERNEL_DTYPES and has_kernels(x.device) and codes.data_ptr() % 16 == 0:
         from cupy_kernels.linear_few import LinearKind
 
         kind = LinearKind("int8", columns, KERNEL_DTYPES[x.dtype])
-        return _multiply_packed(x, kind, out_features, (codes, scb, None, None, None, None), bias)
+        if runs_fused(x, columns) or _runs_many(x, kind, out_features):
+            tensors = codes, scb, None, None, None, None
+            return _multiply_packed(x, kind, out_features, tensors, bias)
 
     def make_weight(rows: slice) -> Tensor:
         return dequantize_rows_int8(codes[rows], scb[rows], x.dtype)

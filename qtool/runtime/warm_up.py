@@ -7,18 +7,24 @@ background and a file in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import torch
 
+from cupy_kernels import linear_many
 from cupy_kernels.linear_few import OLDEST_COMPUTE_CAPABILITY, LinearKind, compile_for, fits
 from qtool.runtime.dequantize_host import KERNEL_DTYPES
 from qtool.runtime.linear import FourBitLayer, PackedLayer
 
 NUM_THREADS: Final = 4
+# Tokens that the decoder compares, those of a chunk, and of prompts shorter than one.
+PROMPT_TOKENS: Final = (4, 128, 256, 512)
+# Layers that a launch multiplies together.
+TOGETHER: Final = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}
 
 
 def warm_up_kernels(
@@ -28,7 +34,7 @@ def warm_up_kernels(
     *,
     adapted: bool = False,
 ) -> None:
-    """Compile and load kernels for the products of one token with `layers`.
+    """Compile and load kernels for the products of one token and of a prompt with `layers`.
 
     With `adapted` those that add adapters, which most of a model's layers then have.
 
@@ -38,15 +44,44 @@ def warm_up_kernels(
         return
     if torch.cuda.get_device_capability(device) < OLDEST_COMPUTE_CAPABILITY:
         return
-    kinds = _kinds(layers, dtype, adapted=adapted)
-    wanted = {(kind, count) for kind, count in kinds if fits(kind)}
 
-    def compile_one(kind_and_count: tuple[LinearKind, int]) -> None:
+    def compile_one(compile_it: Callable[[], None]) -> None:
         with torch.cuda.device(device):
-            compile_for(*kind_and_count, max_tokens=1)
+            compile_it()
 
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        list(pool.map(compile_one, wanted))
+    with ThreadPoolExecutor(NUM_THREADS) as pool, torch.cuda.device(device):
+        list(pool.map(compile_one, _programs(layers, dtype, adapted=adapted)))
+
+
+def _programs(
+    layers: Mapping[str, PackedLayer], dtype: torch.dtype, *, adapted: bool
+) -> list[Callable[[], None]]:
+    """What compiles each of them, those of a token first."""
+    kinds = {(kind, count) for kind, count in _kinds(layers, dtype, adapted=adapted) if fits(kind)}
+    prompts = {
+        (replace(kind, columns=linear_many.CHUNK), shape): (kind, rows, tokens)
+        for kind, rows in _prompt_launches(layers, dtype)
+        if linear_many.fits(kind)
+        for tokens in PROMPT_TOKENS
+        for shape in [linear_many.shape_on(rows, kind.columns, tokens)]
+    }
+    few = [partial(compile_for, kind, count, max_tokens=1) for kind, count in kinds]
+    return [*few, *(partial(linear_many.compile_for, *prompt) for prompt in prompts.values())]
+
+
+def _prompt_launches(
+    layers: Mapping[str, PackedLayer], dtype: torch.dtype
+) -> Iterator[tuple[LinearKind, tuple[int, ...]]]:
+    """Kinds of launches with the rows of their layers."""
+    seen = set()
+    for name, layer in layers.items():
+        prefix, _, last = name.rpartition(".")
+        others = [layers.get(f"{prefix}.{other}") for other in TOGETHER.get(last, ())]
+        rows = [layer.out_features, *(other.out_features for other in others if other is not None)]
+        launch = _kind_of(layer, dtype), tuple(rows)
+        if launch not in seen:
+            seen.add(launch)
+            yield launch
 
 
 def _kinds(

@@ -17,6 +17,8 @@ ABSMAX_GROUP = 256
 
 def make(kind: LinearKind, rows: int) -> tuple[LinearWeight, torch.Tensor, list[torch.Tensor]]:
     """A layer, its weight in float64, and what has to stay alive."""
+    if kind.format == "int8":
+        return _make_int8(kind, rows)
     count = rows * kind.columns
     packed = torch.randint(0, 256, (count // 2,), dtype=torch.uint8, device=DEVICE)
     code = torch.from_numpy(CODES[kind.format].copy()).to(DEVICE).double()
@@ -43,3 +45,13 @@ def make(kind: LinearKind, rows: int) -> tuple[LinearWeight, torch.Tensor, list[
         addresses["absmax"] = absmax.data_ptr()
     dense = values * absmax.double().repeat_interleave(kind.blocksize)[:count]
     return LinearWeight(rows, packed.data_ptr(), **addresses), dense.view(rows, -1), kept
+
+
+def _make_int8(
+    kind: LinearKind, rows: int
+) -> tuple[LinearWeight, torch.Tensor, list[torch.Tensor]]:
+    codes = torch.randint(-128, 128, (rows, kind.columns), dtype=torch.int8, device=DEVICE)
+    scb = torch.rand(rows, device=DEVICE) + 0.1
+    bias = torch.randn(rows, device=DEVICE).to(DTYPES[kind.dtype])
+    weight = LinearWeight(rows, codes.data_ptr(), scb.data_ptr(), bias=bias.data_ptr())
+    return weight, codes.double() * scb.double()[:, None] / 127, [codes, bias, scb]

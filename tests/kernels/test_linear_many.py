@@ -24,10 +24,11 @@ def on_hopper(monkeypatch):
 
 
 def test_shared_memory_is_what_the_source_lays_out_and_hopper_has_it():
-    for shape in SHAPES:
-        x_bytes, packed_bytes = shape.tokens * 64 * 2, 128 * 64 // 2
-        end = 256 * 32 * 8 + 4 * (x_bytes + packed_bytes) + 256 * 4 + 2 * 4 * 8
-        assert shape.shared_bytes == end <= SHARED_KIB["sm_90"][0] << 10
+    for shape, bits in itertools.product(SHAPES, (4, 8)):
+        table_bytes = 256 * 32 * 8 if bits == 4 else 0
+        x_bytes, packed_bytes = shape.tokens * 64 * 2, 128 * 64 * bits // 8
+        end = table_bytes + 4 * (x_bytes + packed_bytes) + 256 * 4 + 2 * 4 * 8
+        assert shape.shared_bytes(bits) == end <= SHARED_KIB["sm_90"][0] << 10
 
 
 def test_the_shape_that_fills_the_gpu_is_chosen():
@@ -60,8 +61,9 @@ def test_some_hundred_tokens_are_faster_than_to_dequantize_and_many_thousands_ar
 @pytest.mark.usefixtures("on_hopper")
 def test_layers_that_do_not_fit():
     assert linear_many.fits(KIND)
+    assert linear_many.fits(LinearKind("int8", 4096, "F16"))
     others = (
-        {"format": "int8"},
+        {"format": "plain"},
         {"columns": 4096 + 64},
         {"blocksize": 32},
         {"norm": "rms"},

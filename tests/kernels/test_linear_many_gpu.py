@@ -18,6 +18,8 @@ KINDS = (
     (LinearKind("fp4", 1280, "F16", blocksize=128), 300),
     (LinearKind("nf4", 1536, "BF16", blocksize=4096, nested=True), 1000),
     (LinearKind("nf4", 4096, "BF16", nested=True), 9000),
+    (LinearKind("int8", 256, "F16"), 131),
+    (LinearKind("int8", 1536, "BF16"), 1000),
 )
 
 
@@ -98,8 +100,22 @@ def test_weights_are_those_of_dequantizing(quant_type, dtype, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_layers_of_one_launch_are_those_of_three(shape):
-    kind = LinearKind("nf4", 1024, "BF16", nested=True)
+def test_int8_codes_are_exact(shape):
+    """One-hot tokens bring each code times its row's scale, rounded once."""
+    kind = LinearKind("int8", 512, "BF16")
+    weight, dense, kept = make(kind, 200)
+    kept[1].zero_()
+    x = torch.eye(512, dtype=torch.bfloat16, device=DEVICE)
+    out = torch.empty(512, 200, dtype=torch.bfloat16, device=DEVICE)
+    LinearMany(kind, [weight], 512, shape=shape).queue(tokens_of(x, out), stream())
+    # SCB / 127 is rounded before, so that a value in the middle of two may go the other way.
+    step = torch.finfo(torch.bfloat16).eps
+    assert ((out.T.double() - dense).abs() <= dense.abs() * step * 0.5001).all()
+
+
+@pytest.mark.parametrize("kind", [KINDS[2][0], KINDS[5][0]])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layers_of_one_launch_are_those_of_three(shape, kind):
     rows = (300, 128, 130)
     made = [make(kind, count) for count in rows]
     weights = [weight for weight, _, _ in made]
@@ -114,9 +130,9 @@ def test_layers_of_one_launch_are_those_of_three(shape):
         assert torch.equal(out, alone)
 
 
+@pytest.mark.parametrize("kind", [KINDS[2][0], KINDS[5][0]])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_residual_is_added_before_rounding(shape):
-    kind = LinearKind("nf4", 1024, "BF16", nested=True)
+def test_a_residual_is_added_before_rounding(shape, kind):
     weight, dense, kept = make(kind, 1000)
     x = activations(kind, 150)
     residual = torch.randn(150, 1000, dtype=x.dtype, device=DEVICE) * 10

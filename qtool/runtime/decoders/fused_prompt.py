@@ -1,7 +1,7 @@
 """A prompt through the common decoder block: PyTorch's products and attention, our kernels between.
 
-Up to 64 tokens are multiplied straight from the packed bytes, and so are more with 4-bit layers
-where that is faster (on Hopper); else each packed layer is dequantized into one scratch buffer, out
+Up to 64 tokens are multiplied straight from the packed bytes, and so are more where that is faster
+(on Hopper); else each packed layer is dequantized into one scratch buffer, out
 of which PyTorch multiplies at once, while the second-level cache still holds most of it, or with
 INT8 layers as integers, if that is asked for. What adapters add comes from products of its own.
 Nothing waits for the device, and what can be made ready is made once, so that the host stays ahead
@@ -259,6 +259,8 @@ class FusedPrompt:
         if num_tokens <= self.max_packed_tokens or self.multiplies_many is False:
             return False
         if any(layer.plain is not None or layer.kind != kind for layer in layers):
+            return False
+        if any(layer.rounded is not None for layer in layers):
             return False
         if self.multiplies_many:
             return self._launches.fits_many(kind)

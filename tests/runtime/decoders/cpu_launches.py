@@ -63,8 +63,8 @@ def launches_on_the_cpu() -> Iterator[None]:
             "round_activations": lambda x, threshold: (x, threshold),
             "add_product": add_product,
             "PackedProduct": PackedProduct,
-            "linear_many": SimpleNamespace(fits=is_four_bit),
-            "takes_many": lambda kind, rows, num_tokens: is_four_bit(kind),
+            "linear_many": SimpleNamespace(fits=is_packed),
+            "takes_many": lambda kind, rows, num_tokens: is_packed(kind),
             "many_shape": lambda kind, rows, num_tokens: num_tokens,
             "ManyProducts": ManyProducts,
             "flash_attention": flash_attention,
@@ -202,14 +202,17 @@ class ManyProducts:
     def queue(self, x: Tensor, outs: Sequence[Tensor], residual: Tensor | None = None) -> None:
         assert residual is None or len(outs) == 1
         for weight, out in zip(self._weights, outs, strict=True):
-            made = x.float() @ floats_of(self._kind, weight).to(x.dtype).float().t()
+            floats = floats_of(self._kind, weight)
+            if self._kind.format != "int8":  # whose sums are scaled
+                floats = floats.to(x.dtype).float()
+            made = x.float() @ floats.t()
             if weight.bias:
                 made += at(weight.bias, x.dtype, 1, weight.rows).float()
             out.copy_(made if residual is None else made + residual.float())
 
 
-def is_four_bit(kind: LinearKind) -> bool:
-    return kind.format in ("nf4", "fp4")
+def is_packed(kind: LinearKind) -> bool:
+    return kind.format != "plain"
 
 
 def floats_of(kind: LinearKind, weight: LinearWeight) -> Tensor:
