@@ -19,10 +19,14 @@ __device__ inline void arrive(uint64* barrier) {
 // The same if `arrives`, without a branch.
 __device__ inline void arrive_if(uint64* barrier, bool arrives) {
     __syncwarp();
-    asm volatile("{\n.reg .pred arrives;\nsetp.ne.b32 arrives, %1, 0;\n@arrives mbarrier.arrive.shared.b64 _, [%0];\n}" ::"r"(
-                     uint32(__cvta_generic_to_shared(barrier))),
-                 "r"(int(arrives && threadIdx.x % WARP == 0))
-                 : "memory");
+    asm volatile(
+        "{\n"
+        ".reg .pred arrives;\n"
+        "setp.ne.b32 arrives, %1, 0;\n"
+        "@arrives mbarrier.arrive.shared.b64 _, [%0];\n"
+        "}" ::"r"(uint32(__cvta_generic_to_shared(barrier))),
+        "r"(int(arrives && threadIdx.x % WARP == 0))
+        : "memory");
 }
 
 // Until the phase has ended; phases alternate between 0 and 1.

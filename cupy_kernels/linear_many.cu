@@ -1,21 +1,22 @@
-// Products of many tokens (more than 64) with one to three packed linear layers (Hopper alone): y = x W^T + bias, or
-// also + residual, straight on the layout of the files.
+// Products of many tokens (more than 64) with one to three packed linear layers (Hopper alone): y = x W^T + bias,
+// or also + residual, straight on the layout of the files.
 //
-// Defines: ACTIVATION (Bf16, F16), FORMAT (NF4, FP4, INT8), NESTED (0, 1), TOKENS (of a tile: 128, 192, 256), SPLIT
-// (thread blocks that share a tile: 1, 2); LINE (of 256 columns, in bytes), NUM_WEIGHTS (3), EPILOGUE (0), UNIT (64),
-// WARPGROUPS (1) and COLUMNS (any) as the files that all products share want them.
+// Defines: ACTIVATION (Bf16, F16), FORMAT (NF4, FP4, INT8), NESTED (0, 1), TOKENS (of a tile: 128, 192, 256),
+// SPLIT (thread blocks that share a tile: 1, 2); LINE (of 256 columns, in bytes), NUM_WEIGHTS (3), EPILOGUE (0),
+// UNIT (64) and WARPGROUPS (1) as the files that all products share want them.
 //
-// A tile is 128 rows of weights times TOKENS tokens. Two groups of four warps have 64 rows each: they make 16-bit values
-// of a block of 64 columns, all in registers, and give them to the tensor cores, which read the tokens from shared
-// memory; while these have one group's block the other group makes its next (they begin in turns). 4-bit weights are
-// looked up, scaled in float32 and rounded, as dequantizing does; INT8 codes are exact, and sums are scaled at the end.
-// Sums stay in registers. A third group gives up its registers; one of its threads has the copy engine bring tokens and
-// packed weights.
+// A tile is 128 rows of weights times TOKENS tokens. Two groups of four warps have 64 rows each: they make 16-bit
+// values of a block of 64 columns, all in registers, and give them to the tensor cores, which read the tokens from
+// shared memory; while these have one group's block the other group makes its next (they begin in turns). 4-bit
+// weights are looked up, scaled in float32 and rounded, as dequantizing does; INT8 codes are exact, and sums are
+// scaled at the end. Sums stay in registers. A third group gives up its registers; one of its threads has the copy
+// engine bring tokens and packed weights.
 //
-// Thread blocks take every so many tiles, columns that SPLIT blocks of a cluster share: at the end each of them gives
-// the others the sums of their tokens, over shared memory, and adds up its own in a fixed order.
+// Thread blocks take every so many tiles, columns that SPLIT blocks of a cluster share: at the end each of them
+// gives the others the sums of their tokens, over shared memory, and adds up its own in a fixed order.
 //
-// Bytes read per weight and tile: 1/2 + 4/blocksize, or 1/2 + 1/blocksize when nested; 1. Nothing is written but y.
+// Bytes read per weight and tile: 1/2 + 4/blocksize, or 1/2 + 1/blocksize when nested; 1. Nothing is written but
+// y.
 #include "source_dtypes.cuh"
 #include "code_tables.cuh"
 #include "products.cuh"
@@ -39,20 +40,20 @@ constexpr int PACKED_BYTES = ROWS * LINE_BYTES;
 constexpr int PART = TOKEN_TILES / SPLIT;       // of a block's sums, once they are merged
 static_assert((IS_4BIT || FORMAT == INT8) && UNIT == 64 && BLOCKS == 4, "what the copies and lookups are written for");
 
-// -- shared memory: the table of 4-bit pairs, a copy for each lane; the ring; the dynamic map; barriers. The ring is
+// -- shared memory: the table of 4-bit pairs, a copy for each lane; the ring; dynamic maps; barriers. The ring is
 // also where sums are merged.
 constexpr int VALUES_STRIDE = WARP * sizeof(float2);
 constexpr int X_AT = IS_4BIT ? 256 * VALUES_STRIDE : 0;
 constexpr int PACKED_AT = X_AT + STAGES * X_BYTES;
 constexpr int MAP_AT = PACKED_AT + STAGES * PACKED_BYTES;
-constexpr int BARRIERS_AT = MAP_AT + 256 * sizeof(float);
+constexpr int BARRIERS_AT = MAP_AT + NUM_WEIGHTS * 256 * sizeof(float);
 static_assert((SPLIT - 1) * PART * WARPS * WARP * sizeof(float4) <= STAGES * X_BYTES, "room for the sums of others");
 
 struct ManyArguments {
     TokenMap tokens;                 // boxes of TOKENS
     TokenMap packed[NUM_WEIGHTS];    // (rows, bytes of a row), in boxes of ROWS times LINE_BYTES
-    Arguments layers;                // first_tile counts tiles of rows; that of a layer that is not there is behind all
-    int token_tiles, num_tiles;
+    Arguments layers;                // tiles: of rows; the first_tile of a layer that is not there is behind all
+    int token_tiles;
     int chunks;                      // of a row: columns / 256
 };
 
@@ -74,7 +75,8 @@ __device__ inline void fill_values(uint8* shared) {
     }
 }
 
-// absmax of a lane's two rows in a chunk of 4-bit blocks, loaded one chunk ahead; lane `member` of a quad has those of block `member`.
+// absmax of a lane's two rows in a chunk of 4-bit blocks, loaded one chunk ahead; lane `member` of a quad has those of
+// block `member`.
 struct Scales {
     float values[2];  // absmax, or the nested absmax of it
     uint32 codes[2];
@@ -154,7 +156,6 @@ struct Worker {
     const ManyArguments& args;
     const Work& work;
     const Ring& ring;
-    const float* map;
     int warp, lane;
     int group, member;     // of a lane quad, and in it
     int own_row;           // the first of the lane's two rows, in the tile
@@ -166,7 +167,6 @@ struct Worker {
 
     __device__ Worker(const ManyArguments& args, const Work& work, const Ring& ring, int warp, int lane)
         : args(args), work(work), ring(ring), warp(warp), lane(lane) {
-        map = reinterpret_cast<const float*>(ring.shared + MAP_AT);
         group = lane / 4;
         member = lane % 4;
         own_row = warp * FRAGMENT_ROWS + 2 * group;
@@ -175,8 +175,8 @@ struct Worker {
         own_byte = 0x6504u | member << 4;
     }
 
-    // The lane's values of block `b`.
-    __device__ void look_up(int b) {
+    // The lane's values of block `b`, as pairs.
+    __device__ void make_pairs(int b) {
         float scale[2] = {1.0f, 1.0f};
         if constexpr (IS_4BIT) {
 #pragma unroll
@@ -208,8 +208,8 @@ struct Worker {
         }
     }
 
-    // Of 16 columns, 16 bytes, a lane has two and the two that are eight further. The copy engine swaps these sixteenths
-    // by the number of a line's pair.
+    // Of 16 columns, 16 bytes, a lane has two and the two that are eight further. The copy engine swaps these
+    // quarters of a line by the number of its pair.
     __device__ void widen_codes(uint32 line, uint32 (&into)[4][4]) const {
         const uint32 own_half = member % 2 ? 0x7632u : 0x5410u;
 #pragma unroll
@@ -224,13 +224,18 @@ struct Worker {
     }
 
     // Groups of warps begin in turns, of which the first group has the first.
-    __device__ void await_turn() const { asm volatile("bar.sync %0, %1;" ::"r"(2 + warp / 4), "n"(WORKERS) : "memory"); }
+    __device__ void await_turn() const {
+        asm volatile("bar.sync %0, %1;" ::"r"(2 + warp / 4), "n"(WORKERS) : "memory");
+    }
+
     __device__ void pass_turn() const {
         asm volatile("bar.arrive %0, %1;" ::"r"(3 - warp / 4), "n"(WORKERS) : "memory");
     }
 
     __device__ void begin_block(int b) {
         const uint32 tokens = describe_swizzled_tokens(ring.tokens(b));
+#pragma unroll
+        for (int i = 0; i < 16; i++) settle(pairs[b % 2][i / 4][i % 4]);  // made before what follows
         begin_products();
 #pragma unroll
         for (int k = 0; k < 4; k++)
@@ -250,6 +255,7 @@ struct Worker {
         const Weight& weight = args.layers.weights[tile.which];
         const int row = tile.row + own_row;
         const float offset = NESTED ? __ldg(weight.nested_offset) : 0.0f;
+        const float* map = reinterpret_cast<const float*>(ring.shared + MAP_AT) + tile.which * 256;
         const int first = work.first_chunk(), end = work.end_chunk();
         if constexpr (IS_4BIT) next.load(args, weight, row, first, member);
 #pragma unroll
@@ -263,7 +269,7 @@ struct Worker {
             }
 #pragma unroll
             for (int b = 0; b < BLOCKS; b++) {
-                look_up(b);
+                make_pairs(b);
                 await_turn();
                 begin_block(b);
                 pass_turn();
@@ -273,7 +279,7 @@ struct Worker {
             phase ^= 1;
         }
         wait_products();
-        end_block(3, true);
+        end_block(3, end > first);
 #pragma unroll
         for (int i = 0; i < TOKEN_TILES * 4; i++) settle(sums[i / 4][i % 4]);
     }
@@ -315,6 +321,8 @@ struct Worker {
     // Rows 2 * group and the next of a fragment, tokens 2 * member and the next of every eight.
     template <bool HAS_RESIDUAL>
     __device__ void store_sums(const Tile& tile, int keeper) const {
+        constexpr int AT_ONCE = 8;  // residuals that are loaded before any is used: y may be where they are
+        static_assert(PART * 2 % AT_ONCE == 0, "whole groups of tokens");
         const Weight& weight = args.layers.weights[tile.which];
         const int row = tile.row + own_row, first_token = tile.token + keeper * (PART * 8) + 2 * member;
         if (row >= weight.rows) return;
@@ -329,33 +337,54 @@ struct Worker {
             scale[0] = weight.absmax[row] * INVERSE_127;
             if (has_second) scale[1] = weight.absmax[row + 1] * INVERSE_127;
         }
+        const int64 residual_stride = HAS_RESIDUAL ? args.layers.residual_stride : 0;
+        const uint64 addresses =
+            reinterpret_cast<uint64>(weight.out) |
+            (HAS_RESIDUAL ? reinterpret_cast<uint64>(args.layers.residual) : 0);
         const bool in_pairs =
-            ((weight.rows | int(weight.out_stride)) & 1) == 0 && (reinterpret_cast<uint64>(weight.out) & 3) == 0;
+            ((weight.rows | int(weight.out_stride | residual_stride)) & 1) == 0 && (addresses & 3) == 0;
         Bits* target = weight.out + first_token * weight.out_stride + row;
-        const Bits* residual = args.layers.residual + first_token * args.layers.residual_stride + row;
+        const Bits* residual = args.layers.residual + first_token * residual_stride + row;
 #pragma unroll
-        for (int i = 0; i < PART * 2; i++) {
-            const int token = i / 2 * 8 + i % 2;
-            if (first_token + token >= args.layers.num_tokens) return;
-            const float(&own)[4] = sums[keeper * PART + i / 2];
-            float first = own[i % 2], second = own[2 + i % 2];
-            if constexpr (FORMAT == INT8) {
-                first *= scale[0];
-                second *= scale[1];
-            }
-            first += bias[0];
-            second += bias[1];
+        for (int some = 0; some < PART * 2; some += AT_ONCE) {
+            uint32 others[AT_ONCE];
             if constexpr (HAS_RESIDUAL) {
-                const Bits* other = residual + token * args.layers.residual_stride;
-                first += ACTIVATION::widen(other[0]);
-                if (has_second) second += ACTIVATION::widen(other[1]);
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++) {
+                    const int token = (some + j) / 2 * 8 + j % 2;
+                    const Bits* other = residual + token * residual_stride;
+                    others[j] = 0;
+                    if (first_token + token >= args.layers.num_tokens) continue;
+                    if (in_pairs) {
+                        others[j] = __ldcg(reinterpret_cast<const uint32*>(other));
+                    } else {
+                        others[j] = __ldcg(other) | (has_second ? uint32(__ldcg(other + 1)) << 16 : 0);
+                    }
+                }
             }
-            Bits* at = target + token * weight.out_stride;
-            if (in_pairs) {
-                *reinterpret_cast<uint32*>(at) = ACTIVATION::narrow_pair(first, second);
-            } else {
-                at[0] = ACTIVATION::narrow(first);
-                if (has_second) at[1] = ACTIVATION::narrow(second);
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) {
+                const int i = some + j, token = i / 2 * 8 + i % 2;
+                if (first_token + token >= args.layers.num_tokens) return;
+                const float(&own)[4] = sums[keeper * PART + i / 2];
+                float first = own[i % 2], second = own[2 + i % 2];
+                if constexpr (FORMAT == INT8) {
+                    first *= scale[0];
+                    second *= scale[1];
+                }
+                first += bias[0];
+                second += bias[1];
+                if constexpr (HAS_RESIDUAL) {
+                    first += ACTIVATION::widen(Bits(others[j]));
+                    second += ACTIVATION::widen(Bits(others[j] >> 16));
+                }
+                Bits* at = target + token * weight.out_stride;
+                if (in_pairs) {
+                    *reinterpret_cast<uint32*>(at) = ACTIVATION::narrow_pair(first, second);
+                } else {
+                    at[0] = ACTIVATION::narrow(first);
+                    if (has_second) at[1] = ACTIVATION::narrow(second);
+                }
             }
         }
     }
@@ -366,6 +395,7 @@ struct Worker {
         } else {
             store_sums<false>(tile, keeper);
         }
+        __syncwarp();  // for what warps do together
     }
 
     __device__ void finish_tile(const Tile& tile) {
@@ -406,9 +436,10 @@ linear_many(const __grid_constant__ ManyArguments args) {
     }
     if (IS_4BIT && warp < WARPS) fill_values(shared);
 #if NESTED
-    if (threadIdx.x < 256)
-        reinterpret_cast<float*>(shared + MAP_AT)[threadIdx.x] =
-            __ldg(args.layers.weights[0].nested_code + threadIdx.x);
+    for (int i = threadIdx.x; i < NUM_WEIGHTS * 256; i += THREADS) {
+        const float* entries = args.layers.weights[i / 256].nested_code;
+        reinterpret_cast<float*>(shared + MAP_AT)[i] = entries == nullptr ? 0.0f : __ldg(entries + i % 256);
+    }
 #endif
     __syncthreads();
 
@@ -416,7 +447,7 @@ linear_many(const __grid_constant__ ManyArguments args) {
         release_registers<COPIER_REGISTERS>();
         int round = 0;
         if (threadIdx.x == WORKERS) wait_for_prerequisites();
-        for (int i = work.first_tile(); i < args.num_tiles; i += work.tiles_apart()) {
+        for (int i = work.first_tile(); i < args.layers.num_tiles; i += work.tiles_apart()) {
             if (threadIdx.x == WORKERS) bring_tile(work, ring, Tile(args, i), round);
             if constexpr (SPLIT > 1) {
                 meet_cluster();
@@ -429,7 +460,7 @@ linear_many(const __grid_constant__ ManyArguments args) {
         wait_for_prerequisites();
         Worker worker(args, work, ring, warp, lane);
         if (warp >= WARPS / 2) worker.pass_turn();
-        for (int i = work.first_tile(); i < args.num_tiles; i += work.tiles_apart()) {
+        for (int i = work.first_tile(); i < args.layers.num_tiles; i += work.tiles_apart()) {
             const Tile tile(args, i);
             worker.multiply_tile(tile);
             worker.finish_tile(tile);

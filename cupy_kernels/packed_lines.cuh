@@ -1,6 +1,6 @@
 // Packed weights in shared memory, and how they become fragments of mma.m16n8k16.
 //
-// Part of linear_few.cu, linear_some.cu and linear_groups.cu, whose ACTIVATION, FORMAT, UNIT and LINE (bytes of a
+// Part of linear_few.cu, linear_some.cu, linear_groups.cu and linear_many.cu, whose ACTIVATION, FORMAT, UNIT and LINE (bytes of a
 // row that lie together: 64, 128; of PLAIN 128) it uses.
 //
 // The order of columns within a block of 64 is free as long as weights and activations agree: lane `member` of a

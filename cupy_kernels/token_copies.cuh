@@ -41,7 +41,7 @@ __device__ inline uint64 swizzled_tokens(uint32 described) {
     return described | (EIGHT_TOKENS >> 4) << 32 | SWIZZLE_128 << 62;
 }
 
-// -- weights: what is written after products have begun stays after them
+// -- weights, by loads that are volatile: the compiler leaves them behind products that have begun
 
 template <int OFFSET>
 __device__ inline uint4 load_words(uint32 at) {

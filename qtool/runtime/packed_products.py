@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Final
 
 import torch
@@ -104,7 +104,7 @@ def takes_many(kind: LinearKind, rows: Sequence[int], num_tokens: int) -> bool:
     return _takes_many(kind, tuple(rows), num_tokens, torch.cuda.current_device())
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _takes_many(kind: LinearKind, rows: tuple[int, ...], num_tokens: int, device: int) -> bool:
     return linear_many.fits(kind) and linear_many.is_faster(rows, kind.columns, num_tokens)
 

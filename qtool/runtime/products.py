@@ -32,7 +32,7 @@ from qtool.runtime.products_host import NestedAbsmax, linear_4bit_host, linear_i
 # beyond it (the MLP of a 70B model) are multiplied in several pieces of whole rows.
 MAX_DEQUANTIZED_ELEMENTS: Final = 1 << 26
 PIECE_ROWS: Final = 256
-# Tokens that go through the fused kernels; more are faster with the weight dequantized.
+# Tokens that go through the kernels for few and some.
 MAX_FUSED_TOKENS: Final = 64
 
 # Any: PyTorch declares no types for its methods.
@@ -116,7 +116,7 @@ def rounds_activations(x: Tensor, codes: Tensor, threshold: float | None) -> boo
 
 
 def runs_fused(x: Tensor, columns: int) -> bool:
-    """Whether products of this shape and dtype on `x`'s GPU read packed bytes."""
+    """Whether products of this shape and dtype, up to 64 tokens, read packed bytes on `x`'s GPU."""
     if x.dtype not in KERNEL_DTYPES or not has_kernels(x.device):
         return False
     from cupy_kernels import linear_few
@@ -368,6 +368,8 @@ def _multiply_packed(
     rows = x.reshape(-1, kind.columns)
     if rows.stride(-1) != 1 or rows.data_ptr() % 16 or rows.stride(0) % 8:
         rows = rows.contiguous()
+    if rows.data_ptr() % 16:
+        rows = rows.clone()
     out = torch.empty(rows.shape[0], out_features, dtype=x.dtype, device=x.device)
     if rows.shape[0]:
         weight = LinearWeight(

@@ -131,11 +131,12 @@ def test_layers_of_one_launch_are_those_of_three(shape, kind):
 
 
 @pytest.mark.parametrize("kind", [KINDS[2][0], KINDS[5][0]])
+@pytest.mark.parametrize("rows", [1000, 333])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_residual_is_added_before_rounding(shape, kind):
-    weight, dense, kept = make(kind, 1000)
+def test_a_residual_is_added_before_rounding(shape, kind, rows):
+    weight, dense, kept = make(kind, rows)
     x = activations(kind, 150)
-    residual = torch.randn(150, 1000, dtype=x.dtype, device=DEVICE) * 10
+    residual = torch.randn(150, rows, dtype=x.dtype, device=DEVICE) * 10
     expected = x.double() @ dense.T + kept[1].double() + residual.double()
     LinearMany(kind, [weight], 150, shape=shape).queue(
         tokens_of(x, residual, residual=residual), stream()
@@ -151,6 +152,8 @@ def test_a_launch_takes_other_layers_and_other_tokens_in_a_graph():
     out = torch.empty(700, 640, dtype=torch.bfloat16, device=DEVICE)
     x = activations(kind, 512)
     launch.queue(tokens_of(x, out), stream())
+    expected = x.double() @ made[0][1].T + made[0][2][1].double()
+    assert (out[:512].double() - expected).norm() / expected.norm() < LARGEST_ERROR["BF16"]
     launch.set_weights([second])
     x = activations(kind, 700)
     graph = torch.cuda.CUDAGraph()
@@ -158,7 +161,47 @@ def test_a_launch_takes_other_layers_and_other_tokens_in_a_graph():
         for _ in range(3):
             launch.queue(tokens_of(x, out), stream())
     x.normal_()
+    # What the launch is told later does not reach the graph.
+    launch.set_weights([first])
+    launch.queue(tokens_of(activations(kind, 65), torch.empty_like(out)), stream())
+    out.fill_(torch.nan)
     graph.replay()
     expected = x.double() @ dense.T + kept[1].double()
     assert (out.double() - expected).norm() / expected.norm() < LARGEST_ERROR["BF16"]
-    assert made
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layers_have_maps_of_their_own(shape):
+    kind = LinearKind("nf4", 512, "BF16", nested=True)
+    made = [make(kind, 130) for _ in range(3)]
+    for factor, (_, _, kept) in enumerate(made, 1):
+        kept[4].mul_(factor)  # the dynamic map
+    x = activations(kind, 140)
+    outs = [torch.empty(140, 130, dtype=x.dtype, device=DEVICE) for _ in made]
+    weights = [weight for weight, _, _ in made]
+    LinearMany(kind, weights, 140, shape=shape).queue(tokens_of(x, *outs), stream())
+    for weight, out in zip(weights, outs, strict=True):
+        alone = torch.empty_like(out)
+        LinearMany(kind, [weight], 140, shape=shape).queue(tokens_of(x, alone), stream())
+        assert torch.equal(out, alone)
+    assert not torch.equal(outs[0], outs[1])
+
+
+def test_launches_in_a_chain_wait_for_each_other():
+    kind = LinearKind("nf4", 1024, "BF16", nested=True)
+    weight, _, _kept = make(kind, 1024)
+    found = []
+    for overlap in (False, True):
+        launch = LinearMany(kind, [weight], 512, overlap=overlap)
+        values = [torch.empty(512, 1024, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
+        torch.manual_seed(0)
+        values[0].normal_()
+        for step in range(16):
+            launch.queue(tokens_of(values[step % 2], values[1 - step % 2]), stream())
+            values[1 - step % 2] /= values[1 - step % 2].std()
+        for step in range(16):
+            launch.queue(tokens_of(values[step % 2], values[1 - step % 2]), stream())
+        torch.cuda.synchronize()
+        assert values[0].isfinite().all() and values[0].std() > 1e-3
+        found.append(values[0].view(torch.int16))
+    assert torch.equal(*found)

@@ -172,6 +172,26 @@ def test_gradients_of_the_input(quant):
     assert relative_error(x.grad, expected) < 1e-2
 
 
+@pytest.mark.parametrize("num_tokens", [1, 8, 40, 100, 300])
+@pytest.mark.parametrize("quant", ["nf4-dq", "int8"])
+def test_activations_that_are_not_aligned(quant, num_tokens):
+    layer = make_layer(quant, 512, 1024, device="cuda")
+    flat = torch.randn(num_tokens * 1024 + 8, dtype=torch.bfloat16, device="cuda")
+    x = flat[1 : 1 + num_tokens * 1024].view(num_tokens, 1024)
+    assert x.is_contiguous() and x.data_ptr() % 16
+    assert torch.equal(multiply(layer, x), multiply(layer, x.clone()))
+
+
+@pytest.mark.parametrize("num_tokens", [65, 128, 512, 1500])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_products_of_many_tokens(quant, num_tokens):
+    for out_features, in_features in ((1024, 1024), (3000, 512), (4096, 1280)):
+        layer = make_layer(quant, out_features, in_features, bias=True, device="cuda")
+        x = torch.randn(num_tokens, in_features, dtype=torch.bfloat16, device="cuda")
+        error = relative_error(multiply(layer, x), exact_product(layer, x))
+        assert error < LARGEST_ERROR[torch.bfloat16] * 1.5
+
+
 @pytest.mark.parametrize("quant", ["nf4-dq", "int8"])
 def test_threads_that_nobody_gave_a_context(quant):
     """As PyTorch's for backward passes, whose first call that touches the device may be ours."""

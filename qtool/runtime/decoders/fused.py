@@ -46,7 +46,7 @@ from qtool.runtime.decoders.fused_adapters import (
 from qtool.runtime.decoders.fused_attention import AttentionLaunches, attention_shape, check_rotary
 from qtool.runtime.decoders.fused_prompt import FusedPrompt, PromptLaunches, check_windows
 from qtool.runtime.decoders.graphed import GraphDecoder
-from qtool.runtime.decoders.network import Network
+from qtool.runtime.decoders.network import Network, on_device
 from qtool.runtime.decoders.protocol import Path, Sampling
 from qtool.runtime.dequantize_host import KERNEL_DTYPES
 from qtool.runtime.loading import LoadedModel
@@ -120,6 +120,10 @@ class FusedNetwork(Network):
             CaptureFailed: the kernels do not take such layers on this GPU, or the logits of a step
                 differ by more than rounding does.
         """
+        with on_device(self.device):
+            self._prepare(cache)
+
+    def _prepare(self, cache: Any) -> None:
         tokens = torch.arange(1, NUM_COMPARED + 1, device=self.device).expand(self._batch, -1)
         expected = self._own_logits(tokens)
         self._make_room(cache)
@@ -224,18 +228,22 @@ class FusedNetwork(Network):
             raise CaptureFailed("its logits hang on rounding, so kernels cannot be checked")
 
     def _check_prompt(self, tokens: Tensor, own: _Own) -> None:
-        """Up to a token that tells: in one chunk through dequantized layers and through products of
-        many tokens, and in two through those of few."""
+        """Up to a token that tells: in one chunk through dequantized layers, in two through those of
+        few tokens, and through products of many, which are not used where they differ."""
         assert self._prompt is not None and own.last_near is not None
         prompt, count = self._prompt, own.last_near + 1
-        ways = [(count, 0, False), (max(count - 2, 1), MAX_FUSED_TOKENS, None)]
-        if prompt.can_multiply_many():
-            ways.insert(1, (count, 0, True))
-        for chunk, few, many in ways:
+
+        def gives_the_same(chunk: int, few: int, many: bool) -> bool:
             prompt.max_packed_tokens, prompt.multiplies_many = few, many
             found = self._run_prompt(tokens[:, :count], 0, chunk)
-            if not _are_near(found, own.logits[own.last_near]):
-                raise NotFusable("a prompt gives other logits there")
+            return _are_near(found, own.logits[count - 1])
+
+        ways = ((count, 0), (max(count - 2, 1), MAX_FUSED_TOKENS))
+        if not all(gives_the_same(chunk, few, many=False) for chunk, few in ways):
+            raise NotFusable("a prompt gives other logits there")
+        takes_many = prompt.can_multiply_many() and gives_the_same(count, 0, many=True)
+        prompt.max_packed_tokens = MAX_FUSED_TOKENS
+        prompt.multiplies_many = None if takes_many else False
 
 
 @dataclass(slots=True)

@@ -414,7 +414,9 @@ class PromptLaunches:
         self._gate = GatedRows(self._dtype, network.gate)
         self.take_up = attention.take_up
         self._products: dict[tuple[int, int], PackedProduct] = {}  # by weight and tokens
-        self._many: dict[tuple[int, int, object], ManyProducts] = {}  # by weight, number and shape
+        self._many: dict[
+            tuple[int, int, linear_many.Shape], ManyProducts
+        ] = {}  # by weight, number and shape
 
     def norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         """See `Launches.norm`."""

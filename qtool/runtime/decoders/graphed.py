@@ -20,7 +20,7 @@ from qtool.runtime.decoders.caches import (
     takes_chunks,
 )
 from qtool.runtime.decoders.capture import Capture, CaptureFailed, GraphCapture, first_line
-from qtool.runtime.decoders.network import Network, check_room
+from qtool.runtime.decoders.network import Network, check_room, on_device
 from qtool.runtime.decoders.protocol import Path, Sampling
 from qtool.runtime.decoders.sampling import choose_tokens, seed_generator
 from qtool.runtime.decoders.token_ring import TokenRing, run_ahead
@@ -73,7 +73,8 @@ class GraphDecoder:
         self._step_logits = torch.empty(0)  # of the last step; a graph rewrites its own
         self._graphs: dict[Sampling, Callable[[], None]] = {}
         try:
-            self._check_graph()
+            with on_device(network.device):
+                self._check_graph()
         except torch.OutOfMemoryError as error:
             told = cache_does_not_fit(cache, capacity, network.device)
             raise told or error from error
@@ -81,6 +82,10 @@ class GraphDecoder:
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, start: int) -> None:
         """See `protocol.Decoder`."""
+        with on_device(self._network.device):
+            self._prefill(input_ids, start)
+
+    def _prefill(self, input_ids: Tensor, start: int) -> None:
         check_room(start, input_ids.shape[1], self.capacity)
         in_chunks = self._in_chunks and not self._network.wants_whole(start + input_ids.shape[1])
         goes_on = in_chunks and (self.can_rewind or self._transcript.is_exactly(start))
@@ -93,16 +98,18 @@ class GraphDecoder:
     def decode(self, sampling: Sampling, num_tokens: int) -> Iterator[list[int]]:
         """See `protocol.Decoder`; up to STEPS_AHEAD tokens are made before they are read."""
         num_tokens = min(num_tokens, self._transcript.num_free + 1)
-        replay = self._graph_for(sampling)
-        seed_generator(self._generator, sampling.seed)
+        with on_device(self._network.device):
+            replay = self._graph_for(sampling)
+            seed_generator(self._generator, sampling.seed)
 
         @torch.inference_mode()
         def launch(step: int) -> None:
-            if step == 0:
-                self._choose_first(sampling)
-            else:
-                replay()
-            self._ring.send(step)
+            with on_device(self._network.device):
+                if step == 0:
+                    self._choose_first(sampling)
+                else:
+                    replay()
+                self._ring.send(step)
 
         tokens: list[int] = []
         self._transcript.ran_past()  # from here on the device is ahead of the reader

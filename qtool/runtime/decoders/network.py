@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -15,6 +16,11 @@ STATE_CACHE: Final = "cache_params"
 ATTENTION_CACHE: Final = "past_key_values"
 # Rotary embeddings whose frequencies depend on how long the text is.
 LENGTH_DEPENDENT_ROTARY: Final = ("longrope", "dynamic")
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make it the current one, on which kernels are loaded and launched, if it is a GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Network:
