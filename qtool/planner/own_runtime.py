@@ -16,7 +16,8 @@ dequantized to multiply by it (the last h + q are the hidden state and what atte
     down                h + i + h + q, and W
 
 Where activations are rounded to INT8 too, what `rounded_products` says stands for W. A GPU of
-Hopper reads packed weights for some thousand tokens, and needs no W; a plan is for any GPU.
+Hopper reads packed weights for some thousand tokens, and needs W only for the few tokens that are
+compared before the first prompt; a plan is for any GPU.
 
 The other paths are `qtool.planner.activations`, for a chunk that looks at a longer cache.
 """

@@ -106,7 +106,7 @@ def takes_many(kind: LinearKind, rows: Sequence[int], num_tokens: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def _takes_many(kind: LinearKind, rows: tuple[int, ...], num_tokens: int, device: int) -> bool:
-    return linear_many.fits(kind) and linear_many.is_faster(rows, kind.columns, num_tokens)
+    return linear_many.fits(kind) and linear_many.is_faster(kind, rows, num_tokens)
 
 
 class ManyProducts:

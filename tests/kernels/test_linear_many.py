@@ -54,8 +54,19 @@ def test_the_least_time_is_chosen(multiprocessors):
 @pytest.mark.usefixtures("on_hopper")
 def test_some_hundred_tokens_are_faster_than_to_dequantize_and_many_thousands_are_not():
     for rows in ((4096, 1024, 1024), (14336, 14336), (4096,)):
-        assert all(linear_many.is_faster(rows, 4096, tokens) for tokens in (65, 128, 512, 1024))
-        assert not linear_many.is_faster(rows, 4096, 16_384)
+        assert all(linear_many.is_faster(KIND, rows, tokens) for tokens in (65, 128, 512, 1024))
+        assert not linear_many.is_faster(KIND, rows, 16_384)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_int8_needs_no_table_and_is_faster_for_longer():
+    int8 = LinearKind("int8", 4096, "BF16")
+    tokens = [64 * step for step in range(2, 256)]
+    wins = [
+        sum(linear_many.is_faster(kind, (4096,), count) for count in tokens)
+        for kind in (KIND, int8)
+    ]
+    assert wins[0] < wins[1]
 
 
 @pytest.mark.usefixtures("on_hopper")

@@ -14,6 +14,7 @@ from qtool.checkpoint import Checkpoint
 from qtool.planner.memory import MemoryBudget
 from qtool.planner.model import describe_model
 from qtool.planner.records import Tuning, Workload
+from tests.planner.test_on_gpu import allocated_before
 
 pytestmark = pytest.mark.gpu
 
@@ -49,7 +50,7 @@ def test_a_step_takes_what_was_planned(test_data, case):
         describe_model(Checkpoint.of_config("bare", config)), quant, asked
     ).plan(asked)
 
-    before = torch.cuda.memory_allocated()
+    before = allocated_before()
     with build_random_model(config, quant, device="cuda") as loaded:
         network = loaded.model.requires_grad_(False)
         network.config.use_cache = False

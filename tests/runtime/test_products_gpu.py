@@ -175,11 +175,12 @@ def test_gradients_of_the_input(quant):
 @pytest.mark.parametrize("num_tokens", [1, 8, 40, 100, 300])
 @pytest.mark.parametrize("quant", ["nf4-dq", "int8"])
 def test_activations_that_are_not_aligned(quant, num_tokens):
-    layer = make_layer(quant, 512, 1024, device="cuda")
+    layer = make_layer(quant, 4096, 1024, device="cuda")
     flat = torch.randn(num_tokens * 1024 + 8, dtype=torch.bfloat16, device="cuda")
     x = flat[1 : 1 + num_tokens * 1024].view(num_tokens, 1024)
     assert x.is_contiguous() and x.data_ptr() % 16
-    assert torch.equal(multiply(layer, x), multiply(layer, x.clone()))
+    error = relative_error(multiply(layer, x), exact_product(layer, x))
+    assert error < LARGEST_ERROR[torch.bfloat16] * 1.5
 
 
 @pytest.mark.parametrize("num_tokens", [65, 128, 512, 1500])

@@ -228,8 +228,8 @@ class FusedNetwork(Network):
             raise CaptureFailed("its logits hang on rounding, so kernels cannot be checked")
 
     def _check_prompt(self, tokens: Tensor, own: _Own) -> None:
-        """Up to a token that tells: in one chunk through dequantized layers, in two through those of
-        few tokens, and through products of many, which are not used where they differ."""
+        """Up to a token that tells: in one chunk through dequantized layers, in two through those
+        for few tokens, and through products of many, which are not used where they differ."""
         assert self._prompt is not None and own.last_near is not None
         prompt, count = self._prompt, own.last_near + 1
 
