@@ -43,6 +43,7 @@ def lean_imports() -> Iterator[None]:
         left_out.enter_context(_reading_models_once())
         left_out.enter_context(_without_compiler())
         _say_not_distributed()
+        _import_distributed_parts_when_asked()
         if importlib.util.find_spec(MODEL_PARTS) is not None:
             importlib.import_module(MODEL_PARTS)  # else models import it later, with all it wants
         yield
@@ -83,6 +84,26 @@ def _say_not_distributed() -> None:
         asks()
     finally:
         torch.distributed.is_available = is_available
+
+
+def _import_distributed_parts_when_asked() -> None:
+    """`torch.distributed.tensor` and the like are there for who only names them.
+
+    As PEFT does, which counts on transformers having imported them.
+    """
+    import torch
+
+    parts: Any = torch.distributed
+    if "__getattr__" in vars(parts):
+        return
+
+    def import_part(name: str) -> Any:
+        full_name = f"{parts.__name__}.{name}"
+        if name.startswith("_") or importlib.util.find_spec(full_name) is None:
+            raise AttributeError(f"module {parts.__name__!r} has no attribute {name!r}")
+        return importlib.import_module(full_name)
+
+    parts.__getattr__ = import_part
 
 
 # -- PyTorch's compiler ---------------------------------------------------------------------------

@@ -42,6 +42,8 @@ with lean_imports():
 assert INDEXING not in sys.modules
 assert [getattr(torch.compiler, name) for name in MARKS] == marking
 assert torch.distributed.is_available()
+assert torch.distributed.tensor.DTensor is sys.modules["torch.distributed.tensor"].DTensor
+assert not hasattr(torch.distributed, "nothing_of_the_kind")
 
 frame = masking_utils.TransformGetItemToIndex()
 assert type(frame) is sys.modules[INDEXING].TransformGetItemToIndex
@@ -82,6 +84,17 @@ def run(program: str) -> str:
 
 def test_a_run_needs_none_of_it() -> None:
     assert run(ONE_RUN).splitlines()[-1].split() == ["found"]
+
+
+def test_a_run_with_an_adapter(tmp_path: Any) -> None:
+    """PEFT names parts of PyTorch that nothing imported."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(demo_model_path()))
+    peft.get_peft_model(model, peft.LoraConfig(r=8)).save_pretrained(str(tmp_path))
+    program = ONE_RUN.replace('"--quiet"', f'"--quiet", "--adapter", {str(tmp_path)!r}')
+    assert run(program).splitlines()[-1].startswith("found")
 
 
 @pytest.mark.parametrize("program", [AFTERWARDS, MEANWHILE], ids=["afterwards", "meanwhile"])

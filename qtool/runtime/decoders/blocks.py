@@ -359,6 +359,16 @@ def _of_one_kind(found: tuple[PackedRows, ...], what: str) -> tuple[PackedRows, 
     return found
 
 
+def check_compute_dtype(layer: Linear4bit | LinearInt8, dtype: torch.dtype) -> None:
+    """NotFusable where a layer would convert activations, which are of `dtype`."""
+    if layer.compute_dtype not in (None, dtype):
+        wanted, found = (str(it).removeprefix("torch.") for it in (layer.compute_dtype, dtype))
+        raise NotFusable(
+            f"layers compute in {wanted}, activations are {found}: the compute dtype {wanted} "
+            "makes them one"
+        )
+
+
 def _packed_rows(module: nn.Linear, dtype: torch.dtype, start: int, stop: int) -> PackedRows:
     bias = module.bias
     if bias is not None and bias.dtype != dtype:
@@ -366,8 +376,7 @@ def _packed_rows(module: nn.Linear, dtype: torch.dtype, start: int, stop: int) -
     bias_at = 0 if bias is None else bias.data_ptr() + start * bias.element_size()
     own_bias = None if bias is None else bias[start:stop]
     if isinstance(module, Linear4bit | LinearInt8):
-        if module.compute_dtype not in (None, dtype):
-            raise NotFusable("layers compute in another dtype than activations have")
+        check_compute_dtype(module, dtype)
         name = KERNEL_DTYPES[dtype]
         if isinstance(module, Linear4bit):
             kind, weight = four_bit_rows(module, name, start, stop, bias_at)

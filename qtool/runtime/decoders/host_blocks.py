@@ -17,6 +17,7 @@ from qtool.runtime.decoders.blocks import (
     FusableNetwork,
     NotFusable,
     PackedRows,
+    check_compute_dtype,
     four_bit_rows,
     int8_rows,
     refuse_type,
@@ -57,8 +58,7 @@ class _HostReader(BlockReader):
             raise NotFusable("a bias of another dtype")
         own_bias = None if bias is None else bias[start:stop]
         if isinstance(module, Linear4bit | LinearInt8):
-            if module.compute_dtype not in (None, self.dtype):
-                raise NotFusable("layers compute in another dtype than activations have")
+            check_compute_dtype(module, self.dtype)
             if isinstance(module, LinearInt8):
                 return PackedRows(*int8_rows(module, "F32", start, stop, 0), own_bias)
             if module.layer.blocksize % GROUP:

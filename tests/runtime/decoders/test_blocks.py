@@ -110,7 +110,7 @@ def test_what_is_not_fused_is_said():
         other = load(quant="int8")
         model.model.layers[0].self_attn.k_proj = other.model.layers[0].self_attn.k_proj
         describe_network(model)
-    with pytest.raises(NotFusable, match="compute in another dtype"):
+    with pytest.raises(NotFusable, match="layers compute in float16, activations are bfloat16"):
         model = load()
         model.model.layers[0].mlp.down_proj.compute_dtype = torch.float16
         describe_network(model)
