@@ -14,13 +14,14 @@ from qtool.checkpoint.open import HubReference, locate_model, naming_the_nearest
 from qtool.checkpoint.records import Shard, TensorInfo
 from qtool.checkpoint.safetensors_header import read_header
 from qtool.checkpoint.strict_json import parse_json_object
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PICKLE_NAME: Final = "adapter_model.bin"
 FINETUNE_RECORD: Final = "qtool_finetune.json"  # what `qtool finetune` writes beside an adapter
+FINETUNE_SAVES: Final = "checkpoints"  # where it saves, and what it says of a run that began
 # Files that make a tokenizer. Training may add tokens or a chat template, so that the adapter's own
 # is the one to keep.
 TOKENIZER_FILES: Final = frozenset(
@@ -84,7 +85,8 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
     """Read config and header of the adapter in `folder`, whatever kind of adapter it is.
 
     Raises:
-        QtoolError: not_found, or bad_file for what is cut or damaged.
+        QtoolError: not_found, also for a run of `qtool finetune` that has not ended; bad_file for
+            what is cut or damaged.
     """
     if not folder.is_dir():
         raise QtoolError(
@@ -92,6 +94,7 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
             kind="not_found",
             hint="give the folder of a PEFT adapter, or its Hub id",
         )
+    _refuse_unfinished(folder)
     # Not the other files of OUT: a run's saves may be many.
     source = LocalFolder(folder, only=(CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME))
     _check_files(source, str(folder))
@@ -108,6 +111,25 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
         config_sha256=hashlib.sha256(data).hexdigest(),
         shard=Shard(WEIGHTS_NAME, status.num_bytes, header.metadata, status.modified_ns),
         tensors=header.tensors,
+    )
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    saves = folder / FINETUNE_SAVES
+    is_begun = (saves / "run.json").is_file()
+    if not is_begun or any((folder / name).is_file() for name in (FINETUNE_RECORD, CONFIG_NAME)):
+        return
+    whole = [path.parent for path in saves.glob("checkpoint-*/whole.json")]
+    found = [save for save in whole if (save / CONFIG_NAME).is_file()]
+    last = max(found, key=lambda save: int(save.name.rpartition("-")[2]), default=None)
+    raise QtoolError(
+        f"{folder} holds an unfinished run of qtool finetune, and no adapter yet",
+        kind="not_found",
+        hint=(
+            "the command that began it goes on with ",
+            Option("resume"),
+            "" if last is None else f"; its last save, {last}, is an adapter too",
+        ),
     )
 
 

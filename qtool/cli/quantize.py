@@ -94,6 +94,8 @@ def quantize(
         )
         request = QuantizeRequest(model, output, recipe, backend, threads, tile_size)
         planned = plan_request(request, dry_run=dry_run, on_event=show.on_note)
+        for words in planned.plan.warnings():
+            show.warn(words)
         report_plan(show, planned, dry_run=dry_run)
         if not dry_run:
             with show.progress() as on_event:

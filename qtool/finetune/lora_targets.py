@@ -150,7 +150,7 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 def _refusal(message: str, asked: str, model: nn.Module) -> QtoolError:
     """With the names nearest to what was asked for, or the first of all."""
-    known = _linear_names(model)
+    known = [name for name in _linear_names(model) if name not in HEADS]
     near = _nearest(asked.rpartition(".")[2], known) or known[:_MAX_NAMES]
     names = f", or names such as {', '.join(near)}" if near else ""
     return QtoolError(message, kind="usage", hint=(Option("lora_targets", ALL_LINEAR), names))

@@ -10,7 +10,7 @@ import ctypes
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -102,7 +102,8 @@ def plan_run(request: FinetuneRequest, checkpoint: Checkpoint) -> PlannedRun:
     if lora.targets is not None and request.method != "full":
         _refuse_heads(lora.targets)
         if architecture is not None:
-            target_layers(architecture, lora.targets)
+            body = {n: t for n, t in architecture.tensors.items() if t.module_name not in HEADS}
+            target_layers(replace(architecture, tensors=body), lora.targets)
     workload = Workload(
         context=max_length,
         batch=training.batch,

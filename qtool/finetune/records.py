@@ -167,9 +167,9 @@ class DataFile(NamedTuple):
 class FinetuneResult:
     """What a run made.
 
-    `tokens` are those of all steps, a resumed run's earlier ones too; `seconds` and `tokens_per_s`
-    are of this process alone. `allocated_peak_bytes` and the planned ones are None where there is
-    no GPU or no plan.
+    `tokens` are those of all steps, `earlier_tokens` those of the steps before a run was resumed;
+    `seconds` and `tokens_per_s` are of this process alone. `allocated_peak_bytes` and the planned
+    ones are None where there is no GPU or no plan.
     """
 
     output: str
@@ -188,6 +188,7 @@ class FinetuneResult:
     trainable_parameters: int
     device: str
     resumed_from_step: int | None
+    earlier_tokens: int = 0
     history: tuple[Step, ...] = ()
     eval_history: tuple[tuple[int, float], ...] = ()
 

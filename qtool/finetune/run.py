@@ -8,6 +8,7 @@ result = train(prepared, on_event=..., on_progress=..., warn=print)
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,14 @@ from qtool.finetune.records import (
     OnProgress,
 )
 from qtool.finetune.rows import Rows, open_rows
-from qtool.finetune.run_folder import LOCK, MANIFEST_SCHEMA, RunFolder, identity_of, step_of
+from qtool.finetune.run_folder import (
+    LOCK,
+    MANIFEST_SCHEMA,
+    RunFolder,
+    identity_of,
+    no_space_in_words,
+    step_of,
+)
 from qtool.finetune.sequences import no_chat_template
 from qtool.planner.estimate import unmodelled_warnings
 
@@ -105,7 +113,7 @@ def train(
 
     Raises:
         QtoolError: what is wrong with the model or the data; usage for a run that diverges;
-            interrupted, with the last step saved.
+            no_space, before the first step or at a save; interrupted, with the last step saved.
     """
     if not is_main_process():
         on_event, warn = ignore_events, _ignore
@@ -113,7 +121,11 @@ def train(
     with _locked(prepared.folder), _quiet():
         from qtool.runtime.memory import out_of_memory_as_error
 
-        with _in_finetune_words(), out_of_memory_as_error("training"):
+        with (
+            _in_finetune_words(),
+            out_of_memory_as_error("training"),
+            no_space_in_words(prepared.folder),
+        ):
             run = _Run.start(prepared, warn, on_event)
             on_event(Note("train    waiting for the first step"))
             return run.finish(on_progress, warn)
@@ -169,7 +181,9 @@ class _Run:
         _set_pad_token(tokenizer)
         data, held_out = _encode(prepared, tokenizer, warn)
         _tell_of(data, held_out, on_event)
-        # 2. The run that OUT holds.
+        # 2. The run that OUT holds, and the space for it.
+        if is_main_process() and planned.is_known:
+            prepared.folder.require_space(_output_bytes(prepared, data))
         request = replace(request, data=replace(request.data, max_length=planned.max_length))
         arguments = build_config(
             request, place, prepared.folder.checkpoints, evals=held_out is not None
@@ -238,6 +252,7 @@ class _Run:
             trainable_parameters=self.num_trainable,
             device=str(watch.place.device),
             resumed_from_step=None if self.resume_from is None else step_of(self.resume_from),
+            earlier_tokens=watch.first_tokens,
             history=tuple(watch.history),
             eval_history=tuple(watch.eval_history),
         )
@@ -315,6 +330,41 @@ def _set_pad_token(tokenizer: Any) -> None:
 
 
 # -- OUT ------------------------------------------------------------------------------------------
+
+
+def _output_bytes(prepared: Prepared, data: Sequences) -> int:
+    """What OUT holds at its fullest, at the least: the result or a new save beside those kept.
+
+    Small files are not counted, such as the tokenizer that each save has.
+    """
+    from qtool.finetune.trainer import SAVES_KEPT
+
+    planned, request = prepared.planned, prepared.planned.request
+    parts = planned.plan.components
+    trained = parts["weights" if request.method == "full" else "adapters"].bytes
+    save_bytes = trained + parts["optimizer"].bytes
+    result_bytes = trained
+    if request.method == "full" and request.training.master_dtype == "fp32":
+        result_bytes //= 2  # which is written in the model's own dtype
+    steps = _num_steps(planned, data)
+    saves = math.ceil(steps / request.training.save_steps)
+    last_bytes = min(saves, SAVES_KEPT) * save_bytes + result_bytes
+    last = prepared.folder.last_whole() if request.resume else None
+    if last is not None and step_of(last) >= steps:  # only the result is left to write
+        return last_bytes
+    return max(last_bytes, min(saves, SAVES_KEPT + 1) * save_bytes)
+
+
+def _num_steps(planned: PlannedRun, data: Sequences) -> int:
+    """How many there will be, or not more than that where sequences are packed."""
+    training = planned.request.training
+    if training.max_steps is not None:
+        return training.max_steps
+    sequences = len(data.items)
+    if planned.request.data.packing:
+        sequences = math.ceil(data.num_tokens / planned.max_length)
+    passes = math.ceil(sequences / (training.batch * num_processes()))
+    return math.ceil(training.epochs * math.ceil(passes / training.grad_accum))
 
 
 def _begin(

@@ -12,11 +12,12 @@ A save that was cut short has no `whole.json`, or other sizes than it says, and 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +32,9 @@ RUN: Final = "run.json"
 WHOLE: Final = "whole.json"
 MANIFEST: Final = "qtool_finetune.json"
 MANIFEST_SCHEMA: Final = 1
+NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
+WRITER_WORDS: Final = ("PytorchStreamWriter", "unexpected pos", "iostream error")
+NEARLY_FULL_BYTES: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,24 @@ class RunFolder:
             elif path.name != LOCK:  # which this process holds
                 path.unlink()
 
+    def own_bytes(self) -> int:
+        """What a run of ours holds here: its saves, and what its manifest lists."""
+        names = (self.manifest or {}).get("files", [])
+        listed = [self.path / name for name in names if Path(name).name == name]
+        paths = (*listed, *self.checkpoints.rglob("*"))
+        return sum(path.stat().st_size for path in paths if path.is_file())
+
+    def require_space(self, num_bytes: int) -> None:
+        """Raise QtoolError(no_space) unless `num_bytes` fit, in place of what a run left here."""
+        free_bytes = shutil.disk_usage(self.path).free + self.own_bytes()
+        if free_bytes < num_bytes:
+            raise QtoolError(
+                f"{self.path}: the result and the saves need {num_bytes:,} bytes, "
+                f"{free_bytes:,} are free",
+                kind="no_space",
+                hint="free some space, or write elsewhere with -o",
+            )
+
     def last_whole(self) -> Path | None:
         """The latest save that is whole."""
         return next((path for path in reversed(self._saves()) if is_whole(path)), None)
@@ -180,6 +202,36 @@ class RunFolder:
                     " to begin anew",
                 ),
             )
+
+
+@contextlib.contextmanager
+def no_space_in_words(folder: RunFolder) -> Iterator[None]:
+    """Raise QtoolError(no_space) for a full disk, of which each library has words of its own."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_no_space(error, folder.path):
+            raise
+        save = folder.last_whole()
+        kept = f"the save after step {step_of(save):,} is kept" if save else "no save is whole"
+        goes_on = "goes on from there" if save else "begins again"
+        raise QtoolError(
+            f"{getattr(error, 'filename', None) or folder.path}: no space left on the device; "
+            f"{kept}",
+            kind="no_space",
+            hint=("free some space; the same command with ", Option("resume"), f" {goes_on}"),
+        ) from error
+
+
+def _is_no_space(error: Exception, place: Path) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in NO_SPACE
+    text = str(error)
+    if any(f"(os error {number})" in text for number in NO_SPACE):  # safetensors
+        return True
+    # PyTorch's writer says only that it could not write. What it wrote is still there.
+    is_writer = isinstance(error, RuntimeError) and any(words in text for words in WRITER_WORDS)
+    return is_writer and shutil.disk_usage(place).free < NEARLY_FULL_BYTES
 
 
 def step_of(save: Path) -> int:

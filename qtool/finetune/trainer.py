@@ -212,6 +212,7 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         self.trainer._total_train_tokens = self.first_tokens = self.tokens
         self._first_step = state.global_step
         self.start_s = time.perf_counter()
+        self._recent.clear()  # of steps that took no time here
         self._recent.append((self.start_s, self.tokens))
 
     def on_log(

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 from qtool.architecture import Architecture, ModelTensor, build_architecture
+from qtool.architecture.skip import is_skipped
 from qtool.architecture.stored_weights import check_linear_layers, place_of
 from qtool.checkpoint.records import Checkpoint, TensorInfo
-from qtool.errors import Option, QtoolError
+from qtool.errors import Option, QtoolError, Words
 from qtool.formats.bitsandbytes import find_quantized, packed_layouts, quantization_config
 from qtool.formats.precisions import ComputeDtype, QuantFormat
 from qtool.formats.tensors import TensorLayout
 
 Action = Literal["quantize", "copy"]
 
+_MAX_NAMES: Final = 12
+_MAX_NAME_LENGTH: Final = 80
 DATA_ALIGNMENT_BYTES = 16  # a 16-byte load never straddles the start of a large tensor
 
 
@@ -115,6 +118,15 @@ class QuantPlan:
         """How many source tensors have this fate."""
         return sum(tensor.action == action for tensor in self.tensors)
 
+    def warnings(self) -> list[Words]:
+        """Of patterns of `skip` that match no module, each with the nearest names."""
+        modules = list(dict.fromkeys(t.module_name for t in self.architecture.tensors.values()))
+        return [
+            _of_no_module(pattern, modules)
+            for pattern in self.recipe.skip
+            if not any(is_skipped(module, (pattern,)) for module in modules)
+        ]
+
 
 def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> QuantPlan:
     """Plan a checkpoint whose headers are known.
@@ -194,6 +206,16 @@ def refuse_quantized_source(checkpoint: Checkpoint) -> None:
             kind="unsupported",
             hint="start from the full-precision checkpoint; `qtool inspect` shows what this one is",
         )
+
+
+def _of_no_module(pattern: str, modules: Sequence[str]) -> Words:
+    from difflib import get_close_matches  # slow to import, and only mistakes need it
+
+    last_parts = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+    known = [*last_parts, *modules]
+    near = get_close_matches(pattern[:_MAX_NAME_LENGTH], known, n=3) or last_parts[:_MAX_NAMES]
+    names = ", ".join(near)
+    return (Option("skip", pattern, verb="quantize"), f" matches no module; names such as {names}")
 
 
 def _refuse_mixture(architecture: Architecture) -> None:

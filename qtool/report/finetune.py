@@ -41,7 +41,7 @@ def report_plan(output: Output, prepared: Prepared, *, dry_run: bool) -> None:
 def report_result(output: Output, prepared: Prepared, result: FinetuneResult) -> None:
     """Draw the loss, then say what was written and what it took."""
     _write_curve(result)
-    request = prepared.planned.request
+    planned = prepared.planned
     for line in loss_text([step.loss for step in result.history]):
         output.note(line)
     held_out = "" if result.eval_loss is None else f", held out {result.eval_loss:.4f}"
@@ -56,7 +56,10 @@ def report_result(output: Output, prepared: Prepared, result: FinetuneResult) ->
     if result.method == "full":
         output.note(f"next: qtool generate {result.output} PROMPT")
     else:
-        output.note(f"next: qtool generate {request.model} PROMPT --adapter {result.output}")
+        # The base that it learned on: `generate` would take one that is not packed as it is.
+        quant = f" --quant {planned.loads_quant}" if planned.loads_quant else ""
+        model = f"{planned.request.model} PROMPT{quant}"
+        output.note(f"next: qtool generate {model} --adapter {result.output}")
     output.document(result.to_dict())
 
 
@@ -204,9 +207,11 @@ def _group_texts(plan: MemoryPlan) -> Iterator[str]:
 
 def _statistics(result: FinetuneResult) -> Iterator[str]:
     resumed = result.resumed_from_step
-    since = "" if resumed is None else f", resumed after step {resumed:,}"
+    since = ""
+    if resumed is not None:
+        since = f", resumed after step {resumed:,}; {result.tokens:,} tokens in all"
     yield (
-        f"{result.tokens:,} tokens, {result.tokens_per_s:,.0f} tok/s, "
+        f"{result.tokens - result.earlier_tokens:,} tokens, {result.tokens_per_s:,.0f} tok/s, "
         f"{_duration(result.seconds)} on {result.device}{since}"
     )
     if result.allocated_peak_bytes is not None:

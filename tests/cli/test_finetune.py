@@ -51,6 +51,7 @@ DOCUMENT = {
     "trainable_parameters": int,
     "device": str,
     "resumed_from_step": type(None),
+    "earlier_tokens": int,
     "warnings": list,
 }
 
@@ -106,6 +107,8 @@ def test_the_answer_goes_to_stdout_and_the_rest_to_stderr(
     )
     for said in ("plan     stories260K-hf", "memory   ", "running text", "step 1/5 · loss ", "┤"):
         assert said in ran.stderr
+    # Over what it learned on.
+    assert f"next: qtool generate {stories} PROMPT --quant nf4-dq --adapter {out}\n" in ran.stderr
     again = run("finetune", stories, story, "-o", out, *QUICK, "--max-steps", 5, "--resume")
     assert (again.exit_code, again.stdout) == (0, ran.stdout)
     refused = run("finetune", stories, story, "-o", out, *QUICK, "--json")
@@ -289,6 +292,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(stories: Path, story: Path, tmp_path
     [save] = (out / "checkpoints").glob("checkpoint-*")
     assert (save / "whole.json").is_file()
     assert (save / "adapter_model.safetensors").is_file()
+    ran = run("merge", out, "-o", tmp_path / "merged", "--json")
+    assert (ran.exit_code, ran.error["kind"]) == (1, "not_found")
+    assert "holds an unfinished run of qtool finetune" in ran.error["message"]
+    assert "goes on with --resume" in ran.error["hint"]
+    assert f"its last save, {save}, is an adapter too" in ran.error["hint"]
+    merged = run("merge", save, "-o", tmp_path / "merged", "--onto", "original", "--json")
+    assert merged.exit_code == 0, merged.stderr
 
 
 @pytest.mark.parametrize("columns", [80, 140])

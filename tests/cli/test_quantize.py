@@ -167,6 +167,16 @@ def test_no_color_means_no_escape_codes(model, tmp_path, monkeypatch):
     assert "\x1b" in colored.stdout + colored.stderr
 
 
+@pytest.mark.parametrize("is_dry", [True, False])
+def test_a_skip_that_matches_nothing_is_warned_of(model, tmp_path, is_dry):
+    skips = ("--skip", "down_prj", "--skip", "up_proj", "--skip", r"model\.layers\.0\.self_attn")
+    arguments = ("quantize", model, "-o", tmp_path / "out", "--json", *skips)
+    ran = run(*arguments, *["--dry-run"] * is_dry)
+    assert ran.exit_code == 0
+    [said] = ran.document["warnings"]
+    assert said.startswith("--skip down_prj matches no module; names such as down_proj")
+
+
 def test_errors_have_no_traceback_unless_asked_for(tmp_path, monkeypatch):
     ran = run("quantize", tmp_path / "nowhere", "--dry-run")
     assert ran.exit_code == 1

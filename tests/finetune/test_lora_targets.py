@@ -76,6 +76,13 @@ def test_a_name_that_does_not_exist_gets_the_nearest() -> None:
     assert "names such as q_proj, up_proj" in error.hint
 
 
+def test_the_head_is_not_offered() -> None:
+    model = Model()
+    model.lm_head = nn.Linear(8, 8)
+    assert "lm_head" not in refusal(model, target_modules=["something"]).hint
+    assert "lm_head" not in refusal(model, target_modules=["lm_haed"]).hint
+
+
 def test_expressions() -> None:
     error = refusal(target_modules=r".*\.k_proj")
     assert error.kind == "usage"

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from qtool.errors import QtoolError
-from qtool.finetune.run_folder import RunFolder, identity_of, is_whole, mark_whole
+from qtool.finetune.run_folder import (
+    RunFolder,
+    identity_of,
+    is_whole,
+    mark_whole,
+    no_space_in_words,
+)
 
 IDENTITY = identity_of({"model": "m", "lr": 0.1}, {"tokens_sha256": "a"})
 
@@ -138,3 +146,71 @@ def test_restart_removes_what_the_run_made_and_nothing_else(tmp_path: Path) -> N
     assert folder.begin(IDENTITY, resume=False, restart=True) is None
     assert sorted(path.name for path in folder.path.iterdir()) == ["checkpoints", "notes.txt"]
     assert [path.name for path in folder.checkpoints.iterdir()] == ["run.json"]
+
+
+class SafetensorError(Exception):
+    """As safetensors has it: no OSError."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        RuntimeError("basic_ios::clear: iostream error"),
+    ],
+)
+def test_a_full_disk_is_said_in_one_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    folder = begun(tmp_path / "out")
+    with pytest.raises(QtoolError, match=r"no space left .*; no save is whole") as caught:
+        raise_in_words(folder, error)
+    assert (caught.value.kind, caught.value.exit_code) == ("no_space", 5)
+    assert caught.value.hint.endswith("resume begins again")
+    save(folder, 2)
+    save(folder, 4, whole=False)
+    with pytest.raises(QtoolError, match="the save after step 2 is kept") as caught:
+        raise_in_words(folder, error)
+    assert caught.value.hint.endswith("resume goes on from there")
+
+
+def test_other_failures_stay_what_they_are(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "out")
+    errors = (
+        OSError(errno.EIO, "Input/output error"),
+        SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)"),
+        RuntimeError("basic_ios::clear: iostream error"),  # the disk is not full
+        QtoolError("x", kind="usage", hint="y"),
+    )
+    for error in errors:
+        with pytest.raises(type(error)) as caught:
+            raise_in_words(folder, error)
+        assert caught.value is error
+
+
+def raise_in_words(folder: RunFolder, error: Exception) -> None:
+    with no_space_in_words(folder):
+        raise error
+
+
+def test_what_a_run_left_gives_its_space_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
+    folder = begun(tmp_path / "out")
+    (folder.path / "mine.bin").write_bytes(bytes(5000))
+    (folder.path / "adapter_model.safetensors").write_bytes(bytes(300))
+    held = folder.own_bytes()
+    folder.require_space(1000 + held)
+    with pytest.raises(QtoolError, match="need 1,301 bytes") as caught:
+        folder.require_space(1301)
+    assert caught.value.kind == "no_space"
+    folder.write_manifest({"files": ["adapter_model.safetensors"]})
+    assert folder.own_bytes() == held + 300
+    folder.require_space(1301)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -21,6 +24,7 @@ from qtool.finetune.records import (
     FinetuneRequest,
     FinetuneResult,
     LoraOptions,
+    Progress,
     TrainingOptions,
 )
 from qtool.finetune.run import prepare, train
@@ -135,6 +139,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     assert resumed.history == expected.history
     assert resumed.eval_history == expected.eval_history
     assert resumed.tokens == expected.tokens
+    assert (expected.earlier_tokens, resumed.earlier_tokens) == (0, 5 * 2 * 2 * 32)
     found, wanted = adapter(stopped.output), adapter(request.output)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     # Asked again it has nothing to do; asked for something else it says what.
@@ -176,6 +181,64 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         original(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(Watch, "on_step_end", stopping)
+
+
+def test_the_speed_of_a_resumed_run_is_that_of_its_own_tokens(
+    request_: FinetuneRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(monkeypatch, 3)
+    with pytest.raises(QtoolError, match="interrupted"):
+        run(request_)
+    monkeypatch.undo()
+    clock = count(0.0, 10.0)
+    ticking = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr("qtool.finetune.trainer.time", ticking)
+    shown: list[Progress] = []
+    prepared = prepare(replace(request_, resume=True), warn=lambda words: None)
+    result = train(prepared, warn=lambda words: None, on_progress=shown.append)
+    # One step, of 128 tokens; after it the clock is looked at twice.
+    assert (result.tokens, result.earlier_tokens) == (4 * 128, 3 * 128)
+    assert shown[0].tokens_per_s == 128 / 10
+    assert result.tokens_per_s == 128 / 20
+
+
+def test_space_is_asked_for_before_the_model_is_loaded(
+    request_: FinetuneRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_bytes = 0
+    usage = shutil._ntuple_diskusage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, free_bytes))
+    with pytest.raises(QtoolError, match="the result and the saves need") as caught:
+        run(request_)
+    assert (caught.value.kind, caught.value.exit_code) == ("no_space", 5)
+    assert not request_.output.exists()
+    wanted = int(caught.value.message.split(" need ")[1].split(" ")[0].replace(",", ""))
+    free_bytes = wanted
+    result = run(request_)  # two saves, and the adapter: two moments beside each weight
+    weights = 4 * result.trainable_parameters
+    assert wanted == pytest.approx(2 * 3 * weights + weights, rel=0.01)
+    found = [*request_.output.rglob("*.safetensors"), *request_.output.rglob("optimizer.pt")]
+    assert wanted <= sum(path.stat().st_size for path in found)
+
+
+def test_a_disk_that_fills_up_keeps_the_save(
+    request_: FinetuneRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    def fill(*given: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    request = replace(with_training(request_, save_steps=1), lora=LoraOptions(r=64))
+    monkeypatch.setattr("qtool.finetune.run.RunFolder.finish", fill)
+    with pytest.raises(QtoolError, match="the save after step 4 is kept") as caught:
+        run(request)
+    assert caught.value.exit_code == 5
+    monkeypatch.undo()
+    # What is left wants no space for another save, and the adapter takes the place of its half.
+    usage = shutil._ntuple_diskusage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, 0))
+    assert run(replace(request, resume=True)).resumed_from_step == 4
 
 
 def test_other_settings_cannot_go_on(
@@ -299,6 +362,7 @@ def test_packing_changes_no_loss(request_: FinetuneRequest, tmp_path: Path) -> N
         ({"quant": "nf4", "method": "lora"}, "wants a 16-bit base"),
         ({"method": "full", "quant": "int8"}, "trains all weights"),
         ({"lora": LoraOptions(targets=("q_porj",))}, "'q_porj' matches no linear layer"),
+        ({"lora": LoraOptions(targets=("lm_haed",))}, "'lm_haed' matches no linear layer"),
         ({"lora": LoraOptions(targets=("q_proj", "lm_head"))}, "lm_head is the output head"),
         ({"training": TrainingOptions(optimizer="adamm")}, "optimizer 'adamm' is not known"),
         ({"device": "cuda:7"}, "cuda"),
@@ -307,8 +371,9 @@ def test_packing_changes_no_loss(request_: FinetuneRequest, tmp_path: Path) -> N
 def test_what_cannot_be_is_refused_at_once(
     request_: FinetuneRequest, changes: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(QtoolError, match=said):
+    with pytest.raises(QtoolError, match=said) as caught:
         run(replace(request_, **changes))
+    assert "lm_head" not in caught.value.hint
 
 
 def test_a_length_beyond_the_context_is_refused(request_: FinetuneRequest) -> None:
