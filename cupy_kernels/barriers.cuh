@@ -35,11 +35,20 @@ __device__ inline void wait_for_phase(uint64* barrier, uint32 phase) {
         "{\n"
         ".reg .pred ended;\n"
         "again:\n"
-#if __CUDA_ARCH__ >= 900
-        "mbarrier.try_wait.parity.shared.b64 ended, [%0], %1;\n"
-#else
         "mbarrier.test_wait.parity.shared.b64 ended, [%0], %1;\n"
-#endif
+        "@!ended bra again;\n"
+        "}" ::"r"(uint32(__cvta_generic_to_shared(barrier))),
+        "r"(phase)
+        : "memory");
+}
+
+// The same, asleep meanwhile (sm_90 and later): other warps have the scheduler.
+__device__ inline void sleep_for_phase(uint64* barrier, uint32 phase) {
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared.b64 ended, [%0], %1;\n"
         "@!ended bra again;\n"
         "}" ::"r"(uint32(__cvta_generic_to_shared(barrier))),
         "r"(phase)

@@ -142,7 +142,7 @@ __device__ inline void bring_tile(const Work& work, const Ring& ring, const Tile
     for (int chunk = work.first_chunk(); chunk < work.end_chunk(); chunk++, round++) {
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
-            if (round > 0) wait_for_phase(ring.empty(b), (round - 1) % 2);
+            if (round > 0) sleep_for_phase(ring.empty(b), (round - 1) % 2);
             expect_bytes(ring.full(b), X_BYTES + PACKED_BYTES);
             const int column = chunk * CHUNK + b * BLOCK;
             copy_box(ring.tokens(b), &work.args.tokens, column, tile.token, ring.full(b));
@@ -182,7 +182,7 @@ struct Worker {
 #pragma unroll
             for (int i = 0; i < 2; i++) scale[i] = __shfl_sync(FULL_WARP, scales.values[i], group * 4 + b);
         }
-        wait_for_phase(ring.full(b), phase);
+        sleep_for_phase(ring.full(b), phase);
         const uint32 line = shared_address(ring.packed(b)) + own_row * LINE_BYTES;
         if constexpr (IS_4BIT) {
             look_up_codes(line, scale, pairs[b % 2]);
