@@ -57,7 +57,8 @@ struct ManyArguments {
     int chunks;                      // of a row: columns / 256
 };
 
-// Both values of a byte of `word`: the table lies where the address has neither upper bits nor lower ones.
+// Both values of the byte of `word` that `selected` names, for which the instruction has the table's address: the byte
+// is the second of an entry's place, the lane's copy the first, and the block's rank in the cluster the last.
 __device__ inline float2 look_up_values(uint32 word, uint32 selected, uint32 lane_offset) {
     float2 values;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2+%3];"

@@ -135,7 +135,12 @@ def choose_shape(rows: tuple[int, ...], columns: int, tokens: int, multiprocesso
 def estimate_clocks(
     shape: Shape, rows: Sequence[int], columns: int, tokens: int, multiprocessors: int
 ) -> float:
-    """Of the busiest thread block."""
+    """Of the busiest thread block, as a model has it that was fitted to measurements.
+
+    Args:
+        rows: of each layer.
+        tokens: of the launch, not of a tile.
+    """
     tiles = _row_tiles(rows) * ceil_div(tokens, shape.tokens)
     clusters = multiprocessors // shape.split
     chunks = ceil_div(columns // CHUNK, shape.split)
@@ -156,6 +161,13 @@ class LinearMany:
         num_tokens: that the shape of tiles is chosen for.
         overlap: begin while the launch before still runs (see `Launch`).
         shape: another one than `choose_shape` makes.
+
+    Attributes:
+        shape: of its tiles.
+
+    Raises:
+        ValueError: no layer, or more than three.
+        RuntimeError: the driver refuses.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """A prompt through the common decoder block: PyTorch's products and attention, our kernels between.
 
 Up to 64 tokens are multiplied straight from the packed bytes, and so are more where that is faster
-(on Hopper); else each packed layer is dequantized into one scratch buffer, out
-of which PyTorch multiplies at once, while the second-level cache still holds most of it, or with
-INT8 layers as integers, if that is asked for. What adapters add comes from products of its own.
+(on Hopper); else each packed layer is dequantized into one scratch buffer, out of which PyTorch
+multiplies at once, while the second-level cache still holds most of it, or with INT8 layers as
+integers, if that is asked for. What adapters add comes from products of its own.
 Nothing waits for the device, and what can be made ready is made once, so that the host stays ahead
 of a block's launches.
 """
@@ -414,9 +414,8 @@ class PromptLaunches:
         self._gate = GatedRows(self._dtype, network.gate)
         self.take_up = attention.take_up
         self._products: dict[tuple[int, int], PackedProduct] = {}  # by weight and tokens
-        self._many: dict[
-            tuple[int, int, linear_many.Shape], ManyProducts
-        ] = {}  # by weight, number and shape
+        # By the first weight, how many there are, and the shape of tiles.
+        self._many: dict[tuple[int, int, linear_many.Shape], ManyProducts] = {}
 
     def norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         """See `Launches.norm`."""

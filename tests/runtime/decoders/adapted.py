@@ -8,6 +8,15 @@ import peft
 import torch
 
 ALL_LINEAR = "all-linear"
+# More than plain LoRA on linear layers, in settings of `adapt`, and what is said of it.
+OTHER_ADAPTERS: list[tuple[dict[str, Any], str]] = [
+    ({"use_dora": True}, "its adapter is Dora, not plain LoRA"),
+    ({"lora_bias": True}, "its adapter has biases"),
+    ({"modules_to_save": ["lm_head"]}, "an adapter changes the output head"),
+    ({"modules_to_save": ["norm"]}, "an adapter changes a norm"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "an adapter changes the output head"),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, "an adapter changes the embedding"),
+]
 
 
 def adapt(model: Any, *, std: float = 0.05, **settings: Any) -> Any:

@@ -20,7 +20,7 @@ from qtool.runtime.decoders.capture import CaptureFailed
 from qtool.runtime.decoders.fused_adapters import BlockAdapters, adapters_of
 from qtool.runtime.loading import LoadOptions, load_model
 from qtool.runtime.output_head import quantize_head
-from tests.runtime.decoders.adapted import adapt
+from tests.runtime.decoders.adapted import OTHER_ADAPTERS, adapt
 from tests.runtime.decoders.cpu_launches import launches_on_the_cpu
 from tests.runtime.decoders.test_fused import (
     CAPACITY,
@@ -171,17 +171,7 @@ def refusal(model: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"use_dora": True}, "its adapter is Dora, not plain LoRA"),
-        ({"lora_bias": True}, "its adapter has biases"),
-        ({"modules_to_save": ["lm_head"]}, "an adapter changes the output head"),
-        ({"modules_to_save": ["norm"]}, "an adapter changes a norm"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "an adapter changes the output head"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "an adapter changes the embedding"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "reason"), OTHER_ADAPTERS)
 def test_other_adapters_are_refused_by_name(settings: dict[str, Any], reason: str) -> None:
     assert refusal(adapt(load("llama"), **settings)) == reason
 

@@ -22,7 +22,7 @@ from qtool.runtime.decoders.host_blocks import describe_host_network
 from qtool.runtime.decoders.host_fused import HostNetwork, make_host_decoder, step_cache
 from qtool.runtime.decoders.protocol import Sampling
 from qtool.runtime.loading import LoadOptions, load_model
-from tests.runtime.decoders.adapted import adapt
+from tests.runtime.decoders.adapted import OTHER_ADAPTERS, adapt
 from tests.runtime.decoders.test_host_fused import (
     DTYPES,
     TOLERANCE,
@@ -188,17 +188,7 @@ def test_a_kept_decoder_follows_what_becomes_of_the_adapter() -> None:
 # -- what it does not do ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"use_dora": True}, "its adapter is Dora, not plain LoRA"),
-        ({"lora_bias": True}, "its adapter has biases"),
-        ({"modules_to_save": ["lm_head"]}, "an adapter changes the output head"),
-        ({"modules_to_save": ["norm"]}, "an adapter changes a norm"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "an adapter changes the output head"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "an adapter changes the embedding"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "reason"), OTHER_ADAPTERS)
 def test_other_adapters_are_run_by_peft(settings: dict[str, Any], reason: str) -> None:
     loaded = load()
     adapt(loaded.model, **settings)
