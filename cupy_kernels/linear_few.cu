@@ -6,7 +6,8 @@
 // (SILU, GELU_TANH, GELU), COLUMNS, NUM_WEIGHTS (1 to 3), WARPS, STAGES (of a warp's ring), FRAGMENTS (1, 2: of
 // 16 rows in a tile), SLICE (columns of x that are held at a time, a multiple of a chunk; with several slices
 // at least WARPS chunks), PASS (tiles between two sums over the warps), MIN_BLOCKS (thread blocks per
-// multiprocessor), ADAPTED (0; 1: adapters add to the layers).
+// multiprocessor), HELD_X (0; 1: a warp has the same chunks of every tile, and their activations in registers;
+// the chunks of each slice are a multiple of WARPS), ADAPTED (0; 1: adapters add to the layers).
 //
 // A warp takes a tile of rows through chunks of 128 bytes, which come by asynchronous copies into a ring of
 // its own, so that warps never wait for each other while weights stream. A byte's two codes become two
@@ -45,14 +46,49 @@ __device__ constexpr int chunks_of(int slice) {
     return slice + 1 < NUM_SLICES ? SLICE / CHUNK : (COLUMNS - (NUM_SLICES - 1) * SLICE + CHUNK - 1) / CHUNK;
 }
 
-// -- shared memory. 4 bit: the table, whose gaps hold the dynamic map of nested absmax, sums, and the activations of
+// Whether activations pass through shared memory: held ones that have no norm before come from memory.
+constexpr bool SHARED_X = !HELD_X || NORM != 0;
+constexpr int WARP_CHUNKS = HELD_X ? chunks_of(0) / WARPS : 1;  // of a tile, that are taken in one go
+static_assert(!HELD_X || chunks_of(0) % WARPS == 0, "warps would have other chunks of the next tile");
+static_assert(!HELD_X || chunks_of(NUM_SLICES - 1) == chunks_of(0), "slices differ");
+
+// -- shared memory: lines, activations of several tokens, rings, sums for which lines have no room, scratch.
+// 4 bit: lines are the gaps of the table; they hold the dynamic map of nested absmax, sums, and the activations of
 // a single token. Other formats have lines without a table between.
 constexpr int LINE_STRIDE = IS_4BIT ? ENTRY_STRIDE : LINE;
 constexpr int FIRST_LINE = IS_4BIT ? GAP : 0;
 constexpr int LINES_BYTES = 256 * LINE_STRIDE;
+constexpr int FIRST_PARTIAL = NESTED ? NUM_WEIGHTS * 256 : 0;  // in floats of the lines
+constexpr int MOST_LINE_TILES = (256 * 32 - FIRST_PARTIAL) / (WARPS * PARTIAL);
+constexpr int LINE_TILES = PASS < MOST_LINE_TILES ? PASS : MOST_LINE_TILES;  // of a pass, with sums in the lines
+constexpr int FIRST_X_LINE = (FIRST_PARTIAL + WARPS * LINE_TILES * PARTIAL) / 32;
+constexpr int X_BLOCK_BYTES = TOKENS == 1 ? LINE_STRIDE : TOKENS * LINE;  // from block to block
+constexpr int X_BYTES = TOKENS == 1 || !SHARED_X ? 0 : SLICE / BLOCK * X_BLOCK_BYTES;
+static_assert(FIRST_X_LINE + (TOKENS == 1 && SHARED_X ? SLICE / BLOCK : 0) <= 256, "more than the lines hold");
+constexpr int RINGS = LINES_BYTES + X_BYTES;
+constexpr int MORE_SUMS = RINGS + WARPS * STAGES * STAGE_BYTES;
+constexpr int SCRATCH = MORE_SUMS + WARPS * (PASS - LINE_TILES) * PARTIAL * 4;
 
 __device__ inline float& line_float(uint8* shared, uint32 index) {
     return *reinterpret_cast<float*>(shared + index / 32 * LINE_STRIDE + FIRST_LINE + index % 32 * 4);
+}
+
+// What a warp has of tile `tile` of the pass. Two tokens share a line, and sums that a warp writes or reads
+// together are in different banks.
+__device__ inline float& warp_sum(uint8* shared, int warp, int tile, int token, int row) {
+    const int pair = token / 2, in_pair = (token ^ pair) % 2 * TILE + (row ^ (pair / 2 * 8));
+    if constexpr (TOKENS == 1 || FRAGMENTS > 1) {
+        static_assert(PASS == LINE_TILES || (TOKENS > 1 && FRAGMENTS == 1), "all sums are in the lines");
+        const int in_tile = pair * (2 * TILE) + in_pair;
+        return line_float(shared, FIRST_PARTIAL + (warp * LINE_TILES + tile) * PARTIAL + in_tile);
+    }
+    const int line = FIRST_PARTIAL / 32 + (warp * LINE_TILES + tile) * (TOKENS / 2) + pair;
+    uint8* at = shared + line * LINE_STRIDE + FIRST_LINE;
+    if (PASS > LINE_TILES && tile >= LINE_TILES) {
+        const int more = (warp * (PASS - LINE_TILES) + tile - LINE_TILES) * (TOKENS / 2) + pair;
+        at = shared + MORE_SUMS + more * LINE;
+    }
+    return reinterpret_cast<float*>(at)[in_pair];
 }
 
 #include "linear_cursor.cuh"
@@ -124,6 +160,77 @@ __device__ inline void load_own_chunks(const Bits* x, Place place) {
     __syncwarp();
 }
 
+// Activations of the chunks that are this warp's in every tile, as its lanes multiply them. Shared memory is what
+// the products wait for, so that they are read from there once or not at all.
+struct HeldChunks {
+    // A single token's column 2b is block b of a chunk, and column 2b + 1 block b of the next: a lane needs one
+    // block of two chunks.
+    static constexpr bool PAIRED = TOKENS == 1 && IS_4BIT;
+    static constexpr int ENTRIES = PAIRED ? (WARP_CHUNKS + 1) / 2 : WARP_CHUNKS * BLOCKS;
+    uint4 x[ENTRIES][2];  // half
+
+    __device__ static int group() { return threadIdx.x % WARP / 4; }
+    __device__ static int member() { return threadIdx.x % 4; }
+    __device__ static int token() { return PAIRED ? 0 : group(); }
+
+    __device__ static constexpr int entry_of(int j, int b) { return PAIRED ? j / 2 : j * BLOCKS + b; }
+
+    // Of which of the warp's chunks and which block in it an entry is.
+    __device__ static int chunk_of(int entry) { return PAIRED ? entry * 2 + group() % 2 : entry / BLOCKS; }
+    __device__ static int block_of(int entry) {
+        const int chunk = chunk_of(entry) * WARPS + threadIdx.x / WARP;
+        return chunk * BLOCKS + (PAIRED ? group() / 2 : entry % BLOCKS);
+    }
+
+    // From memory, before `settle`. Columns and tokens that are not there are zero.
+    __device__ void load(const Arguments& args, int slice) {
+        const uint4* row = reinterpret_cast<const uint4*>(args.x + token() * args.x_stride);
+#pragma unroll
+        for (int i = 0; i < ENTRIES; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                // Two lanes have a sector of 32 bytes, which is asked for once.
+                int in_block = ONE_PIECE ? member() / 2 * 4 + h * 2 + member() % 2 : octet_of(member(), h);
+                int octet = (slice * (SLICE / BLOCK) + block_of(i)) * (BLOCK / OCTET) + in_block;
+                x[i][h] = make_uint4(0, 0, 0, 0);
+                if (token() < args.num_tokens && chunk_of(i) < WARP_CHUNKS &&
+                    (WHOLE_CHUNKS || octet < COLUMNS / OCTET))
+                    x[i][h] = __ldcg(row + octet);
+            }
+    }
+
+    // Each of two lanes gets the half of its own sector that the other has loaded.
+    __device__ void settle() {
+        if constexpr (ONE_PIECE) {
+            const bool is_odd = threadIdx.x % 2;
+            auto exchange = [&](uint32& first, uint32& second) {
+                uint32 got = __shfl_xor_sync(FULL_WARP, is_odd ? first : second, 1);
+                first = is_odd ? got : first;
+                second = is_odd ? second : got;
+            };
+#pragma unroll
+            for (int i = 0; i < ENTRIES; i++) {
+                exchange(x[i][0].x, x[i][1].x);
+                exchange(x[i][0].y, x[i][1].y);
+                exchange(x[i][0].z, x[i][1].z);
+                exchange(x[i][0].w, x[i][1].w);
+            }
+        }
+    }
+
+    // From shared memory, [block][half][token][member][8 columns], blocks `stride` bytes apart.
+    __device__ void read(const uint8* shared_x, int stride) {
+#pragma unroll
+        for (int i = 0; i < ENTRIES; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const uint8* at = shared_x + block_of(i) * stride + (h * TOKENS + token()) * 64 + member() * 16;
+                x[i][h] = make_uint4(0, 0, 0, 0);
+                if (token() < TOKENS && chunk_of(i) < WARP_CHUNKS) x[i][h] = *reinterpret_cast<const uint4*>(at);
+            }
+    }
+};
+
 #if ADAPTED
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     const __grid_constant__ AdaptedArguments adapted) {
@@ -139,16 +246,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     const uint32 lane_offset = lane * 4;
     const Tiles<TILE> tiles(args);
 
-    // -- shared memory: lines (floats first), activations of several tokens, rings
-    constexpr int FIRST_PARTIAL = NESTED ? NUM_WEIGHTS * 256 : 0;  // in floats of the lines
-    constexpr int FIRST_X_LINE = (FIRST_PARTIAL + WARPS * PASS * PARTIAL) / 32;
-    constexpr int X_BLOCK_BYTES = TOKENS == 1 ? LINE_STRIDE : TOKENS * LINE;  // from block to block
-    constexpr int X_BYTES = TOKENS == 1 ? 0 : SLICE / BLOCK * X_BLOCK_BYTES;
-    static_assert(FIRST_X_LINE + (TOKENS == 1 ? SLICE / BLOCK : 0) <= 256, "more than the lines hold");
     uint8* x_shared = shared + (TOKENS == 1 ? FIRST_X_LINE * LINE_STRIDE + FIRST_LINE : LINES_BYTES);
-    uint8* rings = shared + LINES_BYTES + X_BYTES;
-    uint8* ring = rings + warp * STAGES * STAGE_BYTES;
-    float* scratch = reinterpret_cast<float*>(rings + WARPS * STAGES * STAGE_BYTES);
+    uint8* ring = shared + RINGS + warp * (STAGES * STAGE_BYTES);
+    float* scratch = reinterpret_cast<float*>(shared + SCRATCH);
 
     // -- copies into the ring
     const int copy_row = lane / PARTS, copy_part = lane % PARTS;
@@ -211,8 +311,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     for (int i = 0; i < NUM_WEIGHTS; i++) offsets[i] = NESTED ? __ldg(args.weights[i].nested_offset) : 0.0f;
     // Where a warp has the same chunks of all tiles, it loads their activations itself, and no warp waits
     // for another between the launch before and its first products.
-    constexpr bool OWN_X = TOKENS == 1 && NORM == 0 && NUM_SLICES == 1 && WHOLE_CHUNKS && chunks_of(0) % WARPS == 0;
-    if (OWN_X) __syncthreads();  // the table is filled
+    constexpr bool OWN_X =
+        !HELD_X && TOKENS == 1 && NORM == 0 && NUM_SLICES == 1 && WHOLE_CHUNKS && chunks_of(0) % WARPS == 0;
+    if (OWN_X || !SHARED_X) __syncthreads();  // the table is filled
 #if ADAPTED
     constexpr int BLOCK_ROWS = Tiles<TILE>::OUTPUT_ROWS * GATES;
     for (int i = threadIdx.x; i < tiles.count * BLOCK_ROWS; i += THREADS) {
@@ -236,21 +337,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     };
     uint4 x[2] = {};  // outside: columns that nobody reads may hold what was there before
     int stage = 0;
+    auto share_slice = [&](int slice) {
+        activations.load(args.x, args.x_stride, args.num_tokens, slice * SLICE, args.norm_weight, args.epsilon,
+                         scratch, place);
+        __syncthreads();
+    };
+    HeldChunks held, held_next;  // of a slice; the next one's are on their way
+    if constexpr (!SHARED_X) {
+        held.load(args, 0);
+        held.settle();
+        if constexpr (NUM_SLICES > 1) held_next.load(args, 1);
+    } else if constexpr (OWN_X) {
+        load_own_chunks(args.x, place);
+    } else if constexpr (NUM_SLICES == 1) {
+        share_slice(0);
+        if constexpr (HELD_X) held.read(x_shared, X_BLOCK_BYTES);
+    }
     for (int pass = 0; pass * PASS < tiles.count; pass++) {
         const int pass_end = min((pass + 1) * PASS, tiles.count);
         for (int slice = 0; slice < NUM_SLICES; slice++) {
-            if constexpr (OWN_X) {
-                if (pass == 0) load_own_chunks(args.x, place);
-            } else if (NUM_SLICES > 1 || pass == 0) {
-                if (NUM_SLICES > 1 && slice + pass > 0) __syncthreads();
-                activations.load(args.x, args.x_stride, args.num_tokens, slice * SLICE, args.norm_weight,
-                                 args.epsilon, scratch, place);
-                __syncthreads();
+            if constexpr (NUM_SLICES > 1 && HELD_X) {
+                if (slice + pass > 0) {
+                    held = held_next;
+                    held.settle();
+                    if (slice + 1 < NUM_SLICES || pass_end < tiles.count)
+                        held_next.load(args, slice + 1 < NUM_SLICES ? slice + 1 : 0);
+                }
+            } else if constexpr (NUM_SLICES > 1) {
+                if (slice + pass > 0) __syncthreads();
+                share_slice(slice);
             }
             int open_tile = -1;
             float total[FRAGMENTS][4] = {};
             auto close_tile = [&] {
-                const int first = FIRST_PARTIAL + (warp * PASS + open_tile % PASS) * PARTIAL;
 #pragma unroll
                 for (int i = 0; i < FRAGMENTS * 4; i++) {
                     float sum = total[i / 4][i % 4];
@@ -262,79 +381,87 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
                         sum += __shfl_xor_sync(FULL_WARP, sum, 2);
                     }
                     if (token < TOKENS) {
-                        float& slot = line_float(shared, first + token * TILE + row);
+                        float& slot = warp_sum(shared, warp, open_tile - pass * PASS, token, row);
                         slot = slice == 0 ? sum : slot + sum;
                     }
                 }
             };
             while (now.tile < pass_end && (NUM_SLICES == 1 || now.slice == slice)) {
-                if (open_tile != now.tile) {
-                    if (open_tile >= 0) close_tile();
-                    open_tile = now.tile;
-                }
-                Scales own;
-                if constexpr (IS_4BIT) {
-                    own = scales;
-                    own.decode(shared, now.which, offsets);
-                }
-                const uint8* x_chunk = x_shared + now.chunk * (BLOCKS * X_BLOCK_BYTES) + member * 16;
-                now.advance(tiles);
-                if (IS_4BIT && !now.done(tiles)) scales.load(args, now, group, member);
-
-                wait_copies<STAGES - 1>();
-                __syncwarp();
-                const uint8* lines = ring + stage * STAGE_BYTES + group * LINE;
 #pragma unroll
-                for (int b = 0; b < BLOCKS; b++) {
-                    // Of a single token block b is summed in column 2b alone, which lanes `member` b hold;
-                    // they are the ones that have its scale.
-                    if (TOKENS == 1 ? group == (IS_4BIT ? 2 * b : 0) : group < TOKENS) {
-                        const uint8* x_block = x_chunk + b * X_BLOCK_BYTES + (TOKENS == 1 ? 0 : group * 64);
-#pragma unroll
-                        for (int h = 0; h < 2; h++)
-                            x[h] = *reinterpret_cast<const uint4*>(x_block + h * (TOKENS * 64));
+                for (int j = 0; j < WARP_CHUNKS; j++) {
+                    if (j == 0 && open_tile != now.tile) {
+                        if (open_tile >= 0) close_tile();
+                        open_tile = now.tile;
                     }
+                    Scales own;
+                    if constexpr (IS_4BIT) {
+                        own = scales;
+                        own.decode(shared, now.which, offsets);
+                    }
+                    const uint8* x_chunk = x_shared + now.chunk * (BLOCKS * X_BLOCK_BYTES) + member * 16;
+                    now.advance(tiles);
+                    if (IS_4BIT && !now.done(tiles)) scales.load(args, now, group, member);
+
+                    wait_copies<STAGES - 1>();
+                    __syncwarp();
+                    const uint8* lines = ring + stage * STAGE_BYTES + group * LINE;
 #pragma unroll
-                    for (int f = 0; f < FRAGMENTS; f++) {
-                        uint32 upper[8], lower[8];
-                        read_pairs(lines + f * (16 * LINE), group, b, member, lane_offset, upper);
-                        read_pairs(lines + f * (16 * LINE) + 8 * LINE, group, b, member, lane_offset, lower);
-                        float sums[2][4] = {};
+                    for (int b = 0; b < BLOCKS; b++) {
+                        // Of a single token block b is summed in column 2b alone, which lanes `member` b hold;
+                        // they are the ones that have its scale.
+                        if constexpr (HELD_X) {
 #pragma unroll
-                        for (int h = 0; h < 2; h++) {
-                            multiply<ACTIVATION>(sums[h], upper[4 * h], lower[4 * h], upper[4 * h + 1],
-                                                 lower[4 * h + 1], x[h].x, x[h].y);
-                            multiply<ACTIVATION>(sums[h], upper[4 * h + 2], lower[4 * h + 2],
-                                                 upper[4 * h + 3], lower[4 * h + 3], x[h].z, x[h].w);
+                            for (int h = 0; h < 2; h++) x[h] = held.x[HeldChunks::entry_of(j, b)][h];
+                        } else if (TOKENS == 1 ? group == (IS_4BIT ? 2 * b : 0) : group < TOKENS) {
+                            const uint8* x_block = x_chunk + b * X_BLOCK_BYTES + (TOKENS == 1 ? 0 : group * 64);
+#pragma unroll
+                            for (int h = 0; h < 2; h++)
+                                x[h] = *reinterpret_cast<const uint4*>(x_block + h * (TOKENS * 64));
                         }
 #pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            float& sum = total[f][i];
-                            if constexpr (!IS_4BIT) {
-                                sum += sums[0][i] + sums[1][i];
-                            } else if constexpr (TOKENS == 1) {
-                                if (i % 2) continue;
-                                if (UNITS == 1) sums[0][i] += sums[1][i];
-                                float with_block = sum;
+                        for (int f = 0; f < FRAGMENTS; f++) {
+                            uint32 upper[8], lower[8];
+                            read_pairs(lines + f * (16 * LINE), group, b, member, lane_offset, upper);
+                            read_pairs(lines + f * (16 * LINE) + 8 * LINE, group, b, member, lane_offset, lower);
+                            float sums[2][4] = {};
 #pragma unroll
-                                for (int u = 0; u < UNITS; u++)
-                                    with_block = __fmaf_rn(sums[u][i], own.values[f][i / 2][u], with_block);
-                                sum = member == b ? with_block : sum;  // a choice, not a branch
-                            } else {
-                                if (UNITS == 1) sums[0][i] += sums[1][i];
+                            for (int h = 0; h < 2; h++) {
+                                multiply<ACTIVATION>(sums[h], upper[4 * h], lower[4 * h], upper[4 * h + 1],
+                                                     lower[4 * h + 1], x[h].x, x[h].y);
+                                multiply<ACTIVATION>(sums[h], upper[4 * h + 2], lower[4 * h + 2],
+                                                     upper[4 * h + 3], lower[4 * h + 3], x[h].z, x[h].w);
+                            }
 #pragma unroll
-                                for (int u = 0; u < UNITS; u++) {
-                                    float scale =
-                                        __shfl_sync(FULL_WARP, own.values[f][i / 2][u], group * 4 + b);
-                                    sum = __fmaf_rn(sums[u][i], scale, sum);
+                            for (int i = 0; i < 4; i++) {
+                                float& sum = total[f][i];
+                                if constexpr (!IS_4BIT) {
+                                    sum += sums[0][i] + sums[1][i];
+                                } else if constexpr (TOKENS == 1) {
+                                    if (i % 2) continue;
+                                    const int column = i + (HELD_X ? j % 2 : 0);
+                                    if (UNITS == 1) sums[0][column] += sums[1][column];
+                                    float with_block = sum;
+#pragma unroll
+                                    for (int u = 0; u < UNITS; u++)
+                                        with_block =
+                                            __fmaf_rn(sums[u][column], own.values[f][i / 2][u], with_block);
+                                    sum = member == b ? with_block : sum;  // a choice, not a branch
+                                } else {
+                                    if (UNITS == 1) sums[0][i] += sums[1][i];
+#pragma unroll
+                                    for (int u = 0; u < UNITS; u++) {
+                                        float scale =
+                                            __shfl_sync(FULL_WARP, own.values[f][i / 2][u], group * 4 + b);
+                                        sum = __fmaf_rn(sums[u][i], scale, sum);
+                                    }
                                 }
                             }
                         }
                     }
+                    __syncwarp();
+                    copy_next(stage);
+                    stage = stage + 1 == STAGES ? 0 : stage + 1;
                 }
-                __syncwarp();
-                copy_next(stage);
-                stage = stage + 1 == STAGES ? 0 : stage + 1;
             }
             if (open_tile >= 0) close_tile();
         }
@@ -356,8 +483,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
             float sums[GATES];
 #pragma unroll
             for (int gate = 0; gate < GATES; gate++) {
-                int value = token * TILE + in_tile + gate * HALF_ROWS;
-                sums[gate] = sum_over_warps(shared, FIRST_PARTIAL, tile, value);
+                sums[gate] = sum_over_warps(shared, tile, token, in_tile + gate * HALF_ROWS);
                 if (FORMAT == INT8) sums[gate] *= args.weights[which + gate].absmax[row] * INVERSE_127;
             }
 #if ADAPTED

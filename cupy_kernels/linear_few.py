@@ -241,8 +241,14 @@ def compile_for(kind: LinearKind, num_weights: int, max_tokens: int) -> None:
     _plan(kind, num_weights, _token_class(max_tokens)).load()
 
 
+def holds_activations(kind: LinearKind, max_tokens: int) -> bool:
+    """Whether warps have the activations of all columns in registers, on the current GPU."""
+    defines = dict(_plan(kind, 1, _token_class(max_tokens)).defines)
+    return bool(defines["HELD_X"]) and int(defines["SLICE"]) >= kind.columns
+
+
 def holds_all_columns(kind: LinearKind, max_tokens: int) -> bool:
-    """Whether the activations of all columns fit into shared memory at once, on the current GPU."""
+    """Whether a thread block has the activations of all columns at once, on the current GPU."""
     slice_columns = dict(_plan(kind, 1, _token_class(max_tokens)).defines)["SLICE"]
     return int(slice_columns) >= kind.columns
 
@@ -264,6 +270,17 @@ class Tuning:
 ONE_TOKEN: Final = (Tuning(8, 3, 2), Tuning(8, 3, 1), Tuning(8, 2, 1), Tuning(4, 2, 1))
 MORE_TOKENS: Final = (Tuning(16, 3, 1), Tuning(8, 3, 1), Tuning(8, 2, 1), Tuning(4, 2, 1))
 _MAX_PASS: Final = 32
+# Tried first with several tokens, where warps have the same chunks of every tile; the last may take
+# columns in slices.
+HELD_TOKENS: Final = {
+    2: (Tuning(8, 3, 2),),
+    4: (Tuning(8, 3, 2), Tuning(14, 3, 1)),
+    8: (Tuning(16, 2, 1), Tuning(14, 3, 1)),
+}
+# Of a thread's 128, for the activations of a slice; a block of 64 columns takes eight.
+_HELD_REGISTERS: Final = {1: 32, 2: 64, 4: 64, 8: 32}
+_BLOCK_REGISTERS: Final = 8
+_SLICED_WARPS: Final = 14  # with several tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,15 +317,11 @@ def specialise(
     Raises:
         ValueError: the GPU has too little shared memory.
     """
-    for tuning in ONE_TOKEN if tokens == 1 else MORE_TOKENS:
-        found = _fit(kind, num_weights, tokens, tuning, gpu)
-        if found is not None:
-            pass_tiles, slice_columns, shared_bytes = found
-            return (
-                _defines(kind, num_weights, tokens, tuning, pass_tiles, slice_columns),
-                tuning,
-                shared_bytes,
-            )
+    held = HELD_TOKENS.get(tokens, ())
+    for i, tuning in enumerate((*held, *(ONE_TOKEN if tokens == 1 else MORE_TOKENS))):
+        fit = _fit(kind, num_weights, tokens, tuning, gpu)
+        if fit is not None and (fit.held or i >= len(held)):
+            return _defines(kind, num_weights, tokens, tuning, fit), tuning, fit.shared_bytes
     with_norm = "" if kind.norm == "none" else " and a norm"
     raise ValueError(
         f"{gpu.block_bytes} bytes of shared memory are too few for products of {tokens} tokens "
@@ -316,10 +329,27 @@ def specialise(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """How a tuning goes.
+
+    Attributes:
+        pass_tiles: tiles of a pass.
+        slice_columns: columns whose activations are held at a time.
+        held: in registers.
+        shared_bytes: of a thread block.
+    """
+
+    pass_tiles: int
+    slice_columns: int
+    held: bool
+    shared_bytes: int
+
+
 def _fit(
     kind: LinearKind, num_weights: int, tokens: int, tuning: Tuning, gpu: SharedMemory
-) -> tuple[int, int, int] | None:
-    """Tiles of a pass, columns of a slice and shared memory, where `tuning` goes."""
+) -> _Fit | None:
+    """How `tuning` goes, if it does."""
     chunk = _LINE_BYTES * 8 // _BITS[kind.format]
     columns = ceil_div(kind.columns, chunk) * chunk
     line_stride = 2 * _LINE_BYTES if _BITS[kind.format] == 4 else _LINE_BYTES
@@ -329,6 +359,20 @@ def _fit(
     limit = min(gpu.block_bytes, gpu.multiprocessor_bytes // tuning.blocks - _RESERVED_SHARED_BYTES)
     lines = _NUM_LINES - (8 * num_weights if kind.nested else 0)
     tile_lines = max(tuning.warps * _FRAGMENT_ROWS * tokens // 32, 1)
+    held_columns = _held_columns(kind, tokens, tuning)
+    if held_columns and kind.norm == "none":  # they come from memory, which leaves room for sums
+        if fixed_bytes > limit:
+            return None
+        tile_bytes = tuning.warps * _FRAGMENT_ROWS * tokens * 4
+        line_tiles = min(lines // tile_lines, _MAX_PASS)
+        # Several slices mean few rows, and one token small sums.
+        has_more = tokens > 1 and held_columns == columns
+        more_tiles = (limit - fixed_bytes) // tile_bytes if has_more else 0
+        pass_tiles = min(line_tiles + more_tiles, _MAX_PASS)
+        if pass_tiles < 1:
+            return None
+        shared_bytes = fixed_bytes + (pass_tiles - line_tiles) * tile_bytes
+        return _Fit(pass_tiles, held_columns, held=True, shared_bytes=shared_bytes)
     if tokens == 1:
         room = (lines - tile_lines) * _BLOCK
     else:
@@ -342,16 +386,32 @@ def _fit(
     shared_bytes = fixed_bytes + (slice_columns * tokens * 2 if tokens > 1 else 0)
     if pass_tiles < 1 or shared_bytes > limit:
         return None
-    return pass_tiles, slice_columns, shared_bytes
+    return _Fit(pass_tiles, slice_columns, held_columns == columns, shared_bytes)
+
+
+def _held_columns(kind: LinearKind, tokens: int, tuning: Tuning) -> int:
+    """The columns whose activations a thread block's warps have in registers at a time, a slice.
+
+    0 if a warp's chunks are not the same in every tile, or its registers too few.
+    """
+    chunk = _LINE_BYTES * 8 // _BITS[kind.format]
+    warp_chunks, others = divmod(ceil_div(kind.columns, chunk), tuning.warps)
+    if others:
+        return 0
+    if tokens == 1 and _BITS[kind.format] != 4:
+        return 0  # bytes are the limit
+    # of a single token a lane has one block of two chunks
+    chunk_registers = _BLOCK_REGISTERS // 2 if tokens == 1 else chunk // _BLOCK * _BLOCK_REGISTERS
+    most = _HELD_REGISTERS[tokens] // chunk_registers
+    slice_chunks = max((n for n in range(1, most + 1) if warp_chunks % n == 0), default=0)
+    takes_slices = tokens == 1 or tuning.warps == _SLICED_WARPS
+    if slice_chunks < warp_chunks and (not takes_slices or kind.norm != "none"):
+        return 0
+    return slice_chunks * tuning.warps * chunk
 
 
 def _defines(
-    kind: LinearKind,
-    num_weights: int,
-    tokens: int,
-    tuning: Tuning,
-    pass_tiles: int,
-    slice_columns: int,
+    kind: LinearKind, num_weights: int, tokens: int, tuning: Tuning, fit: _Fit
 ) -> dict[str, str | int]:
     return {
         "ACTIVATION": cuda_dtype(kind.dtype),
@@ -367,9 +427,10 @@ def _defines(
         "WARPS": tuning.warps,
         "STAGES": tuning.stages,
         "FRAGMENTS": 1,
-        "SLICE": slice_columns,
-        "PASS": pass_tiles,
+        "SLICE": fit.slice_columns,
+        "PASS": fit.pass_tiles,
         "MIN_BLOCKS": tuning.blocks,
+        "HELD_X": int(fit.held),
         "ADAPTED": int(kind.adapted),
     }
 

@@ -33,20 +33,20 @@ constexpr int THREADS = WORKERS + 4 * WARP;
 constexpr int WORKER_REGISTERS = 232, COPIER_REGISTERS = 40;
 constexpr int ROWS = WARPS * FRAGMENT_ROWS;     // of a tile
 constexpr int TOKEN_TILES = TOKENS / 8;
-constexpr int STAGES = BLOCKS;                  // of the ring: a block of a chunk always has the same place
+constexpr int DEPTH = TOKENS > 128 || IS_4BIT ? 1 : 2;  // chunks that the ring holds
+constexpr int STAGES = DEPTH * BLOCKS;
 constexpr int X_BYTES = TOKENS * BLOCK * 2;     // of a stage
 constexpr int LINE_BYTES = BLOCK * BITS / 8;    // of a row's block
 constexpr int PACKED_BYTES = ROWS * LINE_BYTES;
 constexpr int PART = TOKEN_TILES / SPLIT;       // of a block's sums, once they are merged
 static_assert((IS_4BIT || FORMAT == INT8) && UNIT == 64 && BLOCKS == 4, "what the copies and lookups are written for");
 
-// -- shared memory: the table of 4-bit pairs, a copy for each lane; the ring; dynamic maps; barriers. The ring is
-// also where sums are merged.
+// -- shared memory: the table of 4-bit pairs, a copy for each lane; the ring; barriers. The ring is also where sums
+// are merged.
 constexpr int VALUES_STRIDE = WARP * sizeof(float2);
 constexpr int X_AT = IS_4BIT ? 256 * VALUES_STRIDE : 0;
 constexpr int PACKED_AT = X_AT + STAGES * X_BYTES;
-constexpr int MAP_AT = PACKED_AT + STAGES * PACKED_BYTES;
-constexpr int BARRIERS_AT = MAP_AT + NUM_WEIGHTS * 256 * sizeof(float);
+constexpr int BARRIERS_AT = PACKED_AT + STAGES * PACKED_BYTES;
 static_assert((SPLIT - 1) * PART * WARPS * WARP * sizeof(float4) <= STAGES * X_BYTES, "room for the sums of others");
 
 struct ManyArguments {
@@ -97,10 +97,11 @@ struct Scales {
         }
     }
 
-    __device__ void decode(const float* map, float offset) {
+    __device__ void decode(const Weight& weight, float offset) {
 #if NESTED
 #pragma unroll
-        for (int i = 0; i < 2; i++) values[i] = flushed_product(map[codes[i]], values[i]) + offset;
+        for (int i = 0; i < 2; i++)
+            values[i] = flushed_product(__ldg(weight.nested_code + codes[i]), values[i]) + offset;
 #endif
     }
 };
@@ -128,8 +129,19 @@ struct Work {
     __device__ int end_chunk() const { return (rank + 1) * args.chunks / SPLIT; }
 };
 
+// A block of a chunk always has one of DEPTH places; chunks take these in turn.
 struct Ring {
     uint8* shared;
+    int turn = 0;
+
+    __device__ int stage(int b) const { return turn * BLOCKS + b; }
+    __device__ int stage_before(int b) const { return b > 0 ? stage(b - 1) : (turn ^ (DEPTH - 1)) * BLOCKS + BLOCKS - 1; }
+
+    // Whether what follows is a new round of the whole ring.
+    __device__ bool advance() {
+        turn ^= DEPTH - 1;
+        return turn == 0;
+    }
 
     __device__ uint64* full(int stage) const { return reinterpret_cast<uint64*>(shared + BARRIERS_AT) + stage; }
     __device__ uint64* empty(int stage) const { return full(STAGES + stage); }
@@ -137,18 +149,21 @@ struct Ring {
     __device__ uint8* packed(int stage) const { return shared + PACKED_AT + stage * PACKED_BYTES; }
 };
 
-// Brings what the tiles need, by one thread. `round` counts chunks, of all tiles.
-__device__ inline void bring_tile(const Work& work, const Ring& ring, const Tile& tile, int& round) {
+// Brings what the tiles need, by one thread. `round` counts those of the ring, over all tiles.
+__device__ inline void bring_tile(const Work& work, Ring& ring, const Tile& tile, int& round) {
 #pragma unroll 1
-    for (int chunk = work.first_chunk(); chunk < work.end_chunk(); chunk++, round++) {
+    for (int chunk = work.first_chunk(); chunk < work.end_chunk(); chunk++) {
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
-            if (round > 0) sleep_for_phase(ring.empty(b), (round - 1) % 2);
-            expect_bytes(ring.full(b), X_BYTES + PACKED_BYTES);
+            const int stage = ring.stage(b);
+            if (round > 0) sleep_for_phase(ring.empty(stage), (round - 1) % 2);
+            expect_bytes(ring.full(stage), X_BYTES + PACKED_BYTES);
             const int column = chunk * CHUNK + b * BLOCK;
-            copy_box(ring.tokens(b), &work.args.tokens, column, tile.token, ring.full(b));
-            copy_box(ring.packed(b), &work.args.packed[tile.which], column * BITS / 8, tile.row, ring.full(b));
+            copy_box(ring.tokens(stage), &work.args.tokens, column, tile.token, ring.full(stage));
+            copy_box(ring.packed(stage), &work.args.packed[tile.which], column * BITS / 8, tile.row,
+                     ring.full(stage));
         }
+        if (ring.advance()) round++;
     }
 }
 
@@ -156,7 +171,7 @@ __device__ inline void bring_tile(const Work& work, const Ring& ring, const Tile
 struct Worker {
     const ManyArguments& args;
     const Work& work;
-    const Ring& ring;
+    Ring ring;
     int warp, lane;
     int group, member;     // of a lane quad, and in it
     int own_row;           // the first of the lane's two rows, in the tile
@@ -166,7 +181,7 @@ struct Worker {
     uint32 pairs[2][4][4];  // of the block that is multiplied and of the next: [16 columns][fragment's registers]
     Scales scales, next;
 
-    __device__ Worker(const ManyArguments& args, const Work& work, const Ring& ring, int warp, int lane)
+    __device__ Worker(const ManyArguments& args, const Work& work, Ring ring, int warp, int lane)
         : args(args), work(work), ring(ring), warp(warp), lane(lane) {
         group = lane / 4;
         member = lane % 4;
@@ -183,8 +198,9 @@ struct Worker {
 #pragma unroll
             for (int i = 0; i < 2; i++) scale[i] = __shfl_sync(FULL_WARP, scales.values[i], group * 4 + b);
         }
-        sleep_for_phase(ring.full(b), phase);
-        const uint32 line = shared_address(ring.packed(b)) + own_row * LINE_BYTES;
+        const int stage = ring.stage(b);
+        sleep_for_phase(ring.full(stage), phase);
+        const uint32 line = shared_address(ring.packed(stage)) + own_row * LINE_BYTES;
         if constexpr (IS_4BIT) {
             look_up_codes(line, scale, pairs[b % 2]);
         } else {
@@ -234,7 +250,7 @@ struct Worker {
     }
 
     __device__ void begin_block(int b) {
-        const uint32 tokens = describe_swizzled_tokens(ring.tokens(b));
+        const uint32 tokens = describe_swizzled_tokens(ring.tokens(ring.stage(b)));
 #pragma unroll
         for (int i = 0; i < 16; i++) settle(pairs[b % 2][i / 4][i % 4]);  // made before what follows
         begin_products();
@@ -245,18 +261,17 @@ struct Worker {
         commit_products();
     }
 
-    // The products of block `b` have ended.
-    __device__ void end_block(int b, bool is_there) {
+    // The products of the block before block `b` have ended.
+    __device__ void end_block_before(int b, bool is_there) {
 #pragma unroll
-        for (int i = 0; i < 16; i++) settle(pairs[b % 2][i / 4][i % 4]);
-        arrive_if(ring.empty(b), is_there);
+        for (int i = 0; i < 16; i++) settle(pairs[(b + 1) % 2][i / 4][i % 4]);
+        arrive_if(ring.empty(ring.stage_before(b)), is_there);
     }
 
     __device__ void multiply_tile(const Tile& tile) {
         const Weight& weight = args.layers.weights[tile.which];
         const int row = tile.row + own_row;
         const float offset = NESTED ? __ldg(weight.nested_offset) : 0.0f;
-        const float* map = reinterpret_cast<const float*>(ring.shared + MAP_AT) + tile.which * 256;
         const int first = work.first_chunk(), end = work.end_chunk();
         if constexpr (IS_4BIT) next.load(args, weight, row, first, member);
 #pragma unroll
@@ -265,7 +280,7 @@ struct Worker {
         for (int chunk = first; chunk < end; chunk++) {
             if constexpr (IS_4BIT) {
                 scales = next;
-                scales.decode(map, offset);
+                scales.decode(weight, offset);
                 if (chunk + 1 < end) next.load(args, weight, row, chunk + 1, member);
             }
 #pragma unroll
@@ -275,12 +290,12 @@ struct Worker {
                 begin_block(b);
                 pass_turn();
                 wait_products<1>();
-                end_block((b + 3) % 4, b > 0 || chunk > first);
+                end_block_before(b, b > 0 || chunk > first);
             }
-            phase ^= 1;
+            if (ring.advance()) phase ^= 1;
         }
         wait_products();
-        end_block(3, end > first);
+        end_block_before(0, end > first);
 #pragma unroll
         for (int i = 0; i < TOKEN_TILES * 4; i++) settle(sums[i / 4][i % 4]);
     }
@@ -424,7 +439,7 @@ linear_many(const __grid_constant__ ManyArguments args) {
     if ((shared_address(shared) & 0xffffff) != DYNAMIC_SHARED_ADDRESS) __trap();
     const int lane = threadIdx.x % WARP, warp = __shfl_sync(FULL_WARP, threadIdx.x / WARP, 0);
     const Work work{args, SPLIT == 1 ? 0 : rank_in_cluster()};
-    const Ring ring{shared};
+    Ring ring{shared};
 
     // -- before the launch before has ended: all that does not depend on it
     start_dependents();
@@ -436,12 +451,6 @@ linear_many(const __grid_constant__ ManyArguments args) {
         publish_barriers();
     }
     if (IS_4BIT && warp < WARPS) fill_values(shared);
-#if NESTED
-    for (int i = threadIdx.x; i < NUM_WEIGHTS * 256; i += THREADS) {
-        const float* entries = args.layers.weights[i / 256].nested_code;
-        reinterpret_cast<float*>(shared + MAP_AT)[i] = entries == nullptr ? 0.0f : __ldg(entries + i % 256);
-    }
-#endif
     __syncthreads();
 
     if (warp >= WARPS) {

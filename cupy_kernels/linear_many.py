@@ -31,10 +31,9 @@ _TILE_ROWS: Final = 128
 _BLOCK: Final = 64
 CHUNK: Final = 256  # columns of a row, a multiple of it
 _THREADS: Final = 384
-_STAGES: Final = 4
+_CHUNK_STAGES: Final = CHUNK // _BLOCK
 _TABLE_BYTES: Final = 1 << 16
-_MAP_BYTES: Final = MAX_WEIGHTS << 10
-_BARRIER_BYTES: Final = _STAGES * 2 * 8
+_BARRIER_BYTES: Final = 2 * 8  # of a stage
 _BITS: Final = {"nf4": 4, "fp4": 4, "int8": 8}
 _NO_TILE: Final = (1 << 31) - 1
 
@@ -67,10 +66,10 @@ class Shape:
     tile_clocks: int
 
     def shared_bytes(self, bits: int) -> int:
-        """Table, ring, dynamic maps and barriers, for weights of so many bits."""
-        stage = _BLOCK * (self.tokens * 16 + _TILE_ROWS * bits) // 8
-        table = _TABLE_BYTES if bits == 4 else 0
-        return table + _STAGES * stage + _MAP_BYTES + _BARRIER_BYTES
+        """Table, ring and barriers, for weights of so many bits."""
+        stage = _BLOCK * (self.tokens * 16 + _TILE_ROWS * bits) // 8 + _BARRIER_BYTES
+        stages = _CHUNK_STAGES * (1 if self.tokens > 128 or bits == 4 else 2)
+        return (_TABLE_BYTES if bits == 4 else 0) + stages * stage
 
 
 # Clocks as measured on an H200 (docs/kernels.md).

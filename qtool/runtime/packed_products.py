@@ -21,13 +21,20 @@ from torch import Tensor
 from cupy_kernels import linear_many
 from cupy_kernels.capture import capture_id
 from cupy_kernels.linear_few import MAX_TOKENS as MAX_FEW_TOKENS
-from cupy_kernels.linear_few import LinearFew, LinearKind, LinearWeight, Tokens, holds_all_columns
+from cupy_kernels.linear_few import (
+    LinearFew,
+    LinearKind,
+    LinearWeight,
+    Tokens,
+    holds_activations,
+    holds_all_columns,
+)
 from cupy_kernels.linear_many import LinearMany
 from cupy_kernels.linear_some import COUNTER_BYTES, LinearSome
 
 # Below, each weight is looked up for so few products that warps of one row each do as well.
-MIN_SOME_TOKENS: Final = 5
-# Of a layer of 4,096 columns and 8 tokens: 6,144 rows are faster with `linear_few`, 28,672 are not.
+MIN_SOME_TOKENS: Final = 3
+# Of layers whose activations go through shared memory: more rows are faster with `linear_some`.
 MAX_FEW_ROWS: Final = 16_384
 NUM_COUNTERS: Final = 64  # that a device has ready, for streams and for graphs
 
@@ -35,8 +42,8 @@ NUM_COUNTERS: Final = 64  # that a device has ready, for streams and for graphs
 class PackedProduct:
     """A launch for up to `max_tokens` tokens and layers of one shape, for one thread at a time.
 
-    `linear_few` multiplies up to four tokens, and up to eight where their activations fit into
-    shared memory at once; `linear_some` the others.
+    `linear_few` multiplies up to two tokens, and up to eight where a thread block has their
+    activations at once; `linear_some` the others.
 
     Args:
         num_tokens: up to 64; the kernel takes up to the next power of two.
@@ -89,9 +96,11 @@ def takes_few(kind: LinearKind, rows: int, max_tokens: int) -> bool:
     """Whether `linear_few` is the faster one, on the current GPU."""
     if max_tokens < MIN_SOME_TOKENS:
         return True
-    if max_tokens > MAX_FEW_TOKENS or rows > MAX_FEW_ROWS:
+    if max_tokens > MAX_FEW_TOKENS:
         return False
-    return holds_all_columns(kind, max_tokens)
+    if holds_activations(kind, max_tokens):
+        return True
+    return rows <= MAX_FEW_ROWS and holds_all_columns(kind, max_tokens)
 
 
 # -- more tokens ----------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ USUAL_BLOCKSIZES = {64, 4096}
 KNOWN_SPILLS = {("sm_100", "linear_few"): 128}
 # With adapters the same norm exceeds them on sm_90 too, before eight tokens.
 KNOWN_SPILLS |= {("sm_90", "linear_few"): 24}
+# Eight tokens of a slice of long rows are a quarter of a thread's registers.
+KNOWN_SPILLS |= {("sm_80", "linear_few"): 16}
 # 64 tokens' sums, and as many of a block, are half of a thread's registers, which pointers exceed.
 KNOWN_SPILLS |= {(target, "linear_some"): 192 for target in TARGETS}
 

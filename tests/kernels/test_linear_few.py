@@ -49,6 +49,18 @@ def chunk_of(defines):
     return 128 * 8 // BITS[defines["FORMAT"]]
 
 
+def shares_x(defines):
+    """Whether activations pass through shared memory."""
+    return not defines["HELD_X"] or defines["NORM"] != 0
+
+
+def line_tiles(defines):
+    """Tiles of a pass whose sums the lines hold, as linear_few.cu counts them."""
+    maps = defines["NUM_WEIGHTS"] * 256 if defines["NESTED"] else 0
+    most = (256 * 32 - maps) // (defines["WARPS"] * 16 * defines["TOKENS"])
+    return min(defines["PASS"], most)
+
+
 @pytest.fixture(params=SHARED_KIB)
 def gpu(request):
     return shared_memory(request.param)
@@ -58,9 +70,11 @@ def test_shared_memory_holds_all_parts_and_the_gpu_has_it(gpu):
     for kind, defines, tuning, shared_bytes in specialised(gpu):
         tokens, warps = defines["TOKENS"], defines["WARPS"]
         lines = 256 * (256 if BITS[defines["FORMAT"]] == 4 else 128)
-        activations = 0 if tokens == 1 else defines["SLICE"] * tokens * 2
+        activations = defines["SLICE"] * tokens * 2 if tokens > 1 and shares_x(defines) else 0
         rings = warps * defines["STAGES"] * 16 * 128
-        assert lines + activations + rings + warps * tokens * 4 == shared_bytes, kind
+        more_sums = (defines["PASS"] - line_tiles(defines)) * warps * 16 * tokens * 4
+        parts = lines + activations + rings + more_sums + warps * tokens * 4
+        assert parts == shared_bytes, kind
         assert shared_bytes <= gpu.block_bytes, kind
         assert tuning.blocks == defines["MIN_BLOCKS"]
         assert tuning.blocks * (shared_bytes + RESERVED_BYTES) <= gpu.multiprocessor_bytes, kind
@@ -70,10 +84,13 @@ def test_lines_hold_maps_sums_and_the_activations_of_one_token(gpu):
     """The static_assert in linear_few.cu, in numbers."""
     for kind, defines, _, _ in specialised(gpu):
         maps = defines["NUM_WEIGHTS"] * 256 if defines["NESTED"] else 0
-        sums = defines["WARPS"] * defines["PASS"] * 16 * defines["TOKENS"]
-        activations = defines["SLICE"] // 64 if defines["TOKENS"] == 1 else 0
+        sums = defines["WARPS"] * line_tiles(defines) * 16 * defines["TOKENS"]
+        is_shared = defines["TOKENS"] == 1 and shares_x(defines)
+        activations = defines["SLICE"] // 64 if is_shared else 0
         assert defines["PASS"] >= 1
         assert (maps + sums) / 32 + activations <= 256, kind
+        if shares_x(defines) or defines["TOKENS"] == 1:
+            assert line_tiles(defines) == defines["PASS"], kind
 
 
 def test_slices_are_whole_chunks_that_occupy_every_warp(gpu):
@@ -88,6 +105,57 @@ def test_slices_are_whole_chunks_that_occupy_every_warp(gpu):
         assert kind.norm == "none", kind
         assert size >= defines["WARPS"] * chunk, kind
     assert seen
+
+
+def test_warps_that_hold_activations_have_the_same_chunks_of_every_tile(gpu):
+    seen = set()
+    for kind, defines, _, _ in specialised(gpu):
+        if not defines["HELD_X"]:
+            continue
+        chunks, others = divmod(defines["SLICE"], chunk_of(defines))
+        warp_chunks, uneven = divmod(chunks, defines["WARPS"])
+        columns = kind.columns if defines["SLICE"] < kind.columns else defines["SLICE"]
+        assert others == uneven == columns % defines["SLICE"] == 0, kind
+        assert defines["NORM"] == 0 or defines["SLICE"] >= kind.columns, kind
+        blocks = warp_chunks * chunk_of(defines) // 64
+        # a lane has eight registers of a block; of a single token one block of two chunks
+        registers = 8 * (-(-warp_chunks // 2) if defines["TOKENS"] == 1 else blocks)
+        assert 0 < registers <= (64 if defines["TOKENS"] in (2, 4) else 32), kind
+        seen.add((defines["TOKENS"], defines["SLICE"] < kind.columns, defines["NORM"] != 0))
+    assert {(1, False, False), (1, True, False), (1, False, True)} <= seen
+    if gpu.block_bytes > 160 << 10:  # rings of 14 warps beside the table
+        assert {(2, False, False), (4, False, False), (8, False, True), (8, True, False)} <= seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "warps", "slice_columns"),
+    [
+        (LinearKind("nf4", 4096, "BF16", nested=True), 1, 8, 4096),
+        (LinearKind("nf4", 14336, "BF16", nested=True), 1, 8, 14336),
+        (LinearKind("nf4", 4096, "BF16", nested=True, norm="rms"), 8, 16, 4096),
+        (LinearKind("nf4", 28672, "BF16", nested=True), 1, 8, 14336),
+        (LinearKind("nf4", 4096, "BF16", nested=True), 4, 8, 4096),
+        (LinearKind("nf4", 14336, "BF16", nested=True), 8, 14, 14 * 256),
+        (LinearKind("int8", 4096, "BF16"), 8, 16, 4096),
+    ],
+)
+def test_activations_of_usual_layers_are_held(kind, tokens, warps, slice_columns):
+    defines, tuning, _ = specialise(kind, 1, tokens, shared_memory("sm_90"))
+    assert defines["HELD_X"] == 1
+    assert (tuning.warps, defines["SLICE"]) == (warps, slice_columns)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [
+        (LinearKind("nf4", 11008, "BF16"), 8),  # 43 chunks
+        (LinearKind("nf4", 14336, "BF16"), 2),  # slices do not pay
+        (LinearKind("int8", 4096, "BF16"), 1),  # bytes are the limit
+    ],
+)
+def test_activations_that_are_not_held(kind, tokens):
+    defines, _, _ = specialise(kind, 1, tokens, shared_memory("sm_90"))
+    assert defines["HELD_X"] == 0
 
 
 def test_every_gpu_takes_every_kind_without_a_norm_and_one_token_with_it(gpu):
