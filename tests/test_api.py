@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -20,6 +21,10 @@ from qtool.runtime.decoders.choose import DecoderOptions
 from qtool.runtime.generate import Limits, Sampling
 from qtool.runtime.linear import LinearInt8
 from qtool.runtime.loading import LoadOptions, load_model
+from tests.hub_server import HubServer, hub_server
+from tests.merge.adapters import linear_layers, lora_tensors, write_adapter
+
+__all__ = ["hub_server"]  # the fixture
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "Once upon a time"
@@ -213,6 +218,45 @@ def test_the_output_head_can_be_packed() -> None:
     model = qtool.load(demo_model_path(), device="cpu", head_quant="int8")
     assert isinstance(model.get_output_embeddings(), LinearInt8)
     assert len("".join(qtool.stream(model, PROMPT, max_new_tokens=4))) > 0
+
+
+def test_an_adapter_may_be_a_folder_or_lie_on_the_hub(
+    tmp_path: Path,
+    hub_server: HubServer,
+) -> None:
+    pytest.importorskip("peft")
+    config = json.loads((demo_model_path() / "config.json").read_text())
+    tensors = lora_tensors(linear_layers(config))
+    folder = write_adapter(tmp_path / "adapter", tensors, demo_model_path())
+    hub_server.add_model("org/adapter", folder, revision="v2")
+    script = (
+        "import sys, qtool\n"
+        "model = qtool.load(sys.argv[1], adapter=sys.argv[2], device='cpu')\n"
+        "print(''.join(qtool.stream(model, sys.argv[3], max_new_tokens=12)))\n"
+    )
+    environment = hub_server.environment(tmp_path / "home", PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(demo_model_path()), "org/adapter@v2", PROMPT],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    model = qtool.load(demo_model_path(), adapter=str(folder), device="cpu")
+    own = "".join(qtool.stream(model, PROMPT, max_new_tokens=12))
+    assert done.stdout == f"{own}\n"
+    assert own != greedy_text(12)
+
+
+def test_arguments_are_checked_before_an_adapter_is_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fetch(adapter: str) -> None:
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("qtool.runtime.api.fetch_adapter", fetch)
+    with pytest.raises(qtool.QtoolError, match="int8_threshold=-1"):
+        qtool.load(demo_model_path(), adapter="org/adapter", int8_threshold=-1)
 
 
 REFUSED_BY_STREAM: list[dict[str, Any]] = [

@@ -23,7 +23,7 @@ LAYERS = [
     {"quantize"},
     {"architecture", "backends", "checkpoint"},
     {"formats"},
-    {"errors", "events", "resources"},
+    {"defaults", "errors", "events", "resources"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

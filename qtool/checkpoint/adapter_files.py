@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qtool.checkpoint.file_source import FileSource
 from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.open import HubReference, locate_model, naming_the_nearest
 from qtool.checkpoint.records import Shard, TensorInfo
-from qtool.checkpoint.safetensors_header import read_header
+from qtool.checkpoint.safetensors_header import fetch_header
 from qtool.checkpoint.strict_json import parse_json_object
 from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.hub import HubRepository
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -70,15 +74,35 @@ def find_adapter(adapter: str | Path, on_event: OnEvent = ignore_events) -> Adap
     reference = adapter if isinstance(adapter, Path) else locate_model(adapter)
     if not isinstance(reference, HubReference):
         return AdapterPlace(reference)
-    from qtool.checkpoint.hub import HubRepository, download, list_on_hub
+    from qtool.checkpoint.hub import HubRepository, download
 
-    with naming_the_nearest(reference.repo_id):
-        source = list_on_hub(*reference, on_event=on_event)
-    _check_files(source, reference.repo_id)
+    source = _list_on_hub(reference, on_event)
     if isinstance(source, HubRepository):
         names = (CONFIG_NAME, WEIGHTS_NAME, FINETUNE_RECORD, *sorted(TOKENIZER_FILES))
         source = download(source, reference.revision, names, on_event)
     return AdapterPlace(source.path, reference.repo_id, source.revision)
+
+
+def read_adapter(adapter: str | Path, on_event: OnEvent = ignore_events) -> AdapterFiles:
+    """The same of ADAPTER as `find_adapter` takes it, without its weights: of a Hub id the header
+    is read where it lies.
+
+    Raises:
+        QtoolError: what `find_adapter` and `read_adapter_files` raise.
+    """
+    reference = adapter if isinstance(adapter, Path) else locate_model(adapter)
+    if not isinstance(reference, HubReference):
+        return read_adapter_files(reference)
+    return _read_files(_list_on_hub(reference, on_event), reference.repo_id)
+
+
+def _list_on_hub(reference: HubReference, on_event: OnEvent) -> HubRepository | LocalFolder:
+    from qtool.checkpoint.hub import list_on_hub
+
+    with naming_the_nearest(reference.repo_id):
+        source = list_on_hub(*reference, on_event=on_event)
+    _check_files(source, reference.repo_id)
+    return source
 
 
 def read_adapter_files(folder: Path) -> AdapterFiles:
@@ -98,14 +122,24 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
     # Not the other files of OUT: a run's saves may be many.
     source = LocalFolder(folder, only=(CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME))
     _check_files(source, str(folder))
+    return _read_files(source, str(folder))
+
+
+def _read_files(source: FileSource, name: str) -> AdapterFiles:
+    """Config and header of the adapter that messages call `name`."""
     hint = f"fetch {CONFIG_NAME} again"
     size = source.status_of(CONFIG_NAME).num_bytes
     if size > MAX_CONFIG_BYTES:
-        raise QtoolError(f"{folder}: {CONFIG_NAME} has {size:,} bytes", kind="bad_file", hint=hint)
+        raise QtoolError(f"{name}: {CONFIG_NAME} has {size:,} bytes", kind="bad_file", hint=hint)
     data = source.read(CONFIG_NAME, 0, size)
     config = parse_json_object(data, file=source.describe(CONFIG_NAME), hint=hint)
     status = source.status_of(WEIGHTS_NAME)
-    header = read_header(folder / WEIGHTS_NAME)
+    header = fetch_header(
+        partial(source.read, WEIGHTS_NAME),
+        shard=WEIGHTS_NAME,
+        file=source.describe(WEIGHTS_NAME),
+        file_bytes=status.num_bytes,
+    )
     return AdapterFiles(
         config=config,
         config_sha256=hashlib.sha256(data).hexdigest(),

@@ -15,9 +15,9 @@ import typer
 
 from qtool import __version__
 from qtool.cli.option_names import is_given, option_names, source_of
-from qtool.cli.session import report_error
+from qtool.cli.session import as_qtool_error, report_error
 from qtool.errors import EXIT_CODES, Option, QtoolError
-from qtool.report.output import Output
+from qtool.report.output import Output, writing_stdout
 
 # The function of qtool.cli.VERB that bears its name is the command.
 # A module with SUBVERBS is a group: they are its commands, and that function is only its help.
@@ -124,8 +124,10 @@ def main() -> None:
     # The other verbs take time to describe, and only help and mistakes need them.
     command = build_command(tuple(verb for verb in VERBS if verb in arguments[:1]) or VERBS)
     try:
-        result = command(arguments or ["--help"], prog_name="qtool", standalone_mode=False)
-    except Exception as error:  # usage errors; verbs report their own inside verb_session
+        with writing_stdout():  # help; verbs report their own errors inside verb_session
+            result = command(arguments or ["--help"], prog_name="qtool", standalone_mode=False)
+            sys.stdout.flush()
+    except Exception as error:
         sys.exit(_report_outside_verb(error))
     except KeyboardInterrupt:
         sys.exit(EXIT_CODES["interrupted"])
@@ -143,17 +145,17 @@ def _start_quickly() -> None:
 
 
 def _report_outside_verb(error: Exception) -> int:
-    exit_code = getattr(error, "exit_code", 1)
     if isinstance(error, (typer.Exit, BrokenPipeError)):
-        return int(exit_code)
+        return int(getattr(error, "exit_code", 1))
     output = Output("qtool", json_mode="--json" in sys.argv)
     if hasattr(error, "format_message"):  # the command line parser's own errors
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "qtool"
         _blame_the_source(error, context)
         error = QtoolError(error.format_message(), kind="usage", hint=f"see `{path} --help`")
-    report_error(output, error)
-    return getattr(error, "exit_code", 1)
+    told = as_qtool_error(error)
+    report_error(output, error, told)
+    return told.exit_code
 
 
 def _blame_the_source(error: Any, context: typer.Context | None) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qtool.backends import BackendChoice
 from qtool.cli import options
+from qtool.cli.option_names import is_given
 from qtool.cli.session import verb_session
+from qtool.defaults import PREFILL_CHUNK
+from qtool.errors import Option
 from qtool.formats.precisions import Precision, QuantizedPrecision
+
+if TYPE_CHECKING:
+    from qtool.report.output import Output
 
 SUBVERBS = ("quantize", "kernels", "generate", "finetune", "optimizers")
 EXAMPLES = (
@@ -106,6 +112,7 @@ def quantize(
     with verb_session(
         ctx, "bench quantize", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
+        _warn_of_shape(ctx, show, model, "model_shape")
         # A terminal that closes must not leave gigabytes behind: end as when terminated.
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
         from qtool.bench.quantize import QuantizeBenchRequest, bench_quantize
@@ -269,7 +276,7 @@ def generate(
     ] = "auto",
     prefill_chunk: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens that go through the model at a time.")
-    ] = 512,
+    ] = PREFILL_CHUNK,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     output: OutputFile = None,
     config: options.ConfigFile = None,
@@ -288,6 +295,7 @@ def generate(
     with verb_session(
         ctx, "bench generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
+        _warn_of_shape(ctx, show, model, "shape")
         from qtool.report.bench import check_output, report_generate
         from qtool.runtime.requirements import require_run_extra
 
@@ -434,3 +442,8 @@ def optimizers(
         with show.progress() as on_event:
             result = bench_optimizers(request, on_event)
         report_optimizers(show, result, output)
+
+
+def _warn_of_shape(ctx: typer.Context, show: Output, model: str | None, name: str) -> None:
+    if model is not None and is_given(ctx, name):
+        show.warn((Option(name), " changes nothing with a MODEL"))

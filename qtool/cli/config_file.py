@@ -64,7 +64,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise QtoolError(
-            f"{path} is not valid TOML: {error}", kind="usage", hint="see `qtool VERB --help`"
+            f"{path} is not valid TOML: {error}",
+            kind="bad_file",
+            hint='lines are such as context = 8192 or quant = "nf4"',
         ) from error
 
 

@@ -10,9 +10,12 @@ import typer
 from qtool.cli import options
 from qtool.cli import planning_options as planning
 from qtool.cli.session import verb_session
+from qtool.defaults import PREFILL_CHUNK
 from qtool.errors import EXIT_CODES, Option, QtoolError
+from qtool.events import OnEvent
 
 if TYPE_CHECKING:
+    from qtool.planner.adapters import PlannedAdapter
     from qtool.planner.model import PlannedModel
     from qtool.planner.records import Estimate
 
@@ -20,6 +23,7 @@ EXAMPLES = (
     "qtool estimate meta-llama/Llama-3.1-8B",
     "qtool estimate ./my-model --gpu 4090 --gpu 'a100 80gb'",
     "qtool estimate ./my-model --quant nf4-dq --context 32768 --gpu auto",
+    "qtool estimate ./my-model --adapter ./lora --gpu 4090",
     "qtool estimate ./my-model --mode qlora --batch 2 --gpu 4090",
     "qtool estimate ./my-model --runtime transformers --gpu H100 --gpus 2",
     "qtool estimate ./my-model/config.json --plot memory.html --gpu L4",
@@ -54,9 +58,10 @@ def estimate(
     context: planning.Context = None,
     batch: planning.Batch = 1,
     kv_dtype: planning.KvDtype = "auto",
-    prefill_chunk: planning.PrefillChunk = 512,
+    prefill_chunk: planning.PrefillChunk = PREFILL_CHUNK,
     head_quant: planning.HeadQuant = None,
     int8_threshold: planning.Int8Threshold = None,
+    adapter: planning.Adapter = None,
     lora_r: planning.LoraR = 16,
     lora_targets: planning.LoraTargets = None,
     lora_dropout: planning.LoraDropout = 0.05,
@@ -108,6 +113,9 @@ def estimate(
         from qtool.report.estimate import report_estimate
 
         output.prepare()
+        planned_adapter = None
+        if adapter is not None and mode == "generate" and runtime == "qtool":
+            planned_adapter = plan_adapter(adapter, output.on_note)
         request = EstimateRequest(
             model=model,
             quants=tuple(quant or ()),
@@ -122,6 +130,7 @@ def estimate(
                 prefill_chunk=prefill_chunk,
                 head_quant=head_quant,
                 int8_threshold=int8_threshold,
+                adapter=planned_adapter,
                 lora_r=lora_r,
                 lora_targets=lora_targets,
                 lora_dropout=lora_dropout,
@@ -138,6 +147,10 @@ def estimate(
             output.warn((Option("headroom"), " changes nothing without ", Option("gpu")))
         opened = describe_model(opening())
         answer = estimate_opened(opened, devices, request)
+        is_rounding = any(plan.int8_threshold is not None for plan in answer.plans)
+        if int8_threshold is not None and request.workload.is_own and not is_rounding:
+            why = " changes nothing: no plan has INT8 layers that compute in 16 bit"
+            output.warn((Option("int8_threshold"), why))
         if exact:
             from qtool.exact.beside_plans import run_plans
 
@@ -147,6 +160,14 @@ def estimate(
             draw_curves(plot, opened, answer)
         if answer.gpus and not answer.fits_somewhere:
             raise typer.Exit(EXIT_CODES["no_fit"])
+
+
+def plan_adapter(adapter: str, on_event: OnEvent) -> PlannedAdapter:
+    """What is known of the adapter from its config and header; of a Hub id they are read there."""
+    from qtool.checkpoint.adapter_files import read_adapter
+    from qtool.planner.adapters import PlannedAdapter
+
+    return PlannedAdapter.of(adapter, read_adapter(adapter, on_event))
 
 
 def check_plot_path(path: Path) -> None:

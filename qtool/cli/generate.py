@@ -11,8 +11,8 @@ import typer
 from qtool.cli import options
 from qtool.cli.session import verb_session
 from qtool.cli.sizes import parse_threshold
+from qtool.defaults import PREFILL_CHUNK
 from qtool.errors import EXIT_CODES, Option, QtoolError, Words
-from qtool.events import OnEvent
 from qtool.formats.precisions import ComputeDtype, QuantizedPrecision
 
 SAMPLING_PANEL = "Sampling"
@@ -157,7 +157,7 @@ def generate(
             rich_help_panel=LOADING_PANEL,
             help="Run prompts in chunks of N tokens: fewer take less memory, more are faster.",
         ),
-    ] = 512,
+    ] = PREFILL_CHUNK,
     path: Annotated[
         Literal["auto", "fused", "graph", "eager"],
         typer.Option(
@@ -194,6 +194,7 @@ def generate(
         head_start.begin(device)
         with lean_imports():
             from qtool.report.generate import converse, report_result
+            from qtool.runtime.adapters import fetch_adapter
             from qtool.runtime.answers import Request, answer
             from qtool.runtime.decoders.choose import DecoderOptions
             from qtool.runtime.generate import Limits, Sampling
@@ -204,7 +205,7 @@ def generate(
         decoder = DecoderOptions(path, prefill_chunk)
         request = Request(model, chat, system, sampling, limits, decoder)
         with show.progress() as on_event:
-            folder = None if adapter is None else _find_adapter(adapter, on_event)
+            folder = None if adapter is None else fetch_adapter(adapter, on_event)
             options_ = LoadOptions(
                 quant, compute_dtype, device, max_memory, folder, head_quant, int8_threshold
             )
@@ -219,26 +220,24 @@ def generate(
             raise typer.Exit(EXIT_CODES["interrupted"])
 
 
-def _find_adapter(adapter: str, on_event: OnEvent) -> Path:
-    """Its folder; what it needs here is asked for before anything is fetched."""
-    from qtool.checkpoint.adapter_files import find_adapter
-    from qtool.runtime.requirements import require_peft
-
-    require_peft()
-    return find_adapter(adapter, on_event).folder
-
-
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
     """The prompt from the argument, a file or a pipe; None to open a chat."""
     if prompt is not None and prompt_file is not None:
         both = ("both PROMPT and ", Option("prompt_file"), " were given")
         raise _usage_error(both, "give one of them")
-    if prompt_file is not None:
-        text = prompt_file.read_text(encoding="utf-8").removesuffix("\n")
-    elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        text = sys.stdin.read().removesuffix("\n")
-    else:
-        return prompt
+    try:
+        if prompt_file is not None:
+            text = prompt_file.read_text(encoding="utf-8").removesuffix("\n")
+        elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+            text = sys.stdin.read().removesuffix("\n")
+        else:
+            return prompt
+    except UnicodeDecodeError as error:
+        raise QtoolError(
+            f"{prompt_file or 'stdin'}: not UTF-8 at byte {error.start}",
+            kind="bad_file",
+            hint="convert it to UTF-8",
+        ) from error
     if not text:
         raise _usage_error(f"{prompt_file or 'stdin'} holds no prompt", "give a PROMPT")
     return text

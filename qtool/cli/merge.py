@@ -147,6 +147,8 @@ def merge(
         )
         with show.progress() as on_event:
             planned = plan_merge(request, on_event=on_event)
+            for words in planned.quant_plan.warnings() if planned.quant_plan else ():
+                show.warn(words)
             report_plan(show, planned, dry_run=dry_run)
             if dry_run:
                 return

@@ -11,10 +11,12 @@ import typer
 from qtool.cli.option_names import is_given
 from qtool.cli.options import OUTPUT_PANEL
 from qtool.cli.sizes import parse_threshold
+from qtool.defaults import PREFILL_CHUNK
 from qtool.errors import Option, Words
 from qtool.formats.precisions import Precision, QuantizedPrecision
 
 if TYPE_CHECKING:
+    from qtool.planner.adapters import PlannedAdapter
     from qtool.planner.records import Workload
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -87,6 +89,16 @@ Int8Threshold = Annotated[
         parser=parse_threshold,
         metavar="T|config",
         help="Round activations of prompts to INT8 too, as generate does; qtool's own runtime.",
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR|ID",
+        help="Count a PEFT adapter too, as generate holds it: a local folder, or a Hub id with an "
+        "optional @revision; qtool's own runtime.",
+        show_default=False,
     ),
 ]
 LoraR = Annotated[
@@ -179,7 +191,7 @@ Plot = Annotated[
 
 ADAPTER_OPTIONS: Final = ("lora_r", "lora_targets", "lora_dropout", "adapter_dtype")
 TRAINING_OPTIONS: Final = (*ADAPTER_OPTIONS, "optimizer", "gradient_checkpointing")
-OWN_OPTIONS: Final = ("prefill_chunk", "head_quant", "int8_threshold")
+OWN_OPTIONS: Final = ("prefill_chunk", "head_quant", "int8_threshold", "adapter")
 
 
 def without_effect(ctx: typer.Context, workload: Workload) -> Iterator[Words]:
@@ -206,9 +218,10 @@ def build_workload(
     kv_dtype: KvDtypeName = "auto",
     gpus: int,
     split: SplitName,
-    prefill_chunk: int = 512,
+    prefill_chunk: int = PREFILL_CHUNK,
     head_quant: QuantizedPrecision | None = None,
     int8_threshold: float | Literal["config"] | None = None,
+    adapter: PlannedAdapter | None = None,
     lora_r: int = 16,
     lora_targets: str | None = None,
     lora_dropout: float = 0.05,
@@ -232,6 +245,7 @@ def build_workload(
         prefill_chunk=prefill_chunk,
         head_quant=head_quant,
         int8_threshold=int8_threshold,
+        adapter=adapter,
         tuning=Tuning(
             lora_r=lora_r,
             lora_targets=None if is_default else tuple(names),

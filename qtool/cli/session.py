@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Final
@@ -16,11 +18,16 @@ from typing import Final
 import typer
 
 from qtool.cli.option_names import option_names
-from qtool.errors import EXIT_TERMINATED, QtoolError
-from qtool.report.output import ColorChoice, Output
+from qtool.errors import EXIT_TERMINATED, Option, QtoolError
+from qtool.report.output import AnswerLost, ColorChoice, Output, flush_stdout
 
+Hint = tuple[str | Option, ...]
 AGAIN_AFTER_S: Final = 0.05  # by then a destructor is over, or it meets the next one
-RUN_AGAIN: Final = "run the command again; `quantize` and `merge` continue where they stopped"
+MAX_POSTPONED: Final = 20  # a second: Ctrl-C has to be answered
+JUST_NOW_S: Final = 3.0
+IMPORTING: Final = "<frozen importlib._bootstrap>"
+RUN_AGAIN: Final[Hint] = ("run the command again",)
+CONTINUING: Final = ("quantize", "merge")  # they go on with what is in OUT, if told nothing
 
 
 @contextmanager
@@ -42,15 +49,30 @@ def verb_session(
         color=color,
         name_option=option_names(ctx),
     )
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    again = _how_again(ctx, command)
+    signal.signal(signal.SIGTERM, _terminator(again))
     try:
-        with _no_interruption_lost():
+        with _postponing_interrupts() as interrupts, _no_interruption_lost(), _whole_answer():
             yield output
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except (Exception, KeyboardInterrupt) as error:
-        report_error(output, error)
-        raise typer.Exit(as_qtool_error(error).exit_code) from error
+        told = as_qtool_error(error, again)
+        if told.kind == "internal" and interrupts.were_just_raised():  # an import left halfway
+            told = as_qtool_error(KeyboardInterrupt(), again)
+        report_error(output, error, told)
+        raise typer.Exit(told.exit_code) from error
+
+
+@contextmanager
+def _whole_answer() -> Iterator[None]:
+    """Find out whether stdout took everything while the error can still be told."""
+    try:
+        yield
+    except typer.Exit:
+        flush_stdout()
+        raise
+    flush_stdout()
 
 
 @contextmanager
@@ -67,9 +89,7 @@ def _no_interruption_lost() -> Iterator[None]:
         else:
             previous(unraisable)
             return
-        timer = threading.Timer(AGAIN_AFTER_S, os.kill, [os.getpid(), number])
-        timer.daemon = True
-        timer.start()
+        _send_later(number)
 
     sys.unraisablehook = deliver_again
     try:
@@ -78,25 +98,77 @@ def _no_interruption_lost() -> Iterator[None]:
         sys.unraisablehook = previous
 
 
-def report_error(output: Output, error: BaseException) -> None:
-    """Print `error` as a sentence; the traceback only with QTOOL_DEBUG=1."""
+class _Interrupts:
+    """The handler of SIGINT: raises KeyboardInterrupt, but rather not in an import.
+
+    Modules catch what fails in an import of theirs, and with it KeyboardInterrupt, or fail on what
+    was imported halfway.
+    """
+
+    def __init__(self) -> None:
+        self._raised_at_s = -math.inf
+        self._num_postponed = 0
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if _is_importing(frame) and self._num_postponed < MAX_POSTPONED:
+            self._num_postponed += 1
+            _send_later(signum)
+            return
+        self._raised_at_s = time.monotonic()
+        raise KeyboardInterrupt
+
+    def were_just_raised(self) -> bool:
+        """Whether an error now may come from one; a chat goes on after those that end an answer."""
+        return time.monotonic() - self._raised_at_s < JUST_NOW_S
+
+
+@contextmanager
+def _postponing_interrupts() -> Iterator[_Interrupts]:
+    interrupts = _Interrupts()
+    previous = signal.getsignal(signal.SIGINT)
+    if previous in (signal.SIG_IGN, None):  # as shells have it for what runs in the background
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, interrupts)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != IMPORTING:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _send_later(signum: int) -> None:
+    timer = threading.Timer(AGAIN_AFTER_S, os.kill, [os.getpid(), signum])
+    timer.daemon = True
+    timer.start()
+
+
+def report_error(output: Output, error: BaseException, told: QtoolError) -> None:
+    """Print `error` as `told`; its traceback only with QTOOL_DEBUG=1."""
     if os.environ.get("QTOOL_DEBUG") == "1":
         traceback.print_exception(error)
-    output.error(as_qtool_error(error))
+    output.error(told)
 
 
-def as_qtool_error(error: BaseException) -> QtoolError:
-    """The user-facing form of any exception."""
+def as_qtool_error(error: BaseException, again: Hint = RUN_AGAIN) -> QtoolError:
+    """The user-facing form of any exception; `again` is what to do where nothing else is wrong."""
+    if isinstance(error, AnswerLost):
+        return error.with_hint((error.hint, ", and ", *again))
     if isinstance(error, QtoolError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return QtoolError("interrupted", kind="interrupted", hint=RUN_AGAIN)
+        return QtoolError("interrupted", kind="interrupted", hint=again)
     if isinstance(error, MemoryError):
         return QtoolError(
             f"out of memory: {error}", kind="memory", hint="close other programs or use less"
         )
     if isinstance(error, OSError):
-        return _from_os_error(error)
+        return _from_os_error(error, again)
     return QtoolError(
         f"unexpected {type(error).__name__}: {error}",
         kind="internal",
@@ -104,24 +176,39 @@ def as_qtool_error(error: BaseException) -> QtoolError:
     )
 
 
-def _from_os_error(error: OSError) -> QtoolError:
+def _from_os_error(error: OSError, again: Hint) -> QtoolError:
     where = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return QtoolError(
             f"{where}: no space left on the device",
             kind="no_space",
-            hint="free some space and run the same command again; it continues",
+            hint=("free some space and ", *again),
         )
     if error.errno == errno.ENOENT:
         return QtoolError(f"{where} does not exist", kind="not_found", hint="check the path")
+    if error.errno == errno.EISDIR:
+        return QtoolError(
+            f"{where} is a folder, expected a file", kind="unsupported", hint="name a file"
+        )
     hint = "check the path and its permissions"
     return QtoolError(f"{where}: {error.strerror or error}", kind="bad_file", hint=hint)
 
 
-def _raise_terminated(signum: int, frame: FrameType | None) -> None:
-    raise QtoolError(
-        "terminated",
-        kind="interrupted",
-        hint=RUN_AGAIN,
-        exit_code=EXIT_TERMINATED,
-    )
+def _how_again(ctx: typer.Context, command: str) -> Hint:
+    """What to do after an interruption, wherever in the command it came."""
+    if ctx.params.get("dry_run") or ctx.params.get("restart"):
+        return RUN_AGAIN
+    if command in CONTINUING:
+        return (*RUN_AGAIN, "; it continues where it stopped")
+    if command == "finetune":  # which begins too, where nothing is saved
+        return (*RUN_AGAIN, " with ", Option("resume"))
+    return RUN_AGAIN
+
+
+def _terminator(again: Hint) -> Callable[[int, FrameType | None], None]:
+    """The handler of SIGTERM: the verb ends as an error that is told."""
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise QtoolError("terminated", kind="interrupted", hint=again, exit_code=EXIT_TERMINATED)
+
+    return terminate

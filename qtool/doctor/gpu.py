@@ -1,4 +1,4 @@
-"""NVIDIA GPUs as nvidia-smi reports them, and whether torch and CuPy can use them.
+"""NVIDIA GPUs, MIG slices of them, and whether torch and CuPy can use them, as nvidia-smi says.
 
 torch's build is read from its version.py and CuPy's libraries are looked for as files: neither
 package is imported. Memory is MiB as nvidia-smi counts it (2^20 bytes).
@@ -13,14 +13,25 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from qtool.doctor.packages import installed_version
 from qtool.doctor.records import Check
 
+QUERY_FIELDS: Final = (
+    "name,memory.total,memory.free,compute_cap,driver_version,uuid,mig.mode.current"
+)
+VISIBLE_DEVICES: Final = "CUDA_VISIBLE_DEVICES"
+# Lines of `nvidia-smi -L`: a GPU, and the slices of it that follow.
+LISTED_GPU: Final = re.compile(r"GPU (\d+): ")
+LISTED_SLICE: Final = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (MIG-[^)]+)\)")
+# A row of the plain output's table of slices: GPU, two numbers of instances, slice; memory.
+SLICE_MEMORY: Final = re.compile(
+    r"^\|\s+(\d+)\s+\d+\s+\d+\s+(\d+)\s+\|\s+(\d+)MiB\s*/\s*(\d+)MiB", re.MULTILINE
+)
 NVIDIA_SMI_TIMEOUT_S: Final = 20  # without persistence mode each GPU takes seconds to wake up
 MOSTLY_TAKEN: Final = 0.5  # of the memory: less free than this is worth a warning
 CUPY_PACKAGES: Final = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
@@ -28,13 +39,32 @@ CUPY_LIBRARIES: Final = ("nvrtc",)  # compiles the kernels; CuPy brings the runt
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of a GPU that MIG divides: `profile` is its size, "3g.20gb".
+
+    Memory is None where nvidia-smi's table does not show it.
+    """
+
+    profile: str
+    uuid: str
+    total_mib: int | None = None
+    free_mib: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Gpu:
-    """One line of nvidia-smi. Memory is None where the GPU has none of its own (GB10, Jetson)."""
+    """One line of nvidia-smi. Memory is None where the GPU has none of its own (GB10, Jetson).
+
+    Of one that `is_divided` by MIG programs can have `slices`, and not the whole.
+    """
 
     name: str
     total_mib: int | None
     free_mib: int | None
     compute_capability: str
+    uuid: str = ""
+    is_divided: bool = False
+    slices: tuple[Slice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +81,25 @@ class NvidiaSmi:
         """12 or 13; None where unknown."""
         return int(self.cuda.partition(".")[0]) if self.cuda else None
 
+    @property
+    def free_mib(self) -> tuple[int, ...]:
+        """What is free on each GPU or slice, where that is known."""
+        parts = (gpu.slices if gpu.is_divided else (gpu,) for gpu in self.gpus)
+        return tuple(it.free_mib for part in parts for it in part if it.free_mib is not None)
+
 
 def ask_nvidia_smi() -> NvidiaSmi:
     """Run nvidia-smi; an empty record where there is none, never an exception."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return NvidiaSmi()
-    query = "--query-gpu=name,memory.total,memory.free,compute_cap,driver_version"
+    query = f"--query-gpu={QUERY_FIELDS}"
     try:
         rows = _run(program, query, "--format=csv,noheader,nounits")
-        return parse_nvidia_smi(rows, _run(program))
+        smi = parse_nvidia_smi(rows, banner := _run(program))
+        if any(gpu.is_divided for gpu in smi.gpus):
+            return with_slices(smi, _run(program, "-L"), banner)
+        return smi
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         return NvidiaSmi(problem=_words_of(error))
 
@@ -73,14 +112,32 @@ def parse_nvidia_smi(rows: str, banner: str) -> NvidiaSmi:
     """
     gpus, driver = [], None
     for row in rows.strip().splitlines():
-        name, total, free, capability, driver = (field.strip() for field in row.split(","))
-        gpus.append(Gpu(name, _mib(total), _mib(free), capability))
+        name, total, free, capability, driver, uuid, mig = (f.strip() for f in row.split(","))
+        gpus.append(Gpu(name, _mib(total), _mib(free), capability, uuid, mig == "Enabled"))
     cuda = re.search(r"CUDA Version:\s*(\d+\.\d+)", banner)
     return NvidiaSmi(tuple(gpus), driver, cuda.group(1) if cuda else None)
 
 
+def with_slices(smi: NvidiaSmi, listing: str, banner: str) -> NvidiaSmi:
+    """The same with the MIG slices of `nvidia-smi -L`, and their memory from the plain output."""
+    memory = {
+        (int(gpu), int(device)): (int(total), int(total) - int(used))
+        for gpu, device, used, total in SLICE_MEMORY.findall(banner)
+    }
+    slices: dict[int, list[Slice]] = {}
+    number = -1
+    for line in listing.splitlines():
+        if match := LISTED_GPU.match(line):
+            number = int(match[1])
+        elif match := LISTED_SLICE.match(line):
+            total, free = memory.get((number, int(match[2])), (None, None))
+            slices.setdefault(number, []).append(Slice(match[1], match[3], total, free))
+    gpus = (replace(g, slices=tuple(slices.get(index, ()))) for index, g in enumerate(smi.gpus))
+    return replace(smi, gpus=tuple(gpus))
+
+
 def check_gpus(smi: NvidiaSmi) -> Iterator[Check]:
-    """Driver and GPUs, and how much of their memory others hold."""
+    """Driver and GPUs, how much of their memory others hold, and which of them programs see."""
     if smi.problem is not None:
         fix = "reboot after a driver update; in a container, start it with --gpus all"
         yield Check("driver", "fail", f"nvidia-smi fails: {smi.problem}", fix)
@@ -90,19 +147,89 @@ def check_gpus(smi: NvidiaSmi) -> Iterator[Check]:
         return
     yield Check("driver", "ok", f"{smi.driver}, supports CUDA {smi.cuda or 'unknown'}")
     for index, gpu in enumerate(smi.gpus):
-        yield _check_gpu(f"gpu {index}", gpu)
+        if gpu.is_divided:
+            yield from _check_slices(f"gpu {index}", gpu)
+        else:
+            yield _check_gpu(f"gpu {index}", gpu)
+    yield from check_visible_devices(smi)
+
+
+def _check_slices(name: str, gpu: Gpu) -> Iterator[Check]:
+    if not gpu.slices:
+        fix = (
+            "as root: nvidia-smi mig -lgip lists profiles, nvidia-smi mig -cgi PROFILE -C makes one"
+        )
+        found = f"{gpu.name}: MIG is on and there is no slice, so that no program can use it"
+        yield Check(name, "warn", found, fix)
+        return
+    count = f"{len(gpu.slices)} slice{'s' * (len(gpu.slices) != 1)}"
+    found = f"{gpu.name}: MIG divides it into {count}, compute capability {gpu.compute_capability}"
+    yield Check(name, "ok", found)
+    for number, part in enumerate(gpu.slices):
+        yield _check_memory(f"{name} mig {number}", part.profile, part, f", {part.uuid}")
+
+
+def check_visible_devices(smi: NvidiaSmi) -> Iterator[Check]:
+    """What CUDA_VISIBLE_DEVICES leaves of them; if it is not set, that MIG leaves one slice."""
+    name, asked = "visible devices", os.environ.get(VISIBLE_DEVICES)
+    slices = {part.uuid: part for gpu in smi.gpus for part in gpu.slices}
+    if asked is None:
+        if slices:
+            found = f"{VISIBLE_DEVICES} is not set: a program sees one slice"
+            first = next(iter(slices))
+            yield Check(name, "info", found, f"{VISIBLE_DEVICES}={first} chooses it by its UUID")
+        return
+    entries = [entry.strip() for entry in asked.split(",")]
+    seen, unknown = [], None
+    for entry in entries:
+        found_device = _device_named(entry, smi, slices)
+        if found_device is None:
+            unknown = entry
+            break
+        seen.append(found_device)
+    known = ", ".join([*map(str, range(len(smi.gpus))), *slices])
+    fix = f"unset it, or name some of {known}"
+    if not seen:
+        found = f"{VISIBLE_DEVICES}={asked} names no GPU here, so that programs see none"
+        yield Check(name, "warn", found, fix)
+    elif unknown is not None:
+        found = f"{VISIBLE_DEVICES}: {unknown} is no GPU here, and CUDA leaves it and the rest out"
+        yield Check(name, "warn", found, fix)
+    elif len(seen) > 1 and any(entry.startswith("MIG-") for entry in entries):
+        found = f"{VISIBLE_DEVICES} names {len(seen)} devices, but CUDA uses one slice at a time"
+        yield Check(name, "warn", found, f"{VISIBLE_DEVICES}={entries[0]}")
+    else:
+        yield Check(name, "ok", f"{', '.join(seen)} ({VISIBLE_DEVICES})")
+
+
+def _device_named(entry: str, smi: NvidiaSmi, slices: Mapping[str, Slice]) -> str | None:
+    """A device by its number or the start of its UUID, in words; None where there is none."""
+    if entry.isdigit():
+        return f"GPU {int(entry)}" if int(entry) < len(smi.gpus) else None
+    if not entry.startswith(("GPU-", "MIG-")):
+        return None
+    gpus = {gpu.uuid: gpu.name for gpu in smi.gpus}
+    named = gpus | {uuid: f"MIG {part.profile}" for uuid, part in slices.items()}
+    found = [uuid for uuid in named if uuid.startswith(entry)]
+    return named[found[0]] if len(found) == 1 else None
 
 
 def _check_gpu(name: str, gpu: Gpu) -> Check:
-    capability = f"compute capability {gpu.compute_capability}"
+    capability = f", compute capability {gpu.compute_capability}"
     if gpu.total_mib is None or gpu.free_mib is None:
-        return Check(name, "ok", f"{gpu.name}: shares the host's memory, {capability}")
-    memory = f"{gpu.free_mib:,} MiB free of {gpu.total_mib:,} MiB"
-    found = f"{gpu.name}: {memory}, {capability}"
-    if gpu.free_mib >= MOSTLY_TAKEN * gpu.total_mib:
+        return Check(name, "ok", f"{gpu.name}: shares the host's memory{capability}")
+    return _check_memory(name, gpu.name, gpu, capability)
+
+
+def _check_memory(name: str, what: str, device: Gpu | Slice, more: str) -> Check:
+    total, free = device.total_mib, device.free_mib
+    if total is None or free is None:
+        return Check(name, "ok", f"{what}{more}")
+    found = f"{what}: {free:,} MiB free of {total:,} MiB{more}"
+    if free >= MOSTLY_TAKEN * total:
         return Check(name, "ok", found)
     fix = "another process holds the rest (nvidia-smi lists it): stop it"
-    return Check(name, "warn", found, f"{fix}, or choose a GPU with CUDA_VISIBLE_DEVICES")
+    return Check(name, "warn", found, f"{fix}, or choose a GPU with {VISIBLE_DEVICES}")
 
 
 def check_torch_build(smi: NvidiaSmi) -> Iterator[Check]:

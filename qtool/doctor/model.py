@@ -46,9 +46,8 @@ def check_model(model: str, smi: NvidiaSmi) -> Iterator[Check]:
 
 def check_size(checkpoint: Checkpoint, smi: NvidiaSmi, *, packed: bool) -> Check:
     """Whether the weights fit the freest GPU (or the memory), with room for the context."""
-    free_on_gpus = [gpu.free_mib for gpu in smi.gpus if gpu.free_mib is not None]
-    if free_on_gpus:
-        free, where = max(free_on_gpus) * MIB, "the GPU"
+    if smi.free_mib:
+        free, where = max(smi.free_mib) * MIB, "the GPU"
     else:
         free, where = available_memory_bytes()[0], "memory"
     share = checkpoint.weights_bytes / max(1, free)

@@ -21,12 +21,14 @@ MINIMUM_PYTHON: Final = (3, 11)
 class Requirement:
     """A package, the oldest version that works and the extra of qtool that installs it.
 
-    `extra` is "" for the base install.
+    `extra` is "" for the base install, which needs it whatever one does; `needed_by` says what
+    needs one of an extra.
     """
 
     package: str
     minimum: str
     extra: str = ""
+    needed_by: str = "generate, finetune and demo need it"
 
 
 # pyproject.toml says the same; a test compares the two.
@@ -40,11 +42,16 @@ REQUIREMENTS: Final = (
     Requirement("torch", "2.6", "run"),
     Requirement("transformers", "5.10", "run"),
     Requirement("accelerate", "1.6", "run"),
+    Requirement(
+        "peft", "0.17", "finetune", "generate --adapter, finetune and the check of merge need it"
+    ),
+    Requirement("trl", "1.16", "finetune", "finetune needs it"),
+    Requirement("datasets", "4.0", "finetune", "finetune needs it"),
 )
 
 
 def check_packages() -> Iterator[Check]:
-    """Python, qtool, and every package of the base install and of `qtool[run]`."""
+    """Python, qtool, and every package of the base install, `qtool[run]` and `qtool[finetune]`."""
     yield _check_python()
     yield Check("qtool", "ok", f"{qtool.__version__} in {Path(qtool.__file__).parent}")
     for requirement in REQUIREMENTS:
@@ -66,7 +73,7 @@ def check_requirement(requirement: Requirement) -> Check:
     target = f'"qtool[{extra}]"' if extra else "qtool"
     version = installed_version(name)
     if version is None and extra:
-        found = "not installed; generate and demo need it"
+        found = f"not installed; {requirement.needed_by}"
         return Check(name, "info", found, f"pip install {target}")
     if version is None:
         return Check(name, "fail", "not installed", f"pip install --force-reinstall {target}")

@@ -10,7 +10,7 @@ from qtool.exact.records import ExactRequest, FloatDtype, LoraAdapters, Optimize
 from qtool.planner.llm_int8 import outlier_share
 from qtool.planner.model import PlannedModel
 from qtool.planner.records import Estimate, ExactRun, MemoryPlan, Workload
-from qtool.runtime.requirements import require_run_extra
+from qtool.runtime.requirements import require_peft, require_run_extra
 
 OPTIMIZERS: Final[dict[str, Optimizer]] = {"adamw": "adamw", "adamw-8bit": "adamw_8bit"}
 FLOAT_DTYPES: Final[dict[int, FloatDtype]] = {2: "bf16", 4: "fp32"}
@@ -26,6 +26,8 @@ def run_plans(model: PlannedModel, estimate: Estimate) -> Estimate:
     """
     requests = [exact_request(model, plan) for plan in estimate.plans]  # all before any runs
     require_run_extra()
+    if any(request.adapter is not None for request in requests):
+        require_peft()
     runs = zip(estimate.plans, requests, strict=True)
     return replace(estimate, plans=tuple(_run(model, plan, request) for plan, request in runs))
 
@@ -63,6 +65,7 @@ def exact_request(model: PlannedModel, plan: MemoryPlan) -> ExactRequest:
         prefill_chunk=workload.prefill_chunk,
         head_quant=workload.head_quant if workload.is_own else None,
         compute_dtype=dtype,
+        adapter=None if workload.adapter is None else workload.adapter.config,
         lora=LoraAdapters(
             r=tuning.lora_r,
             targets=tuning.lora_targets or (),

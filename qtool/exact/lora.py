@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import peft
@@ -51,6 +52,13 @@ def add_adapters(model: Any, lora: LoraAdapters) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(FLOAT_DTYPES[lora.dtype])
     return model
+
+
+def put_into_layers(model: Any, adapter_config: Mapping[str, Any]) -> None:
+    """The adapter of this adapter_config.json, as `qtool.runtime.adapters` puts it there."""
+    with torch.device("meta"):
+        peft.get_peft_model(model, peft.PeftConfig.from_peft_type(**adapter_config))
+    model.eval()
 
 
 def _all_linear(model: Any) -> list[str]:

@@ -14,6 +14,7 @@ from qtool.exact.own_runtime import run_own_runtime
 from qtool.exact.records import ExactPeak, ExactRequest
 from qtool.exact.storages import LiveStorages
 from qtool.exact.training import run_training
+from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.runtime.loading import quiet_transformers
 
 
@@ -54,6 +55,12 @@ def _run(model: Any, storages: LiveStorages, moments: Moments, request: ExactReq
     if request.mode != "generate":
         return run_training(model, storages, moments, request)
     weights_bytes = storages.add(tensors(model), "weights")
+    if request.adapter is not None:
+        with quiet_bitsandbytes():  # PEFT imports it where it is installed
+            from qtool.exact.lora import put_into_layers
+
+        put_into_layers(model, request.adapter)
+        storages.add(tensors(model), "adapters")
     if request.runtime == "qtool":
         run_own_runtime(model, storages, moments, request)
     else:

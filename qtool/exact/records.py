@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from qtool.defaults import PREFILL_CHUNK
 
 Mode = Literal["generate", "qlora", "lora", "full"]
 Runtime = Literal["qtool", "transformers"]
@@ -49,6 +51,7 @@ class ExactRequest:
         prefill_chunk: tokens of a prompt that qtool's own runtime runs at once.
         head_quant: what the output head is packed in there; None leaves it as it is.
         lora: for modes qlora and lora.
+        adapter: the adapter_config.json of one that is generated with; None for none.
         int8_outliers: for bitsandbytes' INT8, the share of a layer's input columns that hold a
             value beyond the threshold 6.0, by the last part of the layer's name ("down_proj"). It
             depends on weights and text; no entry means none.
@@ -59,10 +62,11 @@ class ExactRequest:
     runtime: Runtime = "qtool"
     context: int = 4096
     batch: int = 1
-    prefill_chunk: int = 512
+    prefill_chunk: int = PREFILL_CHUNK
     head_quant: str | None = None
     compute_dtype: FloatDtype = "bf16"
     lora: LoraAdapters = LoraAdapters()
+    adapter: Mapping[str, Any] | None = None
     optimizer: Optimizer = "adamw"
     gradient_checkpointing: bool = True
     int8_outliers: Mapping[str, float] = field(default_factory=dict)

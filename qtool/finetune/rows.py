@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from qtool.errors import Option, QtoolError
+from qtool.finetune.data_place import JSON_SUFFIXES, asked_once, find_file
 from qtool.finetune.records import DataFile, DataOptions
 
 Kind = Literal["running text", "text", "prompt and completion", "messages"]
 Fields = Mapping[str, Any]
 
 PROMPT, COMPLETION, MESSAGES, TEXT = "prompt", "completion", "messages", "text"
-JSON_SUFFIXES: Final = (".jsonl", ".ndjson", ".json")
 COLUMNS_HINT: Final = (
     'rows hold "text", or "prompt" and "completion", or "messages" (a list of {"role", "content"})'
 )
@@ -124,35 +124,20 @@ def open_rows(options: DataOptions, source: str | None = None) -> Rows:
     """The rows of `options.source`, or of `source` with the same options; the first is looked at.
 
     Raises:
-        QtoolError: not_found, bad_file, network or auth; usage for columns that are not known.
+        QtoolError: not_found, unsupported, bad_file, network or auth; usage for a column of text
+            that is not there.
     """
     source = options.source if source is None else source
-    path = Path(source)
-    if path.is_dir():
-        raise QtoolError(
-            f"{source} is a folder, expected a .jsonl, .parquet or .txt file or a Hub dataset",
-            kind="usage",
-            hint="name the file in it",
-        )
-    if not path.exists():
-        if path.suffix in (*JSON_SUFFIXES, ".parquet", ".txt") or source.count("/") > 1:
-            raise QtoolError(f"{source} does not exist", kind="not_found", hint="check the path")
+    path = find_file(source)
+    if path is None:
         return _hub_rows(source, options)
     suffix = path.suffix.lower()
     if suffix in JSON_SUFFIXES:
         return _of_kind(source, "line", lambda: _json_lines(path), options, path=path)
     if suffix == ".parquet":
         return _parquet_rows(path, source, options)
-    if suffix == ".txt":
-        running = Rows(
-            source, "block", (TEXT,), "running text", TEXT, None, lambda: _text_blocks(path), path
-        )
-        return running
-    raise QtoolError(
-        f"{source}: expected a name that ends in .jsonl, .parquet or .txt, found "
-        f"{path.suffix or 'none of them'}",
-        kind="usage",
-        hint="rename the file if it is one of these",
+    return Rows(
+        source, "block", (TEXT,), "running text", TEXT, None, lambda: _text_blocks(path), path
     )
 
 
@@ -313,7 +298,10 @@ def _load_from_hub(name: str, revision: str | None, options: DataOptions) -> Any
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
-        return datasets.load_dataset(name, options.subset, split=options.split, revision=revision)
+        with asked_once(name):
+            return datasets.load_dataset(
+                name, options.subset, split=options.split, revision=revision
+            )
     except DatasetNotFoundError as error:
         gated = "gated" in str(error).lower()
         raise QtoolError(
@@ -332,11 +320,11 @@ def _load_from_hub(name: str, revision: str | None, options: DataOptions) -> Any
             kind="usage" if isinstance(error, ValueError) else "bad_file",
             hint=(Option("subset"), " and ", Option("split"), " choose a part of a dataset"),
         ) from error
-    except (ConnectionError, OSError) as error:
+    except (ConnectionError, OSError) as error:  # it answered, and then no more
         raise QtoolError(
-            f"{name}: no such file, and the Hub cannot be reached: {_first_line(error)}",
+            f"{name}: {_first_line(error)}",
             kind="network",
-            hint="check the path, the connection and HF_HUB_OFFLINE",
+            hint="check the connection and run the command again",
         ) from error
 
 

@@ -136,6 +136,16 @@ class Adapter:
         return name if is_folder or not revision else f"{name}@{revision}"
 
     @property
+    def idle_patterns(self) -> tuple[str, ...]:
+        """Patterns of ranks and alphas that match no module: the config may be another's."""
+        return tuple(
+            f"{key} {quoted(pattern)}"
+            for key in ("rank_pattern", "alpha_pattern")
+            for pattern in self.config.get(key) or {}
+            if not any(_ends(module, pattern) for module in self.updates)
+        )
+
+    @property
     def keeps_ties(self) -> bool:
         """Whether weights that the base ties stay tied in training."""
         return bool(self.config.get("ensure_weight_tying"))
@@ -266,6 +276,11 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         ("lora_alpha", _is_number),
         ("rank_pattern", _is_pattern),
         ("alpha_pattern", _is_pattern),
+        ("target_modules", _is_targets),
+        ("exclude_modules", _is_targets),
+        ("modules_to_save", _is_names),
+        ("layers_to_transform", _is_layers),
+        ("layers_pattern", _is_layer_names),
     ):
         if not is_valid(config.get(key, 8 if key in ("r", "lora_alpha") else None)):
             raise _bad(
@@ -287,7 +302,39 @@ def _is_count(value: object) -> bool:
 def _is_pattern(value: object) -> bool:
     if value is None:
         return True
-    return isinstance(value, dict) and all(_is_number(number) for number in value.values())
+    if not isinstance(value, dict) or not all(_is_number(number) for number in value.values()):
+        return False
+    return all(map(_is_expression, value))
+
+
+def _is_targets(value: object) -> bool:
+    """Names, or one regular expression for all of the name."""
+    if isinstance(value, list):
+        return all(isinstance(name, str) for name in value)
+    return value is None or (isinstance(value, str) and _is_expression(value))
+
+
+def _is_names(value: object) -> bool:
+    """Names that PEFT reads as expressions."""
+    names = [] if value is None else value
+    return isinstance(names, list) and all(isinstance(n, str) and _is_expression(n) for n in names)
+
+
+def _is_layer_names(value: object) -> bool:
+    return _is_names([value] if isinstance(value, str) else value)
+
+
+def _is_layers(value: object) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return value is None or all(type(number) is int for number in numbers)
+
+
+def _is_expression(pattern: str) -> bool:
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except re.error:
+        return False
+    return True
 
 
 def _trained_quant(source: LocalFolder) -> QuantizedPrecision | None:
@@ -329,19 +376,32 @@ def _sort_tensors(
         if match := _PART.fullmatch(name):
             part = match["part"].removesuffix(".weight").replace("embedding_", "")
             kind = "embedding" if "lora_embedding" in match["part"] else "linear"
-            parts.setdefault(match["module"], {})[part] = tensor
+            found = parts.setdefault(match["module"], {})
+            _refuse_second(folder, found.get(part), tensor)
+            found[part] = tensor
             if part == "lora_A":
-                parts[match["module"]][kind] = tensor
+                found[kind] = tensor
         elif _NO_REPLACEMENT.search(name):
             raise _unsupported(
                 folder, f"{WEIGHTS_NAME} holds {tensor.name}, which is no plain LoRA"
             )
         else:
-            replacements[name.replace(".base_layer.", ".")] = tensor
+            name = name.replace(".base_layer.", ".")
+            _refuse_second(folder, replacements.get(name), tensor)
+            replacements[name] = tensor
     updates = {module: _low_rank(folder, config, module, found) for module, found in parts.items()}
     if not updates and not replacements:
         raise _bad(folder, f"{WEIGHTS_NAME} holds no tensors", "save the adapter again")
     return updates, replacements
+
+
+def _refuse_second(folder: Path, first: TensorInfo | None, second: TensorInfo) -> None:
+    if first is not None:
+        raise _bad(
+            folder,
+            f"{WEIGHTS_NAME}: {first.name} and {second.name} are for the same place",
+            "the file was put together from several; save the adapter again with PEFT",
+        )
 
 
 def _low_rank(
@@ -349,16 +409,19 @@ def _low_rank(
 ) -> LowRank:
     for name in ("lora_A", "lora_B"):
         if name not in parts:
+            found = ", ".join(part.name for part in dict.fromkeys(parts.values()))
             raise _bad(
-                folder, f"{WEIGHTS_NAME}: {module} has no {name}", "the adapter is incomplete"
+                folder,
+                f"{WEIGHTS_NAME}: {module} has no {name}, only {found}",
+                "the adapter is incomplete; save it again, or fetch it again",
             )
     a, b = parts["lora_A"], parts["lora_B"]
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise _unsupported(
             folder, f"{a.name} has the shape {list(a.shape)}: only matrices can be merged"
         )
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    rank = _by_pattern(config, "rank_pattern", module, config.get("r", 8))
+    alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8))
     if a.shape[0] != b.shape[1] or a.shape[0] != rank:
         raise _bad(
             folder,
@@ -387,15 +450,16 @@ def _low_rank(
     return LowRank(module, a, b, alpha / divisor, "embedding" in parts, magnitude, bias)
 
 
-def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
-    """The first pattern that the end of the module's name matches, as PEFT reads them."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error:
-            continue
-    return default
+def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+    """The value of the first pattern that the end of the module's name matches, as in PEFT."""
+    matching = (
+        value for pattern, value in (config.get(key) or {}).items() if _ends(module, pattern)
+    )
+    return next(matching, default)
+
+
+def _ends(module: str, pattern: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def _bad(folder: Path, what: str, hint: str) -> QtoolError:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +12,7 @@ from qtool.backends import BackendChoice, ChosenBackend, choose_backend
 from qtool.checkpoint.adapter_files import CONFIG_NAME, TOKENIZER_FILES, AdapterPlace, find_adapter
 from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.records import Checkpoint
-from qtool.events import OnEvent, ignore_events
+from qtool.events import Note, OnEvent, ignore_events
 from qtool.formats.precisions import Precision, QuantFormat
 from qtool.merge.adapter import Adapter, check_values, open_adapter
 from qtool.merge.base import Base, Onto, find_base
@@ -107,11 +108,19 @@ def plan_merge(request: MergeRequest, *, on_event: OnEvent = ignore_events) -> P
         base.checkpoint,
         max_shard_bytes=None if recipe else request.max_shard_bytes,
     )
+    for text in _warnings(adapter):
+        on_event(Note(text, "warning"))
     quant_plan = None if recipe is None else build_plan(sources.checkpoint, recipe)
     chosen = choose_backend(request.backend if recipe else "cpu")
     if recipe is None:
         chosen = chosen._replace(reason="16 bit: a GPU has nothing to do")
     return PlannedMerge(request, adapter, base, sources, quant_plan, chosen)
+
+
+def _warnings(adapter: Adapter) -> Iterator[str]:
+    """What its config says of modules that are not there, which PEFT leaves out as well."""
+    for pattern in adapter.idle_patterns:
+        yield f"{adapter.place}: {pattern} in {CONFIG_NAME} matches no module of the adapter"
 
 
 def run_merge(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
 from qtool.architecture import Architecture, ModelTensor, build_architecture
+from qtool.checkpoint.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from qtool.checkpoint.reading import open_shard
 from qtool.checkpoint.records import Checkpoint, Shard, TensorInfo
 from qtool.errors import Option, QtoolError
@@ -27,7 +28,8 @@ from qtool.formats.bitsandbytes import (
     stray_statistics,
 )
 from qtool.formats.tensors import TORCH_NAMES, SourceDtype
-from qtool.merge.adapter import Adapter, LowRank
+from qtool.merge.adapter import PREFIX, Adapter, LowRank
+from qtool.merge.targets import is_saved_whole, is_target, stack_of
 from qtool.quantize.plan import ShardPlan, TensorPlan, split_into_shards
 
 MAX_QUANT_STATE_BYTES: Final = 1 << 16
@@ -96,13 +98,15 @@ def pair(adapter: Adapter, base: Checkpoint, *, max_shard_bytes: int | None) -> 
     """Find the weight of every tensor of the adapter.
 
     Raises:
-        QtoolError: a tensor of the adapter has no weight, or one of another shape.
+        QtoolError: a tensor of the adapter has no weight, or one of another shape; or what its
+            config says was trained is not in it.
     """
     pairing = _Pairing(adapter, base)
     for module, update in adapter.updates.items():
         pairing.add_update(module, update)
     for name, tensor in adapter.replacements.items():
         pairing.replace(name, tensor)
+    pairing.check_complete()
     untied = pairing.untie()
     pairing.check_shapes()
     tensors = [
@@ -152,6 +156,9 @@ class _Pairing:
         """Pair one low-rank update with its weight, and with its bias."""
         name = self._find(f"{module}.weight", update.a.name, may_be_tied=True)
         source = self.sources[name]
+        if source.update is not None:
+            raise self._second(name, source.update.a.name, update.a.name)
+        self._refuse_other_kind(name, update)
         by_columns = update.is_embedding or self._is_conv1d(name)
         if update.is_embedding and update.magnitude is not None:
             raise QtoolError(
@@ -169,7 +176,48 @@ class _Pairing:
         stored = self._find(name, tensor.name, may_be_tied=True)
         self._refuse_other_shape(stored, tensor)
         source = self.sources[stored]
+        if source.in_adapter:
+            raise self._second(stored, cast(TensorInfo, source.base).name, tensor.name)
         self.sources[stored] = replace(source, base=tensor, in_adapter=True)
+
+    def check_complete(self) -> None:
+        """Refuse an adapter without what its config says was trained, as far as the model is known.
+
+        PEFT goes on with what it makes anew, which adds nothing. Of a model of several stacks, text
+        and images, those that the adapter leaves alone may be another class's, which it was trained
+        without.
+        """
+        if self.architecture is None:
+            return
+        parameters = list(self.architecture.tensors.values())
+        stacks = {stack_of(it.name) for it in parameters} - {None}
+        if len(stacks) > 1:
+            adapted = {stack_of(it.name) for it in parameters if self._is_adapted(it.module_name)}
+            parameters = [
+                it
+                for it in parameters
+                if stack_of(it.name) in adapted
+                or is_saved_whole(self.adapter.config, it.module_name)
+            ]
+        lost = [it for it in parameters if self._is_lost(it)]
+        if not lost:
+            return
+        first, config = lost[0], self.adapter.config
+        if is_saved_whole(config, first.module_name):
+            key, names = "modules_to_save", f"{PREFIX}{first.name}"
+        elif first.name.endswith(".bias"):
+            key, names = "bias", f"{PREFIX}{first.name}"
+        else:
+            part = "lora_embedding_A" if first.kind == "embedding" else "lora_A.weight"
+            key, names = "target_modules", f"{PREFIX}{first.module_name}.{part}"
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise QtoolError(
+            f"{self.adapter.folder}: {WEIGHTS_NAME}: expected {names}{more}, as {key} in "
+            f"{CONFIG_NAME} says that it was trained; found nothing for it",
+            kind="bad_file",
+            hint=f"the adapter is incomplete: save or fetch it again; if it is whole, let {key} in "
+            f"its {CONFIG_NAME} name only what was trained",
+        )
 
     def untie(self) -> str | None:
         """Where one of two tied weights was changed, let the other one be stored as it was.
@@ -221,6 +269,53 @@ class _Pairing:
             yield info, source
 
     # -- inside ---------------------------------------------------------------------------------
+
+    def _is_lost(self, parameter: ModelTensor) -> bool:
+        """Whether it was trained, and nothing of that is in the adapter."""
+        config, module = self.adapter.config, parameter.module_name
+        stored = self._stored.get(parameter.name)
+        source = self.sources[stored] if stored is not None else None
+        if is_saved_whole(config, module):
+            owner = self._stored.get(parameter.tied_to or "")
+            found = source or (self.sources[owner] if owner is not None else None)
+            return found is not None and not found.in_adapter
+        if source is None and parameter.tied_to is None:
+            return False  # the base has no such tensor, which is not for the adapter to say
+        if parameter.name.endswith(".bias"):
+            is_trained = config.get("bias") == "all" or (
+                config.get("bias") == "lora_only" and self._is_adapted(module)
+            )
+            return is_trained and source is not None and not source.in_adapter
+        is_linear = parameter.is_linear
+        if not is_linear and parameter.kind != "embedding":
+            return False
+        is_changed = source is not None and source.update is not None
+        return not is_changed and is_target(config, module, is_linear=is_linear)
+
+    def _is_adapted(self, module: str) -> bool:
+        stored = self._stored.get(f"{module}.weight")
+        return stored is not None and self.sources[stored].update is not None
+
+    def _refuse_other_kind(self, name: str, update: LowRank) -> None:
+        """LoRA of an embedding has its factors the other way round."""
+        parameter = self.architecture.find(name) if self.architecture else None
+        if parameter is None or (parameter.kind == "embedding") is update.is_embedding:
+            return
+        expected = "lora_embedding_A" if parameter.kind == "embedding" else "lora_A.weight"
+        raise QtoolError(
+            f"{self.adapter.folder}: {WEIGHTS_NAME}: {update.a.name}: expected {expected}, as "
+            f"{name} of {self.base.id} is of the kind {parameter.kind}",
+            kind="bad_file",
+            hint=("the adapter belongs to another model; name its own with ", Option("base")),
+        )
+
+    def _second(self, name: str, first: str, second: str) -> QtoolError:
+        return QtoolError(
+            f"{self.adapter.folder}: {WEIGHTS_NAME}: {first} and {second} are both for {name} of "
+            f"{self.base.id}",
+            kind="bad_file",
+            hint="the file was put together from several; save the adapter again with PEFT",
+        )
 
     def _add(
         self, name: str, source: Source, shape: tuple[int, ...], dtype: str, shard: str
@@ -285,16 +380,16 @@ class _Pairing:
         if self.architecture is not None and self.architecture.experts is not None:
             nearest += "; experts of a mixture cannot be merged into"
         return QtoolError(
-            f"{self.adapter.folder}: {adapter_name} has no weight in {self.base.id}: expected "
-            f"{name}{nearest}",
+            f"{self.adapter.folder}: {WEIGHTS_NAME}: {adapter_name} has no weight in "
+            f"{self.base.id}: expected {name}{nearest}",
             kind="bad_file",
             hint=("the adapter belongs to another model; name its own with ", Option("base")),
         )
 
     def _wrong_shape(self, adapter_name: str, name: str, expected: Sequence[int]) -> QtoolError:
         return QtoolError(
-            f"{self.adapter.folder}: {adapter_name} implies a weight {list(expected)}, but {name} "
-            f"of {self.base.id} is {list(self._shapes[name])}",
+            f"{self.adapter.folder}: {WEIGHTS_NAME}: {adapter_name} implies a weight "
+            f"{list(expected)}, but {name} of {self.base.id} is {list(self._shapes[name])}",
             kind="bad_file",
             hint=("the adapter belongs to another model; name its own with ", Option("base")),
         )
@@ -304,8 +399,9 @@ class _Pairing:
             return
         if tensor.shape[1:] == self._shapes[stored][1:]:
             raise QtoolError(
-                f"{self.adapter.folder}: {tensor.name} has {tensor.shape[0]} rows, {stored} of "
-                f"{self.base.id} {self._shapes[stored][0]}: the vocabulary was resized in training",
+                f"{self.adapter.folder}: {WEIGHTS_NAME}: {tensor.name} has {tensor.shape[0]} rows, "
+                f"{stored} of {self.base.id} {self._shapes[stored][0]}: the vocabulary was resized "
+                "in training",
                 kind="unsupported",
                 hint=("resize the base in transformers, save it, and give it as ", Option("base")),
             )

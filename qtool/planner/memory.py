@@ -64,6 +64,8 @@ class MemoryBudget:
         """Raises QtoolError if the model cannot be planned at `quant`."""
         check_mode(quant, workload)
         architecture, runtime = model.architecture, workload.runtime
+        if workload.adapter is not None and architecture is not None:
+            workload.adapter.check_fits(architecture)
         head_quant = workload.head_quant if workload.is_own else None
         weights = model.weights(quant, runtime, head_quant)
         layer = None
@@ -100,6 +102,7 @@ class MemoryBudget:
     def plan(self, workload: Workload) -> MemoryPlan:
         """The memory that the workload takes."""
         demand, overhead = self._demand(workload), self.overhead
+        own = self._own_runtime(workload)
         components: dict[ComponentName, Component] = dict(demand.parts)
         components["workspace"] = Component(overhead.workspace_bytes, "heuristic")
         components["runtime_overhead"] = Component(overhead.context_bytes, "heuristic")
@@ -120,6 +123,7 @@ class MemoryBudget:
             peak_low_bytes=low_bytes,
             peak_high_bytes=high_bytes,
             notes=self.notes,
+            int8_threshold=own.int8_threshold if own is not None else None,
         )
 
     def peak_bytes(self, workload: Workload) -> int:
@@ -175,10 +179,16 @@ class MemoryBudget:
         if self.layer is not None:
             parts["kv_cache"] = Component(cache_bytes, "exact")
             parts |= self._prompt_parts(self._prompt_peak(self.layer, workload))
-        steady_bytes = weights_bytes + cache_bytes + read_back_bytes
         own = self._own_runtime(workload)
+        adapter_bytes = 0
+        if own is not None and own.adapter is not None:
+            adapter_bytes = int(share.part * own.adapter_bytes(workload))
+            basis: Basis = "exact" if workload.gpus == 1 else "formula"
+            parts["adapters"] = Component(adapter_bytes, basis)
+        steady_bytes = weights_bytes + adapter_bytes + cache_bytes + read_back_bytes
         lies_there = own is not None and own.path != "eager"  # a cache of fixed capacity
-        demand = Demand(parts, weights_bytes + lies_there * cache_bytes, steady_bytes)
+        fixed_bytes = weights_bytes + adapter_bytes + lies_there * cache_bytes
+        demand = Demand(parts, fixed_bytes, steady_bytes)
         if steady_bytes > demand.total_bytes:  # reading the cache back takes more than the prompt
             parts |= _decoding(read_back_bytes)
         return demand
@@ -274,11 +284,18 @@ class MemoryBudget:
         if self.loading is not None and len(self.shares) == 1:
             return self.loading.peak_bytes
         last_bytes = self.shares[-1].weights_bytes + self.weights.more_before_bytes
-        return max(last_bytes, *(share.weights_bytes for share in self.shares))
+        own = self._own_runtime(self.workload)
+        adapter_bytes = 0 if own is None else own.adapter_loading_bytes()
+        return max(
+            last_bytes,
+            *(share.weights_bytes + int(share.part * adapter_bytes) for share in self.shares),
+        )
 
 
 def _notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str, ...]:
     notes = plan_notes(model, quant, workload)
+    if workload.is_own and workload.adapter is not None:
+        notes = (*notes, *workload.adapter.notes())
     if workload.mode == "generate" or model.architecture is None:
         return notes
     from qtool.planner.training_plan import training_notes

@@ -15,6 +15,8 @@ dequantized to multiply by it (the last h + q are the hidden state and what atte
     gate and up         h + 2*i + h + q, and W of one
     down                h + i + h + q, and W
 
+An adapter's inner values lie beside the same results once W is gone.
+
 Where activations are rounded to INT8 too, what `rounded_products` says stands for W. A GPU of
 Hopper reads packed weights for some thousand tokens, and needs W only for the few tokens that are
 compared before the first prompt; a plan is for any GPU.
@@ -37,6 +39,7 @@ from qtool.planner.activations import (
     PrefillPeak,
     prefill_peak,
 )
+from qtool.planner.adapters import PlannedAdapter
 from qtool.planner.kv_cache import CacheLayers, cached_tokens, kv_cache_bytes
 from qtool.planner.records import Workload
 from qtool.planner.rounded_products import RoundedProducts
@@ -171,8 +174,18 @@ class FusedBlock:
         angles = self.num_angles * capacity * self.head_dim
         return batch * states * HALF_BYTES + (results + angles) * FLOAT32_BYTES
 
-    def moments(self, tokens: int, rounding: RoundedProducts | None) -> Iterator[PrefillPeak]:
-        """Of `tokens` that go through at once; `rounding`: whether activations are rounded too."""
+    def moments(
+        self,
+        tokens: int,
+        rounding: RoundedProducts | None,
+        inner: Mapping[int, int] | None = None,
+    ) -> Iterator[PrefillPeak]:
+        """Of `tokens` that go through at once.
+
+        Args:
+            rounding: whether activations are rounded too.
+            inner: an adapter's inner values for each input of a block, see `PlannedAdapter`.
+        """
         queries = self.heads * self.head_dim
         states = 2 * self.hidden  # before and after the norm
         sums_bytes = tokens * self.heads * FLOAT32_BYTES
@@ -192,6 +205,9 @@ class FusedBlock:
         yield moment(sum(self.layers) + 2 * queries, more_bytes=sums_bytes)
         yield moment(2 * self.mlp, self.mlp, columns=self.hidden)
         yield moment(self.mlp, self.hidden, columns=self.mlp)
+        beside = (sum(self.layers), queries, 2 * self.mlp, self.mlp)
+        for place, rows in (inner or {}).items():
+            yield moment(beside[place] + rows)
 
     def _weight_bytes(self, layers: Sequence[int], columns: int) -> int:
         """The scratch that layers of so many rows are dequantized into, one group of pieces after
@@ -212,8 +228,8 @@ class OwnRuntime:
     """A model on its path.
 
     `fused` is None where another path is gone. `short_context`: up to which rotary frequencies are
-    the same, None if they always are. `rounding`: of the products with packed weights, if
-    activations are rounded for them.
+    the same, None if they always are. `int8_threshold`: of products with packed weights for which
+    activations are rounded too, None where they are not. `adapter`: what runs beside the layers.
     """
 
     path: Path
@@ -222,7 +238,8 @@ class OwnRuntime:
     fused: FusedBlock | None
     short_context: int | None
     takes_chunks: bool
-    rounding: RoundedProducts | None = None
+    int8_threshold: float | None = None
+    adapter: PlannedAdapter | None = None
 
     @classmethod
     def of(
@@ -241,7 +258,10 @@ class OwnRuntime:
         """
         num_parts = workload.gpus if workload.split == "tensor" else 1
         layer = LayerShape.of(architecture)
-        fused = FusedBlock.of(architecture, config, weights)
+        adapter = workload.adapter
+        fused = None
+        if adapter is None or adapter.is_plain:
+            fused = FusedBlock.of(architecture, config, weights)
         path: Path = "graph"
         if workload.gpus > 1 or architecture.model_type in EAGER_TYPES:
             path = "eager"
@@ -255,8 +275,32 @@ class OwnRuntime:
             fused=fused if path == "fused" else None,
             short_context=_original_context(config) if is_short_only else None,
             takes_chunks=architecture.model_type not in WHOLE_TYPES,
-            rounding=_rounding(config, weights, workload) if is_int8 else None,
+            int8_threshold=_threshold(config, weights, workload) if is_int8 else None,
+            adapter=adapter,
         )
+
+    @property
+    def rounding(self) -> RoundedProducts | None:
+        """What such products take."""
+        if self.int8_threshold is None:
+            return None
+        return RoundedProducts(has_outliers=self.int8_threshold != 0)
+
+    def adapter_bytes(self, workload: Workload) -> int:
+        """What the adapter takes all the time, on all GPUs together; 0 without one."""
+        if self.adapter is None:
+            return 0
+        element_bytes = self.weights.element_bytes
+        held_bytes = self.adapter.held_bytes(element_bytes)
+        if self.path != "fused":
+            return held_bytes
+        return held_bytes + self.adapter.copies_bytes(workload.batch, element_bytes)
+
+    def adapter_loading_bytes(self) -> int:
+        """What it takes while it is loaded: the file's tensors beside PEFT's."""
+        if self.adapter is None:
+            return 0
+        return self.adapter.held_bytes(self.weights.element_bytes) + self.adapter.file_bytes
 
     def cache_bytes(self, layers: CacheLayers, workload: Workload) -> int:
         """Keys and values of `layers` as they are allocated for the workload's context."""
@@ -313,18 +357,40 @@ class OwnRuntime:
         few = workload.batch * workload.context <= FEW_TOKENS
         if self.fused is not None and not self.fused.caps_scores and not few:
             tokens = workload.batch * min(workload.prefill_chunk, workload.context)
-            yield from self.fused.moments(tokens, self.rounding)
+            inner = None if self.adapter is None else self.adapter.inner_rows()
+            yield from self.fused.moments(tokens, self.rounding, inner)
             return
         yield self._operations_peak(chunk)
+        if self.adapter is not None and self.adapter.layers:
+            yield self._adapted_peak(chunk, self.adapter)
         yield self._head_peak(chunk)
 
     def _operations_peak(self, chunk: Chunk) -> PrefillPeak:
         """A chunk through transformers' own operations, the last of its prompt."""
-        weights, is_fixed = self.weights, self.path != "eager"
+        weights = self.weights
         reads_packed = chunk.batch * chunk.tokens <= FEW_TOKENS
         reads_packed &= weights.compute_bytes == HALF_BYTES
-        converts = weights.buffer != NO_BUFFER and weights.compute_bytes != weights.element_bytes
         buffer = weights.buffer if self.rounding is None else self._rounding_buffer(chunk)
+        return self._operations_beside(chunk, NO_BUFFER if reads_packed else buffer)
+
+    def _adapted_peak(self, chunk: Chunk, adapter: PlannedAdapter) -> PrefillPeak:
+        """The same where PEFT's layers add to what a product made: nothing is dequantized then."""
+        tokens, element_bytes = chunk.batch * chunk.tokens, self.weights.element_bytes
+        first, others = 0, 0
+        for layer in adapter.layers:
+            beside = layer.beside_product_bytes(tokens, element_bytes, is_dora=adapter.is_dora)
+            if layer.rows >= self.layer.mlp > layer.columns:
+                first = max(first, beside)
+            else:
+                others = max(others, beside + tokens * layer.rows * element_bytes)
+        peak = self._operations_beside(chunk, DequantBuffer(others, first))
+        all_bytes = peak.activations_bytes + peak.dequant_buffer_bytes
+        return PrefillPeak(all_bytes, 0, peak.logits_bytes)
+
+    def _operations_beside(self, chunk: Chunk, buffer: DequantBuffer) -> PrefillPeak:
+        """A chunk through transformers' own operations, beside what its products take."""
+        weights, is_fixed = self.weights, self.path != "eager"
+        converts = weights.buffer != NO_BUFFER and weights.compute_bytes != weights.element_bytes
         capacity = fixed_tokens(chunk.context) if is_fixed else chunk.context
         windows = [it.window for it in self.layer.cache_layers if isinstance(it, AttentionCache)]
         hides = is_fixed and any(window and window <= capacity for window in windows)
@@ -333,7 +399,7 @@ class OwnRuntime:
             context=chunk.tokens,
             batch=chunk.batch,
             element_bytes=weights.element_bytes,
-            buffer=NO_BUFFER if reads_packed else buffer,
+            buffer=buffer,
             converted_bytes=weights.compute_bytes if converts else 0,
             keys=capacity if hides or chunk.tokens < chunk.context else None,
         )
@@ -383,9 +449,7 @@ class OwnRuntime:
         return Chunk(tokens, workload.batch, context)
 
 
-def _rounding(
-    config: Mapping[str, Any], weights: Weights, workload: Workload
-) -> RoundedProducts | None:
+def _threshold(config: Mapping[str, Any], weights: Weights, workload: Workload) -> float | None:
     """None where activations stay as they are: a GPU rounds them in 16 bit only."""
     threshold = workload.int8_threshold
     if threshold is None or weights.compute_bytes != HALF_BYTES:
@@ -394,7 +458,7 @@ def _rounding(
         entry = config.get("quantization_config")
         found = entry.get("llm_int8_threshold") if isinstance(entry, Mapping) else None
         threshold = DEFAULT_INT8_THRESHOLD if found is None else found
-    return RoundedProducts(has_outliers=threshold != 0)
+    return threshold
 
 
 def _num_angles(architecture: Architecture, config: Mapping[str, Any]) -> int:

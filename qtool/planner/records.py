@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
+from qtool.defaults import PREFILL_CHUNK
 from qtool.formats.precisions import QuantizedPrecision
 from qtool.planner.devices import Split
 from qtool.planner.gpus import Gpu
 from qtool.planner.kv_cache import KvDtype, Runtime
+
+if TYPE_CHECKING:
+    from qtool.planner.adapters import PlannedAdapter
 
 # How a number is known: read from file headers; counted exactly from the config and the format;
 # a closed form over the architecture; experience with other machines.
@@ -99,9 +103,10 @@ class Workload:
     kv_dtype: KvDtype = "auto"
     gpus: int = 1
     split: Split = "pipeline"
-    prefill_chunk: int = 512
+    prefill_chunk: int = PREFILL_CHUNK
     head_quant: QuantizedPrecision | None = None
     int8_threshold: float | Literal["config"] | None = None
+    adapter: PlannedAdapter | None = None
     tuning: Tuning = field(default_factory=Tuning)
 
     @property
@@ -125,6 +130,7 @@ class MemoryPlan:
     decode steps once the context is full, or between training steps, `load_peak_bytes` the most
     while weights are loaded, both with the runtime's overhead. `peak_low_bytes` and
     `peak_high_bytes` bound `peak_bytes`. `notes` say what the runtime does that one may not expect.
+    `int8_threshold` is that of INT8 layers which round activations too, None where none do.
     """
 
     quant: str
@@ -139,6 +145,7 @@ class MemoryPlan:
     fits: tuple[Fit, ...] = ()
     notes: tuple[str, ...] = ()
     exact: ExactRun | None = None
+    int8_threshold: float | None = None
 
     @property
     def allocated_peak_bytes(self) -> int:

@@ -17,6 +17,7 @@ from qtool.errors import Option, QtoolError
 from qtool.report.estimate import new_table
 from qtool.report.output import JSON_SCHEMA_VERSION, Output
 from qtool.report.units import format_bytes
+from qtool.report.whole_files import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,6 +75,7 @@ def check_output(path: Path | None) -> None:
 def report_kernels(output: Output, result: BenchResult, path: Path | None) -> None:
     """The table, the cost of double quantization, the document."""
     _warn(output, result)
+    document = keep_document(output, bench_document(result), path, result.interruption)
     output.answer(*head_lines(result.device, result.versions), *_tables(result.rows))
     for ratio in result.details["double_quant_ratios"]:
         if ratio["engine"] == "qtool":
@@ -85,23 +87,25 @@ def report_kernels(output: Output, result: BenchResult, path: Path | None) -> No
     output.answer(dim_text(KERNEL_FOOTNOTE.format(n=result.rows[0].n)))
     if any(row.tokens is not None for row in result.rows):
         output.answer(dim_text(PRODUCT_FOOTNOTE))
-    finish_bench(output, bench_document(result), path, result.interruption)
+    finish_bench(output, document, path, result.interruption)
 
 
 def report_quantize(output: Output, result: BenchResult, path: Path | None) -> None:
     """The table, what it means, memory, the document."""
     _warn(output, result)
+    document = keep_document(output, bench_document(result), path)
     output.answer(*head_lines(result.device, result.versions), *_tables(result.rows), "")
     for line in _quantize_lines(result):
         output.answer(line)
     n = next(row.n for row in result.rows if row.engine == "qtool")
     output.answer(dim_text(QUANTIZE_FOOTNOTE.format(n=n, **result.details["storage"])))
-    finish_bench(output, bench_document(result), path)
+    finish_bench(output, document, path)
 
 
 def report_optimizers(output: Output, result: BenchResult, path: Path | None) -> None:
     """The table, what the states take, the document."""
     _warn(output, result)
+    document = keep_document(output, bench_document(result), path, result.interruption)
     output.answer(*head_lines(result.device, result.versions), *_tables(result.rows), "")
     for size in result.details["state_sizes"]:
         if size["engine"] == "qtool":
@@ -111,13 +115,14 @@ def report_optimizers(output: Output, result: BenchResult, path: Path | None) ->
             )
     limit = result.limits["copy"].bytes_per_s / 1e9
     output.answer(dim_text(OPTIMIZER_FOOTNOTE.format(n=result.rows[0].n, limit=limit)))
-    finish_bench(output, bench_document(result), path, result.interruption)
+    finish_bench(output, document, path, result.interruption)
 
 
 def report_generate(output: Output, result: GenerateBenchResult, path: Path | None) -> None:
     """A table for each size, how qtool ran, what the whole model would do, the document."""
     for warning in result.warnings:
         output.warn(warning)
+    document = keep_document(output, generate_document(result), path, result.interruption)
     head_quant = f", output head {result.head_quant}" if result.head_quant else ""
     output.answer(
         *head_lines(result.device, result.versions), f"{result.model}, {result.quant}{head_quant}"
@@ -131,7 +136,7 @@ def report_generate(output: Output, result: GenerateBenchResult, path: Path | No
     output.answer(dim_text(GENERATE_FOOTNOTE.format(n=result.runs[0].n, limit=limit)))
     if any(run.allocated_peak_bytes for run in result.runs):
         output.answer(dim_text(MEMORY_FOOTNOTE))
-    finish_bench(output, generate_document(result), path, result.interruption)
+    finish_bench(output, document, path, result.interruption)
 
 
 def _generate_table(runs: Sequence[GenerateRun]) -> Table:
@@ -235,19 +240,31 @@ def generate_document(result: GenerateBenchResult) -> dict[str, Any]:
     }
 
 
+def keep_document(
+    output: Output,
+    fields: dict[str, Any],
+    path: Path | None,
+    interruption: QtoolError | None = None,
+) -> dict[str, Any]:
+    """Write the document to `path`, before a word on stdout can fail; returns its fields."""
+    fields = {**fields, "complete": interruption is None}
+    if path is not None:
+        head = {"schema": JSON_SCHEMA_VERSION, "command": output.command}
+        document = {**head, **fields, "warnings": output.warnings}
+        text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
+        write_whole(path, text.encode())
+    return fields
+
+
 def finish_bench(
     output: Output,
     fields: dict[str, Any],
     path: Path | None,
     interruption: QtoolError | None = None,
 ) -> None:
-    """Show and keep the document; then end as interrupted, if it holds only a part."""
-    fields |= {"complete": interruption is None}
+    """Show the document; then end as interrupted, if it holds only a part."""
     output.document(fields)
     if path is not None:
-        head = {"schema": JSON_SCHEMA_VERSION, "command": output.command}
-        document = {**head, **fields, "warnings": output.warnings}
-        path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         output.note(f"written to {path}")
     if interruption is not None:
         raise interruption

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qtool.bench.finetune import FinetuneBenchResult, FinetuneRun
-from qtool.report.bench import dim_text, finish_bench, head_lines, time_text
+from qtool.report.bench import dim_text, finish_bench, head_lines, keep_document, time_text
 from qtool.report.estimate import new_table
 from qtool.report.output import Output
 from qtool.report.units import format_bytes
@@ -30,6 +30,7 @@ def report_finetune(output: Output, result: FinetuneBenchResult, path: Path | No
     """The table, the document."""
     for warning in result.warnings:
         output.warn(warning)
+    document = keep_document(output, _document(result), path, result.interruption)
     request = result.request
     checkpointing = "" if request.gradient_checkpointing else ", no checkpointing"
     output.answer(
@@ -42,7 +43,7 @@ def report_finetune(output: Output, result: FinetuneBenchResult, path: Path | No
     output.answer(dim_text(FOOTNOTE.format(n=result.runs[0].n)))
     if _on_gpu(result.runs):
         output.answer(dim_text(MEMORY_FOOTNOTE))
-    finish_bench(output, _document(result), path, result.interruption)
+    finish_bench(output, document, path, result.interruption)
 
 
 def _table(runs: tuple[FinetuneRun, ...]) -> Table:

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from qtool.report.tables import WholeTable
+
 WIDE_COLUMNS: Final = 124  # enough for every component in a column of its own
+ADAPTER_COLUMNS: Final = 10  # and for an adapter's
 MAX_BAR_CELLS: Final = 72
-FITS_CELLS: Final = 57  # what a GPU's row takes beside its name
 EQUAL_SHARE: Final = 5e-5  # a difference that two digits do not show
 NOT_KNOWN: Final = "-"
 
@@ -39,11 +41,13 @@ VERDICT_SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
     "tight": ("! tight", "yellow"),
     "no": ("✗ no", "red"),
 }
+TRAINING: Final = "training"
 # What a column or a bar's stretch adds up, with the sign and colour of the stretch.
-GROUPS: Final[tuple[tuple[str, str, str, tuple[ComponentName, ...]], ...]] = (
+Group = tuple[str, str, str, tuple[ComponentName, ...]]
+GROUPS: Final[tuple[Group, ...]] = (
     ("weights", "█", "blue", ("weights",)),
     ("KV cache", "▓", "cyan", ("kv_cache",)),
-    ("training", "▚", "green", ("adapters", "gradients", "optimizer")),
+    (TRAINING, "▚", "green", ("adapters", "gradients", "optimizer")),
     ("activations", "▒", "magenta", ("activations", "logits", "dequant_buffer")),
     ("overhead", "░", "bright_black", ("workspace", "runtime_overhead", "allocator")),
 )
@@ -94,6 +98,8 @@ def _plan_fields(plan: MemoryPlan) -> dict[str, Any]:
         "kv_dtype": plan.workload.kv_dtype,
         "prefill_chunk": plan.workload.prefill_chunk if plan.workload.is_own else None,
         "head_quant": plan.workload.head_quant if plan.workload.is_own else None,
+        "int8_threshold": plan.int8_threshold,
+        "adapter": _adapter_fields(plan.workload),
         "gpus": plan.workload.gpus,
         "split": plan.workload.split if plan.workload.gpus > 1 else None,
         "components": {name: part._asdict() for name, part in plan.components.items()},
@@ -109,6 +115,13 @@ def _plan_fields(plan: MemoryPlan) -> dict[str, Any]:
         "notes": list(plan.notes),
         "fits": [_fit_fields(fit) for fit in plan.fits],
     }
+
+
+def _adapter_fields(workload: Workload) -> dict[str, Any] | None:
+    adapter = workload.adapter
+    if adapter is None or not workload.is_own:
+        return None
+    return {"id": adapter.name, "rank": adapter.rank, "layers": len(adapter.layers)}
 
 
 def _fit_fields(fit: Fit) -> dict[str, Any]:
@@ -135,13 +148,15 @@ class EstimateView:
         plans = self.estimate.plans
         yield from _heading(self.estimate)
         yield ""
-        is_wide = options.max_width >= WIDE_COLUMNS
+        is_wide = options.max_width >= WIDE_COLUMNS + ADAPTER_COLUMNS * _has_adapter(plans)
         yield _wide_table(plans) if is_wide else _table(plans)
+        if not is_wide:
+            yield from _adapter_line(plans)
         yield ""
         yield from _bars(plans, options.max_width)
         if self.estimate.gpus:
             yield ""
-            yield _fits_table(self.estimate, options.max_width)
+            yield _fits_table(self.estimate)
             yield from _best(self.estimate)
             yield from _advice(plans)
         yield from _exact_lines(plans)
@@ -188,35 +203,52 @@ def _heading(estimate: Estimate) -> Iterable[Text]:
     sequences = f"{workload.batch} sequence{'s' * (workload.batch != 1)}"
     most = f" of at most {facts.max_context:,}" if facts.max_context else ""
     each = f" on each of {workload.gpus} GPUs ({workload.split})" if workload.gpus > 1 else ""
-    yield Text(f"{_doing(workload)}: {sequences} of {workload.context:,}{most} tokens")
+    yield Text(f"{_doing(estimate.plans)}: {sequences} of {workload.context:,}{most} tokens")
     yield Text(f"GPU memory in GiB (2^30 bytes){each}")
 
 
-def _doing(workload: Workload) -> str:
+def _doing(plans: Sequence[MemoryPlan]) -> str:
     """What is planned: "generate with qtool, output head nf4-dq", "qlora with transformers, r 16,
     adamw".
     """
+    workload = plans[0].workload
     words = f"{workload.mode} with {workload.runtime}"
     if workload.mode == "generate":
-        has_packed_head = workload.is_own and workload.head_quant
-        return words + (f", output head {workload.head_quant}" if has_packed_head else "")
+        return words + "".join(f", {part}" for part in _own_parts(plans))
     tuning = workload.tuning
     rank = "" if workload.mode == "full" else f", r {tuning.lora_r}"
     how = "" if tuning.gradient_checkpointing else ", activations kept"
     return f"{words}{rank}, {tuning.optimizer}{how}"
 
 
-def new_table() -> Table:
-    """A table without lines, its numbers held apart by blanks."""
-    from rich.table import Table
+def _own_parts(plans: Sequence[MemoryPlan]) -> Iterable[str]:
+    """What only qtool's own runtime knows."""
+    workload = plans[0].workload
+    if not workload.is_own:
+        return
+    if workload.head_quant:
+        yield f"output head {workload.head_quant}"
+    for threshold in {plan.int8_threshold for plan in plans} - {None}:
+        yield f"int8 activations of prompts, threshold {threshold:g}"
+    if (adapter := workload.adapter) is not None:
+        rank = "" if adapter.rank is None else f" (rank {adapter.rank})"
+        yield f"adapter {shown_name(adapter.name)}{rank}"
 
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+
+def new_table() -> WholeTable:
+    """A table without lines, its numbers held apart by blanks."""
+    from qtool.report.tables import WholeTable
+
+    return WholeTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
 
 def _table(plans: Sequence[MemoryPlan]) -> Table:
     table = new_table()
     table.add_column("quant", no_wrap=True)
     groups = [(name, names) for name, _, _, names in GROUPS if _is_shown(plans, names)]
+    if _has_adapter(plans):  # a column more would be too many
+        groups = [(name, names) for name, names in groups if name != TRAINING]
+        groups[0] = ("weights", ("weights", "adapters"))
     for name in ("on disk", *(name for name, _ in groups), "peak", "range"):
         table.add_column(name, justify="right", no_wrap=True)
     for plan in plans:
@@ -248,6 +280,26 @@ def _wide_table(plans: Sequence[MemoryPlan]) -> Table:
             format_gib(plan.load_peak_bytes),
         )
     return table
+
+
+def _name_of(group: Group, plans: Sequence[MemoryPlan]) -> str:
+    """What generates has no more of training than an adapter."""
+    return "adapter" if _has_adapter(plans) and group[0] == TRAINING else group[0]
+
+
+def _has_adapter(plans: Sequence[MemoryPlan]) -> bool:
+    """Whether one is there to generate with."""
+    workload = plans[0].workload
+    return workload.is_own and workload.adapter is not None
+
+
+def _adapter_line(plans: Sequence[MemoryPlan]) -> Iterable[Text]:
+    """How much of the weights' column is the adapter's."""
+    from rich.text import Text
+
+    if _has_adapter(plans):
+        sizes = [format_gib(plan.components["adapters"].bytes) for plan in plans]
+        yield Text(f"the adapter's {' or '.join(dict.fromkeys(sizes))} are among the weights")
 
 
 def _is_shown(plans: Iterable[MemoryPlan], names: Iterable[ComponentName]) -> bool:
@@ -293,18 +345,18 @@ def _bars(plans: tuple[MemoryPlan, ...], width: int) -> Iterable[Text]:
         bar.append(f" {format_gib(plan.peak_bytes)}")
         yield bar
     legend = Text(" " * (name_cells - 3))
-    for name, sign, style, names in GROUPS:
+    for group in GROUPS:
+        _, sign, style, names = group
         if not _is_shown(plans, names):
             continue
         legend.append(f"   {sign}", style)
-        legend.append(f" {name}")
+        legend.append(f" {_name_of(group, plans)}")
     yield legend
 
 
-def _fits_table(estimate: Estimate, width: int) -> Table:
+def _fits_table(estimate: Estimate) -> Table:
     table = new_table()
-    gpu_cells = max(width - FITS_CELLS, 8)
-    table.add_column("GPU", overflow="ellipsis", no_wrap=True, max_width=gpu_cells)
+    table.add_column("GPU")
     table.add_column("usable", justify="right", no_wrap=True)
     table.add_column("quant", no_wrap=True)
     table.add_column("fits", no_wrap=True)

@@ -17,6 +17,7 @@ from qtool.report.estimate import GROUPS, estimate_document, shown_name
 from qtool.report.loss_curve import loss_svg, loss_text
 from qtool.report.output import Output
 from qtool.report.units import GIB, format_bytes, format_count, format_gib
+from qtool.report.whole_files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -223,4 +224,4 @@ def _statistics(result: FinetuneResult) -> Iterator[str]:
 def _write_curve(result: FinetuneResult) -> None:
     points = [(step.step, step.loss) for step in result.history]
     svg = loss_svg(points, result.eval_history, title=Path(result.output).name)
-    (Path(result.output) / CURVE_NAME).write_text(svg, encoding="utf-8")
+    write_whole(Path(result.output) / CURVE_NAME, svg.encode())

@@ -12,7 +12,9 @@ from qtool.report.units import format_bytes
 from qtool.runtime.answers import Request, answer, open_history, uses_chat
 from qtool.runtime.decoders.history import History
 from qtool.runtime.generate import GenerateResult, PromptTooLong
+from qtool.runtime.linear import LinearInt8
 from qtool.runtime.loading import LoadedModel
+from qtool.runtime.memory import DevicePeak
 from qtool.runtime.prompts import Conversation
 
 PROMPT = ">>> "
@@ -131,14 +133,30 @@ def _read_line() -> str | None:
 
 
 def _statistics(output: Output, loaded: LoadedModel, result: GenerateResult) -> list[str]:
-    memory = loaded.memory.device_peak_bytes()
+    threshold = _int8_threshold(loaded)
+    rounded = (
+        "" if threshold is None else f" · int8 activations of prompts, threshold {threshold:g}"
+    )
     return [
         f"{_speed(result)} · {_why_it_ended(output, result)}",
         f"loaded in {loaded.load_s:.1f} s"
         + (f" · first token after {result.first_token_s:.1f} s" if result.first_token_s else "")
-        + (f" · {format_bytes(memory)} of GPU memory" if memory else ""),
-        f"{loaded.devices} · {result.path}: {result.path_reason}",
+        + _memory_words(loaded.memory.device_peak()),
+        f"{loaded.devices} · {result.path}: {result.path_reason}{rounded}",
     ]
+
+
+def _memory_words(peak: DevicePeak) -> str:
+    if peak.basis is None:
+        return ""
+    without = ", the driver's own not counted" if peak.basis == "allocator" else ""
+    return f" · {format_bytes(peak.num_bytes)} of GPU memory{without}"
+
+
+def _int8_threshold(loaded: LoadedModel) -> float | None:
+    """From which activations on columns are not rounded, where INT8 layers round the others."""
+    modules = loaded.model.modules()
+    return next((it.threshold for it in modules if isinstance(it, LinearInt8)), None)
 
 
 def _why_it_ended(output: Output, result: GenerateResult) -> str:
@@ -160,6 +178,7 @@ def _speed(result: GenerateResult) -> str:
 
 
 def _document(loaded: LoadedModel, result: GenerateResult) -> dict[str, Any]:
+    peak = loaded.memory.device_peak()
     return {
         "text": result.text,
         "prompt_tokens": result.prompt_tokens,
@@ -174,7 +193,9 @@ def _document(loaded: LoadedModel, result: GenerateResult) -> dict[str, Any]:
         "prefill_tok_s": result.prefill_tok_s,
         "decode_tok_s": result.decode_tok_s,
         "allocated_peak_bytes": loaded.memory.allocated_peak_bytes(),
-        "peak_device_bytes": loaded.memory.device_peak_bytes(),
+        "peak_device_bytes": peak.num_bytes,
+        "peak_device_basis": peak.basis,
+        "int8_threshold": _int8_threshold(loaded),
         "device": loaded.devices,
         "path": result.path,
         "path_reason": result.path_reason,

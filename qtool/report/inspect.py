@@ -19,6 +19,7 @@ from qtool.inspection import (
     Verification,
 )
 from qtool.inspection.command import InspectionResult
+from qtool.report.estimate import new_table
 from qtool.report.output import Output
 from qtool.report.units import format_bytes, format_count
 
@@ -171,24 +172,23 @@ def _dtype_table(dtypes: Mapping[str, Total]) -> Table:
 
 def _tensor_table(tensors: Iterable[InspectedTensor]) -> Table:
     """Every tensor in the files' order, statistics below the weight that they belong to."""
-    from rich.table import Table
-    from rich.text import Text
+    from qtool.report.tables import Name
 
     statistics: dict[str, list[InspectedTensor]] = defaultdict(list)
     weights: list[InspectedTensor] = []
     for tensor in tensors:
         (statistics[tensor.belongs_to] if tensor.belongs_to else weights).append(tensor)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("tensor", overflow="fold")
+    table = new_table()
+    table.add_column("tensor")
     for name in ("dtype", "shape"):
         table.add_column(name, no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("quant", no_wrap=True)
     for weight in weights:
-        table.add_row(Text(weight.name), *_tensor_cells(weight))
+        table.add_row(Name(weight.name), *_tensor_cells(weight))
         for tensor in statistics[weight.name]:
             name = f"  .{_suffix(tensor.name, weight.name)}"
-            table.add_row(Text(name), *_tensor_cells(tensor), style="dim")
+            table.add_row(Name(name), *_tensor_cells(tensor), style="dim")
     return table
 
 
@@ -311,13 +311,14 @@ def printable(text: str) -> str:
 
 def _table(first: str, others: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Names left, numbers right."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first, overflow="fold")
+    from qtool.report.tables import Name
+
+    table = new_table()
+    table.add_column(first)
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, row))  # names may hold what would be markup
+        table.add_row(Name(row[0]), *map(Text, row[1:]))  # names may hold what would be markup
     return table

@@ -6,11 +6,12 @@ to stderr. The mode is decided once, from --json, --quiet, --verbose and --color
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,9 +20,52 @@ from qtool.events import Event, Note, OnEvent
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.text import Text
 
 ColorChoice = Literal["auto", "always", "never"]
 JSON_SCHEMA_VERSION = 1
+
+
+class AnswerLost(QtoolError):
+    """stdout took no more: the command did what it was asked to, and cannot say so."""
+
+
+@contextmanager
+def writing_stdout() -> Iterator[None]:
+    """Name stdout where it takes no more.
+
+    Raises:
+        AnswerLost: no_space, or bad_file for other reasons. A BrokenPipeError stays one.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:  # a file's own
+            raise
+        _give_up_stdout()
+        if isinstance(error, BrokenPipeError):
+            raise
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "no space left on the device" if is_full else error.strerror or str(error)
+        raise AnswerLost(
+            f"stdout: {what}, so the answer is not whole",
+            kind="no_space" if is_full else "bad_file",
+            hint=f"{'free some space, or ' * is_full}send it elsewhere",
+        ) from error
+
+
+def flush_stdout() -> None:
+    """Write what is still buffered; raises as `writing_stdout`."""
+    with writing_stdout():
+        sys.stdout.flush()
+
+
+def _give_up_stdout() -> None:
+    """Let what is still buffered go nowhere, so that the interpreter does not fail on it again."""
+    with suppress(OSError, ValueError):  # where it is no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class Output:
@@ -87,38 +131,42 @@ class Output:
         """Print text or rich tables to stdout; nothing in JSON mode."""
         if self.json_mode:
             return
-        for renderable in renderables:
-            self.stdout.print(renderable)
+        with writing_stdout():
+            for renderable in renderables:
+                self.stdout.print(renderable, crop=False)
 
     def answer_line(self, text: str) -> None:
         """Print one line to stdout; only a terminal wraps it, so that logs can be searched."""
         if not self.json_mode:
-            self.stdout.print(text, markup=False, soft_wrap=not self.stdout.is_terminal)
+            with writing_stdout():
+                self.stdout.print(text, markup=False, soft_wrap=not self.stdout.is_terminal)
 
     def write_text(self, text: str) -> None:
         """Write `text` to stdout as it is and flush: generated tokens."""
         if not self.json_mode:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            with writing_stdout():
+                sys.stdout.write(text)
+                sys.stdout.flush()
 
     def document(self, fields: dict[str, Any]) -> None:
         """Print the command's one JSON document; nothing outside JSON mode."""
         if self.json_mode:
             head = {"schema": JSON_SCHEMA_VERSION, "command": self.command}
-            print(json.dumps({**head, **fields, "warnings": self.warnings}, ensure_ascii=False))
+            document = {**head, **fields, "warnings": self.warnings}
+            with writing_stdout():
+                print(json.dumps(document, ensure_ascii=False), flush=True)
 
     # -- everything else: stderr ----------------------------------------------------------------
 
     def note(self, text: str) -> None:
         """A sentence beside the answer; silent with --quiet and --json."""
         if not self.is_silent:
-            soft_wrap = not self.stderr.is_terminal
-            self.stderr.print(text, markup=False, highlight=False, soft_wrap=soft_wrap)
+            self._say(text, soft_wrap=not self.stderr.is_terminal)
 
     def detail(self, text: str) -> None:
         """A sentence for --verbose."""
         if self.verbose and not self.json_mode:
-            self.stderr.print(text, style="dim", markup=False, highlight=False)
+            self._say(text, style="dim")
 
     def warn(self, words: Words) -> None:
         """A warning: a line on stderr, or an entry of the JSON document's `warnings`."""
@@ -134,7 +182,8 @@ class Output:
         message, hint = error.told(self.name_option)
         if self.json_mode:
             fields = {"kind": error.kind, "message": message, "hint": hint}
-            print(json.dumps({"error": fields}, ensure_ascii=False), file=sys.stderr)
+            with suppress(OSError):
+                print(json.dumps({"error": fields}, ensure_ascii=False), file=sys.stderr)
             return
         self._message("error", "bold red", message)
         if hint:
@@ -155,11 +204,14 @@ class Output:
 
     # -- inside ---------------------------------------------------------------------------------
 
+    def _say(self, text: str | Text, *, style: str | None = None, soft_wrap: bool = False) -> None:
+        with suppress(OSError):  # a full log ends no work
+            self.stderr.print(text, style=style, markup=False, highlight=False, soft_wrap=soft_wrap)
+
     def _message(self, label: str, style: str, text: str) -> None:
         from rich.text import Text
 
-        line = Text.assemble((f"{label}: ", style), text)
-        self.stderr.print(line, highlight=False, soft_wrap=True)
+        self._say(Text.assemble((f"{label}: ", style), text), soft_wrap=True)
 
     def _console(self, *, stderr: bool) -> Console:
         from rich.console import Console

@@ -9,13 +9,13 @@ A picture is drawn in memory and appears under its name when it is complete.
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Final
 
 from qtool.errors import Option, QtoolError
 from qtool.planner.curves import ContextCurves
 from qtool.planner.records import Sizing
+from qtool.report.whole_files import write_whole
 
 SUFFIXES: Final = (".svg", ".png", ".html")
 PAGE_SUFFIX: Final = ".html"
@@ -25,8 +25,8 @@ def check_plot_path(path: Path) -> None:
     """Find out whether a picture can be written to `path` at all.
 
     Raises:
-        QtoolError: (usage) another suffix, or a folder of that name; (not_found) no folder to put
-            it in; (unsupported) matplotlib is needed and not installed.
+        QtoolError: (usage) another suffix, a folder of that name, or no folder to put it in;
+            (unsupported) matplotlib is needed and not installed.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -48,7 +48,7 @@ def check_plot_path(path: Path) -> None:
     if not path.parent.is_dir():
         raise QtoolError(
             (Option("plot", path), f": there is no folder {path.parent}"),
-            kind="not_found",
+            kind="usage",
             hint=f"mkdir -p {path.parent}",
         )
     if suffix != PAGE_SUFFIX and importlib.util.find_spec("matplotlib") is None:
@@ -69,11 +69,11 @@ def write_plot(path: Path, curves: ContextCurves) -> None:
     if path.suffix.lower() == PAGE_SUFFIX:
         from qtool.report.plot_html import context_page
 
-        _write_whole(path, context_page(curves).encode())
+        write_whole(path, context_page(curves).encode())
     else:
         from qtool.report.plot_figure import context_figure
 
-        _write_whole(path, context_figure(curves, path.suffix.lower()[1:]))
+        write_whole(path, context_figure(curves, path.suffix.lower()[1:]))
 
 
 def write_sizing_plot(path: Path, sizing: Sizing) -> None:
@@ -82,17 +82,8 @@ def write_sizing_plot(path: Path, sizing: Sizing) -> None:
     if path.suffix.lower() == PAGE_SUFFIX:
         from qtool.report.plot_html import sizing_page
 
-        _write_whole(path, sizing_page(sizing).encode())
+        write_whole(path, sizing_page(sizing).encode())
     else:
         from qtool.report.plot_figure import sizing_figure
 
-        _write_whole(path, sizing_figure(sizing, path.suffix.lower()[1:]))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        write_whole(path, sizing_figure(sizing, path.suffix.lower()[1:]))

@@ -9,6 +9,7 @@ from typing import Any
 from qtool.quantize.command import PlannedRequest
 from qtool.quantize.plan import QuantPlan, TensorPlan
 from qtool.quantize.run import QuantizeResult, output_file_bytes
+from qtool.report.estimate import new_table
 from qtool.report.output import Output
 from qtool.report.units import format_bytes, format_rate
 
@@ -65,22 +66,24 @@ def _totals(plan: QuantPlan) -> str:
 
 
 def _tensor_table(plan: QuantPlan) -> Any:
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
-    table.add_column("tensor", overflow="ellipsis", no_wrap=True, ratio=3)
+    from qtool.report.tables import Name
+
+    table = new_table()
+    table.add_column("tensor")
     table.add_column("shape", no_wrap=True)
     table.add_column("in", justify="right", no_wrap=True)
     table.add_column("out", justify="right", no_wrap=True)
-    table.add_column("what and why", overflow="fold", ratio=2)
+    table.add_column("what and why")
     for tensor in plan.tensors:
         what = plan.recipe.format.precision if tensor.action == "quantize" else "copy"
         table.add_row(
-            tensor.source.name,
+            Name(tensor.source.name),
             "×".join(map(str, tensor.source.shape)) or "scalar",
             format_bytes(tensor.source.num_bytes),
             format_bytes(tensor.output_bytes),
-            f"{what}: {tensor.reason}",
+            Text(f"{what}: {tensor.reason}"),
         )
     return table
 

@@ -13,14 +13,14 @@ from qtool.report.output import Output
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-    from rich.table import Table
     from rich.text import Text
 
+    from qtool.report.tables import WholeTable
+
 KILO_TOKENS: Final = 1024
+BETWEEN_GRIDS: Final = 4
 SIDE_BY_SIDE_COLUMNS: Final = 136  # two grids of the seven reference models
-GPU_CELLS: Final = 24  # a GPU's name where the terminal is narrow
-USABLE_CELLS: Final = 9
-QUANT_CELLS: Final = 15  # one precision's context and speed
+GPU_CELLS: Final = 24  # of a GPU's name; rather than fold it more, precisions go into more tables
 
 
 def report_sizing(output: Output, sizing: Sizing) -> None:
@@ -63,18 +63,18 @@ class SizingView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Called by rich with the width at hand."""
         if self.sizing.reference_models:
-            yield from _guide(self.sizing, options.max_width)
+            yield from _guide(self.sizing, console, options)
         else:
             for model in _distinct(row.model for row in self.sizing.rows):
                 rows = [row for row in self.sizing.rows if row.model == model]
-                yield from _model_tables(model, rows, options.max_width)
+                yield from _model_tables(model, rows, console, options)
         yield _footnote(self.sizing)
 
 
 # -- the guide: one grid per precision ------------------------------------------------------------
 
 
-def _guide(sizing: Sizing, width: int) -> Iterable[RenderableType]:
+def _guide(sizing: Sizing, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
@@ -82,16 +82,21 @@ def _guide(sizing: Sizing, width: int) -> Iterable[RenderableType]:
     yield ""
     quants = _distinct(row.quant for row in sizing.rows)
     grids = [_grid([row for row in sizing.rows if row.quant == quant]) for quant in quants]
-    per_line = 2 if width >= SIDE_BY_SIDE_COLUMNS else 1
+    widths = [grid.least_width(console, options) for grid in grids]
+    is_wide = options.max_width >= max(SIDE_BY_SIDE_COLUMNS, 2 * max(widths) + BETWEEN_GRIDS)
+    per_line = 2 if is_wide else 1
     for start in range(0, len(grids), per_line):
-        line = Table.grid(padding=(0, 4, 0, 0))
-        line.add_row(*grids[start : start + per_line])
-        yield line
+        if is_wide:
+            line = Table.grid(padding=(0, BETWEEN_GRIDS, 0, 0))
+            line.add_row(*grids[start : start + per_line])
+            yield line
+        else:
+            yield grids[start]
         yield ""
     yield f"reference models: {', '.join(sizing.reference_models.values())}"
 
 
-def _grid(rows: Sequence[SizingRow]) -> Table:
+def _grid(rows: Sequence[SizingRow]) -> WholeTable:
     """One precision: a line per GPU or memory size, a column per model."""
     from rich.text import Text
 
@@ -113,21 +118,26 @@ def _grid(rows: Sequence[SizingRow]) -> Table:
 # -- models: one table of GPUs each ---------------------------------------------------------------
 
 
-def _model_tables(model: str, rows: Sequence[SizingRow], width: int) -> Iterable[RenderableType]:
+def _model_tables(
+    model: str, rows: Sequence[SizingRow], console: Console, options: ConsoleOptions
+) -> Iterable[RenderableType]:
     from rich.text import Text
 
     yield Text(shown_name(model), "bold")
     quants = _distinct(row.quant for row in rows)
-    per_table = max((width - GPU_CELLS - USABLE_CELLS) // QUANT_CELLS, 1)
-    for start in range(0, len(quants), per_table):
-        yield _gpu_table(rows, quants[start : start + per_table], width)
+    while quants:
+        for count in range(len(quants), 0, -1):
+            table = _gpu_table(rows, quants[:count])
+            if table.least_width(console, options) <= options.max_width:
+                break
+        yield table
         yield ""
+        quants = quants[count:]
 
 
-def _gpu_table(rows: Sequence[SizingRow], quants: Sequence[str], width: int) -> Table:
+def _gpu_table(rows: Sequence[SizingRow], quants: Sequence[str]) -> WholeTable:
     table = new_table()
-    gpu_cells = width - USABLE_CELLS - QUANT_CELLS * len(quants) - 2
-    table.add_column("GPU", no_wrap=True, overflow="ellipsis", max_width=gpu_cells)
+    table.add_column("GPU", min_width=GPU_CELLS)
     table.add_column("usable", justify="right", no_wrap=True)
     for quant in quants:
         table.add_column(quant, no_wrap=True)

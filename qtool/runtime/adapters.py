@@ -13,10 +13,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qtool.checkpoint.adapter_files import CONFIG_NAME, AdapterFiles, read_adapter_files
+from qtool.checkpoint.adapter_files import (
+    CONFIG_NAME,
+    AdapterFiles,
+    find_adapter,
+    read_adapter_files,
+)
 from qtool.errors import QtoolError
+from qtool.events import OnEvent, ignore_events
 from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.runtime.requirements import require_peft
+
+
+def fetch_adapter(adapter: str | Path, on_event: OnEvent = ignore_events) -> Path:
+    """The folder of ADAPTER, a folder or a Hub id with an optional @REVISION, downloaded at need.
+
+    Raises:
+        QtoolError: peft is missing, which is said before anything is fetched; what `find_adapter`
+            raises.
+    """
+    require_peft()
+    return find_adapter(adapter, on_event).folder
 
 
 def check_adapter(folder: Path) -> AdapterFiles:

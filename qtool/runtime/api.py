@@ -10,8 +10,10 @@ from typing import Any, Final, get_args
 
 import torch
 
+from qtool.defaults import PREFILL_CHUNK
 from qtool.errors import Option, QtoolError
 from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantizedPrecision
+from qtool.runtime.adapters import fetch_adapter
 from qtool.runtime.answers import Request, uses_chat
 from qtool.runtime.decoders.choose import DecoderOptions, PathChoice
 from qtool.runtime.decoders.history import KeptHistory
@@ -52,7 +54,8 @@ def load(
         quant: packs a full-precision model while it loads: nf4, nf4-dq, fp4, fp4-dq or int8.
         device: auto, cpu, cuda or cuda:N.
         dtype: what to compute in, float32, float16 or bfloat16; None goes by config.json.
-        adapter: the folder of a PEFT adapter, put into the model's layers.
+        adapter: a PEFT adapter, put into the model's layers: its folder, or a Hub id, with
+            @REVISION if need be.
         max_memory: spreads the weights, {0: "6GiB", "cpu": "20GiB"} or "0=6GiB,cpu=20GiB"; what is
             left over goes to disk.
         head_quant: packs the output head too, which checkpoints keep in 16 bit: faster, a little
@@ -70,10 +73,11 @@ def load(
         compute_dtype=_dtype_name(dtype),
         device=str(device),
         max_memory=_memory_limits(max_memory),
-        adapter=None if adapter is None else Path(adapter),
         head_quant=_check_quant("head_quant", head_quant),
         int8_threshold=_check_threshold(int8_threshold),
     )
+    if adapter is not None:  # after the arguments were checked: it may have to be downloaded
+        options = replace(options, adapter=fetch_adapter(adapter))
     loaded = load_model(str(path_or_id), options)
     loaded.model.tokenizer = loaded.tokenizer
     setattr(loaded.model, LOADED, replace(loaded, model=None))
@@ -94,7 +98,7 @@ def stream(
     chat: bool | None = None,
     system: str | None = None,
     stop: str | Sequence[str] = (),
-    prefill_chunk: int = 512,
+    prefill_chunk: int = PREFILL_CHUNK,
     path: PathChoice = "auto",
 ) -> Iterator[str]:
     """The answer to `prompt` or its continuation, piece by piece as it is made.

@@ -13,6 +13,8 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from qtool.runtime.driver_memory import used_before_context
+
 
 def begin(device: str) -> None:
     """Make what is needed on `device` (auto, cpu, cuda or cuda:N) in the background.
@@ -26,7 +28,9 @@ def begin(device: str) -> None:
 def _prepare(device: str) -> None:
     with suppress(Exception):
         if _pytorch_has_cuda():
-            _make_context(int(device.partition(":")[2] or 0))
+            index = int(device.partition(":")[2] or 0)
+            used_before_context(index)  # which is to be known, and is not any more then
+            _make_context(index)
         import torch
 
         if not torch.cuda.is_available():

@@ -1,53 +1,69 @@
 """Device memory: what a run took at its peak, and running out of it said as a sentence.
 
 `allocated` is what PyTorch's allocator handed out; `device` is what the process took from the GPU:
-the allocator's reserve, the CUDA context and libraries. Both 0 without a GPU.
+the allocator's reserve, the CUDA context and libraries. Both 0 without a GPU. They are what plans
+call `allocated_peak_bytes` and `peak_bytes`.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Literal, NamedTuple
 
 import torch
 
 from qtool.errors import Option, QtoolError
+from qtool.runtime import driver_memory
 
 HOST_ALLOCATION_FAILED: Final = ("can't allocate memory", "DefaultCPUAllocator")
 
+# How the memory of a process is known: the driver counts it; what the whole GPU uses more than
+# before there was a context; the allocator's reserve alone, without context and libraries.
+DeviceBasis = Literal["process", "gpu", "allocator"]
+
+
+class DevicePeak(NamedTuple):
+    """What a process took from its GPU at the peak; `basis` is None without a GPU."""
+
+    num_bytes: int
+    basis: DeviceBasis | None
+
 
 class DeviceMemory:
-    """Watches the GPU that a run computes on; made before the process's CUDA context is."""
+    """Watches the GPU that a run computes on."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
         self._used_before_bytes: int | None = None
         if self._device is not None:
-            if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                self._used_before_bytes = _used_bytes_by_driver(self._device)
+            self._used_before_bytes = driver_memory.used_before_context(self._index)
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def allocated_peak_bytes(self) -> int:
         """The allocator's peak since the start."""
         return torch.cuda.max_memory_allocated(self._device) if self._device is not None else 0
 
-    def device_peak_bytes(self) -> int:
-        """The allocator's reserve at its peak, and what the process holds beside it.
-
-        The rest is what the GPU uses more than before the process's CUDA context was made; where
-        that is not known, only the reserve is counted.
-        """
+    def device_peak(self) -> DevicePeak:
+        """The allocator's reserve at its peak, and what the process holds beside it now."""
         if self._device is None:
-            return 0
+            return DevicePeak(0, None)
         reserved_peak = torch.cuda.max_memory_reserved(self._device)
-        if self._used_before_bytes is None:
-            return reserved_peak
-        used_now = _used_bytes_by_driver(self._device)
-        reserved_now = torch.cuda.memory_reserved(self._device)
-        beside = (used_now or 0) - self._used_before_bytes - reserved_now
-        return reserved_peak + max(beside, 0)
+        basis: DeviceBasis = "process"
+        taken = driver_memory.process_bytes(self._index)
+        if taken is None and self._used_before_bytes is not None:
+            used = driver_memory.used_bytes(self._index)
+            basis, taken = "gpu", None if used is None else used - self._used_before_bytes
+        if taken is None:
+            return DevicePeak(reserved_peak, "allocator")
+        beside = taken - torch.cuda.memory_reserved(self._device)
+        return DevicePeak(reserved_peak + max(beside, 0), basis)
+
+    @property
+    def _index(self) -> int:
+        """The GPU's number, as CUDA counts."""
+        assert self._device is not None
+        return self._device.index or 0
 
 
 @contextmanager
@@ -75,25 +91,3 @@ def out_of_memory_as_error(doing: str) -> Iterator[None]:
             kind="memory",
             hint=("close other programs, or use a smaller ", Option("quant")),
         ) from error
-
-
-class _NvmlMemory(ctypes.Structure):
-    _fields_ = (
-        ("total", ctypes.c_ulonglong),
-        ("free", ctypes.c_ulonglong),
-        ("used", ctypes.c_ulonglong),
-    )
-
-
-def _used_bytes_by_driver(device: torch.device) -> int | None:
-    """Memory in use on the whole GPU, asked of the driver without making a CUDA context."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        handle, memory = ctypes.c_void_p(), _NvmlMemory()
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)):
-            return None
-        failed = nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
-        return None if failed else int(memory.used)
-    except (OSError, AttributeError, RuntimeError):
-        return None

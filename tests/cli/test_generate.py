@@ -41,6 +41,8 @@ DOCUMENT = {
     "decode_tok_s": float,
     "allocated_peak_bytes": int,
     "peak_device_bytes": int,
+    "peak_device_basis": type(None),
+    "int8_threshold": type(None),
     "device": str,
     "path": str,
     "path_reason": str,
@@ -95,6 +97,14 @@ def test_json_is_one_document_with_the_contracts_fields(stories: Path) -> None:
     assert document["path_reason"]
     assert (document["stop_reason"], document["length_limit"]) == ("length", "max_new_tokens")
     assert document["warnings"] == []
+
+
+def test_a_threshold_is_in_the_report(stories: Path) -> None:
+    options = ("--max-new-tokens", 2, "--device", "cpu", "--int8-threshold", "4.5")
+    ran = run("generate", stories, PROMPT, *options, "--quant", "int8", "--json")
+    assert ran.document["int8_threshold"] == 4.5
+    ran = run("generate", stories, PROMPT, *options, "--quant", "int8")
+    assert "int8 activations of prompts, threshold 4.5" in ran.stderr.replace("\n", " ")
 
 
 def test_quantizing_while_loading(stories: Path) -> None:

@@ -66,6 +66,15 @@ def test_the_output_is_whole_by_every_rule(adapter, tmp_path):
         assert run("inspect", output, "--verify").exit_code == 0
 
 
+def test_patterns_that_skip_nothing_are_a_warning(adapter, tmp_path):
+    options = ("--quant", "nf4", "--skip", "lm_haed", "--no-check", "--dry-run")
+    ran = run("merge", adapter, "-o", tmp_path / "out", *options, "--json")
+    (warning,) = ran.document["warnings"]
+    assert "--skip lm_haed" in warning and "lm_head" in warning
+    quantize = run("quantize", tmp_path / "model", "-o", tmp_path / "q", *options[:4], "--dry-run")
+    assert warning in quantize.stderr.replace("\n", " ")
+
+
 @pytest.mark.parametrize("quant", [None, "nf4-dq"])
 @pytest.mark.parametrize("packed", [False, True], ids=["16 bit", "packed"])
 def test_the_change_of_logits_is_small_beside_what_the_adapter_does(

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from qtool.errors import EXIT_CODES
 from tests.cli.running import run
 from tests.tiny_models import write_llama
 
@@ -126,17 +127,17 @@ def test_options_come_from_flags_then_variables_then_the_file(model, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "words", "kind"),
     [
-        ("blocksiez = 64", "did you mean 'blocksize'"),
-        ("[quantise]\nblocksize = 64", "did you mean 'quantize'"),
-        ("blocksize = ", "TOML"),
+        ("blocksiez = 64", "did you mean 'blocksize'", "usage"),
+        ("[quantise]\nblocksize = 64", "did you mean 'quantize'", "usage"),
+        ("blocksize = ", "TOML", "bad_file"),
     ],
 )
-def test_mistakes_in_the_config_file_are_named(model, tmp_path, text, words):
+def test_mistakes_in_the_config_file_are_named(model, tmp_path, text, words, kind):
     (tmp_path / "run.toml").write_text(text)
     ran = run("quantize", model, "--dry-run", "--json", "--config", tmp_path / "run.toml")
-    assert ran.exit_code == 2 and ran.error["kind"] == "usage"
+    assert (ran.exit_code, ran.error["kind"]) == (EXIT_CODES[kind], kind)
     assert words in ran.error["message"] + ran.error["hint"]
 
 

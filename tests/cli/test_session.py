@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.cli.running import run
+
+DEMO = Path(__file__).parent.parent.parent / "qtool/demo_model"
 
 VERB = """
 import signal, sys, time
@@ -36,3 +43,109 @@ def test_a_signal_during_a_destructor_still_ends_the_verb(name: str, exit_code: 
     assert done.stdout == ""
     assert "Exception ignored" not in done.stderr
     assert done.stderr.startswith("error: ")
+
+
+CONTINUES = "; it continues where it stopped"
+IMPORTED = """
+import signal, time
+try:
+    signal.raise_signal(signal.SIGINT)
+    deadline = time.monotonic() + {seconds}
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+except BaseException:
+    pass
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.2, 5.0])
+def test_a_module_that_catches_everything_hides_no_signal(tmp_path: Path, seconds: float) -> None:
+    (tmp_path / "catching.py").write_text(IMPORTED.format(seconds=seconds))
+    program = VERB.replace("Destroyed()\n", "import catching\n").format(name="SIGINT")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    if seconds < 1:  # the import was over in time
+        assert done.returncode == 130 and done.stdout == ""
+    else:  # it was told after a second, and did not listen
+        assert done.returncode == 0
+
+
+def test_an_import_that_was_left_halfway_is_no_bug_of_ours() -> None:
+    program = VERB.replace(
+        "        Destroyed()\n",
+        "        try:\n            signal.raise_signal(signal.SIGINT)\n"
+        "        except KeyboardInterrupt:\n            raise ImportError('halfway') from None\n",
+    ).format(name="SIGINT")
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 130
+    assert done.stderr.startswith("error: interrupted")
+
+
+@pytest.mark.parametrize(
+    ("verb", "function", "arguments", "how"),
+    [
+        ("estimate", "qtool.checkpoint.open.open_checkpoint", (DEMO,), ""),
+        ("sizing", "qtool.planner.sizing.size_models", (), ""),
+        ("inspect", "qtool.inspection.command.inspect_path", (DEMO,), ""),
+        ("doctor", "qtool.doctor.run_checks", (), ""),
+        ("demo", "qtool.demo.open_demo", (), ""),
+        ("generate", "qtool.runtime.loading.load_model", (DEMO, "Hi"), ""),
+        (
+            "finetune",
+            "qtool.finetune.run.prepare",
+            (DEMO, "rows.txt", "-o", "out"),
+            " with --resume",
+        ),
+        ("finetune", "qtool.finetune.run.prepare", (DEMO, "rows.txt", "-o", "o", "--dry-run"), ""),
+        ("quantize", "qtool.quantize.command.plan_request", (DEMO, "-o", "out"), CONTINUES),
+        ("quantize", "qtool.quantize.command.plan_request", (DEMO, "--dry-run"), ""),
+        ("merge", "qtool.merge.command.plan_merge", ("adapter", "-o", "out"), CONTINUES),
+        ("merge", "qtool.merge.command.plan_merge", ("adapter", "-o", "o", "--restart"), ""),
+        ("merge", "qtool.merge.command.plan_merge", ("adapter", "-o", "out", "--dry-run"), ""),
+    ],
+)
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_what_a_signal_hints_at_is_true_of_the_command(
+    verb: str,
+    function: str,
+    arguments: tuple[object, ...],
+    how: str,
+    name: str,
+    exit_code: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    number = getattr(signal, name)
+    monkeypatch.setattr(function, lambda *_, **__: signal.raise_signal(number))
+    ran = run(verb, *arguments, "--json")
+    assert (ran.exit_code, ran.error["kind"]) == (exit_code, "interrupted")
+    assert ran.error["hint"] == f"run the command again{how}"
+
+
+def test_an_interruption_before_any_verb_shows_no_traceback(tmp_path: Path) -> None:
+    """The command line's own imports take a while, in which somebody may think twice."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer':\n"
+        "            import signal\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "qtool", "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

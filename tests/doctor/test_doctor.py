@@ -22,12 +22,43 @@ NO_GPU = gpu.NvidiaSmi()
 H200 = gpu.NvidiaSmi((gpu.Gpu("NVIDIA H200", 143771, 143000, "9.0"),), "580.95.05", "13.0")
 CUDA_12 = gpu.NvidiaSmi(H200.gpus, "550.54.14", "12.4")
 
-ROWS = "NVIDIA H200, 143771, 143155, 9.0, 580.95.05\nNVIDIA L4, 23034, 100, 8.9, 580.95.05\n"
+ROWS = (
+    "NVIDIA H200, 143771, 143155, 9.0, 580.95.05, GPU-aa01, Disabled\n"
+    "NVIDIA L4, 23034, 100, 8.9, 580.95.05, GPU-bb02, [N/A]\n"
+)
 BANNER = """
 +-----------------------------------------------------------------------------------------+
 | NVIDIA-SMI 580.95.05              Driver Version: 580.95.05      CUDA Version: 13.0     |
 +-----------------------------------------+------------------------+----------------------+
 """
+
+
+DIVIDED_ROWS = (
+    "NVIDIA A100-SXM4-40GB, 40960, 40000, 8.0, 580.95.05, GPU-cc03, Enabled\n"
+    "NVIDIA L4, 23034, 22000, 8.9, 580.95.05, GPU-bb02, [N/A]\n"
+)
+LISTING = """\
+GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-cc03)
+  MIG 3g.20gb     Device  0: (UUID: MIG-11aa)
+  MIG 1c.1g.5gb   Device  1: (UUID: MIG-22bb)
+GPU 1: NVIDIA L4 (UUID: GPU-bb02)
+"""
+MIG_TABLE = """
+| MIG devices:                                                                            |
++------------------+----------------------------------+-----------+-----------------------+
+| GPU  GI  CI  MIG |                     Memory-Usage |        Vol|      Shared           |
+|==================+==================================+===========+=======================|
+|  0    1   0   0  |              37MiB / 19968MiB    | 42      0 |  3   0    2    0    0 |
+|                  |               0MiB / 32767MiB    |           |                       |
++------------------+----------------------------------+-----------+-----------------------+
+|  0    9   0   1  |            4000MiB /  4864MiB    | 14      0 |  1   0    0    0    0 |
++------------------+----------------------------------+-----------+-----------------------+
+"""
+
+
+def divided() -> gpu.NvidiaSmi:
+    smi = gpu.parse_nvidia_smi(DIVIDED_ROWS, BANNER)
+    return gpu.with_slices(smi, LISTING, BANNER + MIG_TABLE)
 
 
 def only(checks) -> Check:
@@ -100,7 +131,9 @@ class TestPackages:
         text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
         project = tomllib.loads(text)["project"]
         lines = [("", line) for line in project["dependencies"]]
-        lines += [("run", line) for line in project["optional-dependencies"]["run"]]
+        extras = project["optional-dependencies"]
+        for extra in ("run", "finetune"):
+            lines += [(extra, line) for line in extras[extra] if not line.startswith("qtool[")]
         wanted = {(extra, line.partition(",")[0]) for extra, line in lines}  # without upper bounds
         listed = {(r.extra, f"{r.package}>={r.minimum}") for r in packages.REQUIREMENTS}
         assert listed == wanted
@@ -110,6 +143,15 @@ class TestPackages:
         found = by_name(packages.check_packages())
         assert found["numba"].status == "fail" and "pip install" in found["numba"].fix
         assert found["torch"].status == "info" and 'pip install "qtool[run]"' in found["torch"].fix
+
+    def test_what_needs_an_extra_is_said(self, monkeypatch):
+        set_versions(monkeypatch, peft=None, trl=None, datasets="3.9")
+        found = by_name(packages.check_packages())
+        assert found["peft"].status == found["trl"].status == "info"
+        assert "generate --adapter, finetune and the check of merge" in found["peft"].found
+        assert found["trl"].found == "not installed; finetune needs it"
+        assert found["trl"].fix == 'pip install "qtool[finetune]"'
+        assert found["datasets"].status == "fail" and "4.0" in found["datasets"].found
 
     @pytest.mark.parametrize(
         ("version", "status"),
@@ -139,8 +181,8 @@ class TestGpu:
     def test_nvidia_smi_s_words_are_read(self):
         smi = gpu.parse_nvidia_smi(ROWS, BANNER)
         assert smi.gpus == (
-            gpu.Gpu("NVIDIA H200", 143771, 143155, "9.0"),
-            gpu.Gpu("NVIDIA L4", 23034, 100, "8.9"),
+            gpu.Gpu("NVIDIA H200", 143771, 143155, "9.0", "GPU-aa01"),
+            gpu.Gpu("NVIDIA L4", 23034, 100, "8.9", "GPU-bb02"),
         )
         assert (smi.driver, smi.cuda, smi.cuda_major) == ("580.95.05", "13.0", 13)
 
@@ -150,7 +192,9 @@ class TestGpu:
         assert found["gpu 1"].status == "warn" and "another process" in found["gpu 1"].fix
 
     def test_a_gpu_without_memory_of_its_own_is_fine(self):
-        smi = gpu.parse_nvidia_smi("NVIDIA GB10, [N/A], [N/A], 12.1, 580.95.05\n", BANNER)
+        smi = gpu.parse_nvidia_smi(
+            "NVIDIA GB10, [N/A], [N/A], 12.1, 580.95.05, GPU-1, [N/A]\n", BANNER
+        )
         check = by_name(gpu.check_gpus(smi))["gpu 0"]
         assert check.status == "ok" and "shares the host's memory" in check.found
 
@@ -217,6 +261,76 @@ class TestGpu:
         spec = type("Spec", (), {"origin": str(tmp_path / "torch" / "__init__.py")})
         monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: spec)
         assert gpu.torch_cuda_version() == "13.0"
+
+
+class TestMig:
+    @pytest.fixture(autouse=True)
+    def not_set(self, monkeypatch):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def test_slices_are_read_with_their_memory(self):
+        first, second = divided().gpus
+        assert first.slices == (
+            gpu.Slice("3g.20gb", "MIG-11aa", 19968, 19931),
+            gpu.Slice("1c.1g.5gb", "MIG-22bb", 4864, 864),
+        )
+        assert first.is_divided and not second.is_divided and second.slices == ()
+
+    def test_each_slice_is_a_line(self):
+        found = by_name(gpu.check_gpus(divided()))
+        assert "MIG divides it into 2 slices" in found["gpu 0"].found
+        assert "MiB" not in found["gpu 0"].found  # which no program can have
+        assert found["gpu 0 mig 0"].status == "ok"
+        assert found["gpu 0 mig 0"].found == "3g.20gb: 19,931 MiB free of 19,968 MiB, MIG-11aa"
+        assert found["gpu 0 mig 1"].status == "warn"
+        assert found["visible devices"].status == "info"
+        assert "a program sees one slice" in found["visible devices"].found
+        assert "CUDA_VISIBLE_DEVICES=MIG-11aa" in found["visible devices"].fix
+
+    def test_a_table_of_another_form_leaves_the_memory_unknown(self):
+        smi = gpu.with_slices(gpu.parse_nvidia_smi(DIVIDED_ROWS, BANNER), LISTING, BANNER)
+        assert smi.gpus[0].slices[0] == gpu.Slice("3g.20gb", "MIG-11aa")
+        assert by_name(gpu.check_gpus(smi))["gpu 0 mig 0"].found == "3g.20gb, MIG-11aa"
+
+    def test_no_slice_is_a_warning(self):
+        smi = gpu.with_slices(gpu.parse_nvidia_smi(DIVIDED_ROWS, BANNER), "", BANNER)
+        check = by_name(gpu.check_gpus(smi))["gpu 0"]
+        assert check.status == "warn" and "no slice" in check.found and "-cgi" in check.fix
+
+    def test_weights_are_compared_with_what_a_program_can_have(self):
+        assert divided().free_mib == (19931, 864, 22000)
+
+    def test_a_working_nvidia_smi_is_asked_for_slices(self, monkeypatch, tmp_path):
+        program = tmp_path / "nvidia-smi"
+        program.write_text(
+            f"#!/bin/sh\ncase \"$1\" in --query*) printf '{DIVIDED_ROWS}';;\n"
+            f"-L) printf '{LISTING}';;\n*) cat <<'END'\n{BANNER}{MIG_TABLE}END\n;; esac\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        assert gpu.ask_nvidia_smi() == divided()
+
+    @pytest.mark.parametrize(
+        ("asked", "status", "words"),
+        [
+            ("1", "ok", "GPU 1"),
+            ("GPU-bb", "ok", "NVIDIA L4"),
+            ("MIG-22bb", "ok", "MIG 1c.1g.5gb"),
+            ("1,7", "warn", "7 is no GPU here"),
+            ("7", "warn", "programs see none"),
+            ("", "warn", "programs see none"),
+            ("-1", "warn", "programs see none"),
+            ("MIG-11aa,MIG-22bb", "warn", "one slice at a time"),
+        ],
+    )
+    def test_what_the_variable_names(self, asked, status, words, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked)
+        check = by_name(gpu.check_gpus(divided()))["visible devices"]
+        assert check.status == status and words in check.found
+        assert bool(check.fix) == (status == "warn")
+
+    def test_nothing_is_said_where_nothing_is_chosen(self):
+        assert "visible devices" not in by_name(gpu.check_gpus(H200))
 
 
 class TestCupy:

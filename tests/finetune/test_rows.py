@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,50 @@ def test_an_empty_file_holds_no_rows(tmp_path: Path, name: str) -> None:
 
 def test_what_is_no_file_of_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("a,b\n")
-    assert refused(str(tmp_path / "rows.csv")).kind == "usage"
-    assert refused(str(tmp_path)).kind == "usage"
-    assert refused(str(tmp_path / "none.jsonl")).kind == "not_found"
+    assert refused(str(tmp_path / "rows.csv")).kind == "unsupported"
+    (tmp_path / "notes.txt").write_text("a")
+    error = refused(str(tmp_path))
+    assert error.kind == "unsupported" and str(tmp_path / "notes.txt") in error.hint
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["none.jsonl", "none.TXT", "./none", "/none/rows", "~/none", "a/b/c", "none/", "", "a b", "x@"],
+)
+def test_a_file_that_is_not_there_is_not_looked_for_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qtool.finetune.rows._hub_rows", lambda *_: pytest.fail("asked the Hub"))
+    error = refused(name)
+    assert error.kind == "not_found"
+    assert (name or "the empty name") in error.message and ".jsonl" in error.message
+
+
+@pytest.mark.parametrize("name", ["chats", "chats.json", "cahts.jsonl", "chat", "./chats.jsnl"])
+def test_a_mistyped_file_is_told_the_one_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qtool.finetune.rows._hub_rows", lambda *_: pytest.fail("asked the Hub"))
+    write(tmp_path / "chats.jsonl", {"text": "a"})
+    (tmp_path / "chats.py").write_text("")
+    error = refused(name)
+    assert error.kind == "not_found"
+    assert "did you mean chats.jsonl?" in error.hint
+
+
+def test_a_dataset_of_a_file_s_name_can_still_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr("qtool.finetune.rows._hub_rows", lambda name, _: asked.append(name))
+    write(tmp_path / "imdb.jsonl", {"text": "a"})
+    assert "imdb@main" in refused("imdb").hint
+    for name in ("imdb@main", "stanfordnlp/imdb", "squad"):
+        open_rows(DataOptions(source=name))
+    assert asked == ["imdb@main", "stanfordnlp/imdb", "squad"]
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -153,3 +195,19 @@ def test_a_dataset_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> No
     error = refused("nobody/nothing-at-all")
     assert error.kind in ("network", "not_found")
     assert "nobody/nothing-at-all" in error.message
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    with socket.socket() as unheard:  # bound, and so nobody else's, but it never listens
+        unheard.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{unheard.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited to try again"))
+        error = refused("nobody/nothing-at-all")
+    assert error.kind == "network"
+    assert "no such file, not in the cache, and the Hub cannot be reached" in error.message
+    assert "HF_ENDPOINT" in error.hint
+    assert constants.HF_HUB_OFFLINE is False

@@ -67,15 +67,16 @@ def write_adapter(
     base: object,
     **config: Any,
 ) -> Path:
-    """A folder as PEFT writes it."""
+    """A folder as PEFT writes it; its config names the modules that there are factors of."""
     folder.mkdir(parents=True)
+    factors = (name.removeprefix(PREFIX) for name in tensors if ".lora_" in name)
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None if base is None else str(base),
         "r": 4,
         "lora_alpha": 8,
-        "target_modules": list(LINEAR),
+        "target_modules": sorted({name.rpartition(".lora_")[0] for name in factors}),
         "init_lora_weights": True,
         "use_dora": False,
         "megatron_core": "megatron.core",

@@ -8,13 +8,22 @@ import shutil
 import numpy as np
 import pytest
 
+from qtool.architecture import build_architecture
 from qtool.errors import QtoolError
 from qtool.formats.precisions import QuantFormat
 from qtool.merge.command import MergeRequest, plan_merge, run_merge
+from qtool.merge.targets import is_target, stack_of
 from qtool.quantize.command import QuantizeRequest, plan_request, run_request
 from qtool.quantize.plan import Recipe
-from tests.merge.adapters import PREFIX, linear_layers, lora_tensors, write_adapter
-from tests.tiny_models import write_llama
+from tests.merge.adapters import (
+    LINEAR,
+    PREFIX,
+    linear_layers,
+    lora_tensors,
+    read_folder,
+    write_adapter,
+)
+from tests.tiny_models import llama_config, llama_shapes, save_tensors, write_llama
 
 Q_PROJ = f"{PREFIX}model.layers.0.self_attn.q_proj"
 
@@ -291,3 +300,251 @@ def test_no_output_over_foreign_files(tmp_path, model, tensors):
     with pytest.raises(QtoolError, match=r"not written by qtool \(found mine.txt\)"):
         run_merge(plan_merge(MergeRequest(adapter, tmp_path / "out")))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+# ---- What its config says was trained ---------------------------------------------------------
+
+
+def without_module(tensors, module):
+    return {name: entry for name, entry in tensors.items() if f".{module}." not in name}
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [list(LINEAR), "all-linear", r".*\.(q|v)_proj", ["model.layers.1.self_attn.v_proj"]],
+    ids=["ends", "all linear", "pattern", "names"],
+)
+def test_a_module_that_was_trained_and_of_which_nothing_came(tmp_path, model, tensors, targets):
+    fewer = without_module(tensors, "layers.1.self_attn.v_proj")
+    error = refusal(write_adapter(tmp_path / "a", fewer, model[0], target_modules=targets))
+    assert error.kind == "bad_file"
+    lost = f"{PREFIX}model.layers.1.self_attn.v_proj.lora_A.weight"
+    assert f"adapter_model.safetensors: expected {lost}" in error.message
+    assert "target_modules" in error.message and "target_modules" in error.hint
+    error = refusal(
+        write_adapter(tmp_path / "b", {}, model[0], target_modules=targets, modules_to_save=[])
+    )
+    assert "holds no tensors" in error.message
+
+
+def test_how_many_modules_were_lost(tmp_path, model, tensors):
+    fewer = without_module(tensors, "layers.1.mlp.up_proj")
+    fewer = without_module(fewer, "layers.0.mlp.up_proj")
+    error = refusal(write_adapter(tmp_path / "a", fewer, model[0], target_modules=["up_proj"]))
+    assert "model.layers.0.mlp.up_proj.lora_A.weight and 1 more" in error.message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 0},
+        {"layers_to_transform": [0], "layers_pattern": "layers"},
+        {"exclude_modules": r".*\.layers\.1\..*"},
+        {"target_modules": [*LINEAR, "qkv_proj", "lm_haed"], "layers_to_transform": [0]},
+    ],
+    ids=str,
+)
+def test_modules_that_were_left_out_are_not_missed(tmp_path, model, tensors, config):
+    fewer = {name: entry for name, entry in tensors.items() if ".layers.1." not in name}
+    fields = {"target_modules": list(LINEAR), **config}
+    adapter = write_adapter(tmp_path / "a", fewer, model[0], **fields)
+    planned = plan_merge(MergeRequest(adapter, tmp_path / "out"))
+    assert planned.sources.count()["merged"] == 7
+    error = refusal(write_adapter(tmp_path / "b", fewer, model[0], target_modules=list(LINEAR)))
+    assert "model.layers.1" in error.message
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [
+        ("model.layers.1.self_attn.q_proj.weight", "model.layers"),
+        ("model.layers.1.mlp.experts.7.up_proj", "model.layers"),
+        ("model.vision_tower.encoder.layers.0.fc1.weight", "model.vision_tower.encoder.layers"),
+        ("model.norm.weight", None),
+    ],
+)
+def test_modules_are_told_apart_by_their_stacks(name, stack):
+    assert stack_of(name) == stack
+
+
+def test_a_tower_that_the_adapter_leaves_alone_is_not_missed(tmp_path, test_data):
+    """Trained on the text alone, whose layers have the names of the tower's."""
+    config = json.loads(
+        (test_data / "configs" / "mirror--medgemma-27b-it" / "config.json").read_text()
+    )
+    text = {**config["text_config"], "num_hidden_layers": 2, "hidden_size": 64}
+    text |= {"intermediate_size": 128, "vocab_size": 96, "num_attention_heads": 2, "head_dim": 32}
+    text |= {"num_key_value_heads": 1, "layer_types": ["full_attention"] * 2}
+    vision = {**config["vision_config"], "num_hidden_layers": 1, "hidden_size": 64}
+    vision |= {"intermediate_size": 128, "num_attention_heads": 2}
+    config |= {"text_config": text, "vision_config": vision}
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(config))
+    shapes = {tensor.name: tensor.shape for tensor in build_architecture(config).tensors.values()}
+    ones = {name: ("BF16", np.ones(shape, np.uint16)) for name, shape in shapes.items()}
+    save_tensors(base / "model.safetensors", ones)
+    layers = {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in shapes.items()
+        if ".language_model.layers." in name and "q_proj.weight" in name
+    }
+    assert any(".vision_tower." in name and "q_proj.weight" in name for name in shapes)
+    tensors = lora_tensors(layers)
+    adapter = write_adapter(tmp_path / "a", tensors, base, target_modules=["q_proj"])
+    planned = plan_merge(MergeRequest(adapter, tmp_path / "out"))
+    assert planned.sources.count()["merged"] == 2
+    fewer = {name: entry for name, entry in tensors.items() if ".layers.1." not in name}
+    error = refusal(write_adapter(tmp_path / "b", fewer, base, target_modules=["q_proj"]))
+    assert "language_model.layers.1.self_attn.q_proj" in error.message
+
+
+def test_an_embedding_that_was_trained(tmp_path, model, tensors):
+    targets = [*LINEAR, "embed_tokens"]
+    error = refusal(write_adapter(tmp_path / "a", tensors, model[0], target_modules=targets))
+    assert f"expected {PREFIX}model.embed_tokens.lora_embedding_A" in error.message
+
+
+def test_modules_that_were_trained_whole(tmp_path, model, tensors):
+    saved = {"modules_to_save": ["lm_head", "classifier", "score"]}
+    error = refusal(write_adapter(tmp_path / "a", tensors, model[0], **saved))
+    assert f"expected {PREFIX}lm_head.weight" in error.message
+    assert "modules_to_save" in error.message and "modules_to_save" in error.hint
+    tensors[f"{PREFIX}lm_head.weight"] = ("F32", np.ones((96, 64), np.float32))
+    adapter = write_adapter(tmp_path / "b", tensors, model[0], **saved)
+    planned = plan_merge(MergeRequest(adapter, tmp_path / "out"))  # there are no other two
+    assert planned.sources.count()["replaced"] == 1
+
+
+@pytest.fixture
+def biased(tmp_path):
+    """A model whose attention has biases."""
+    config = write_llama(tmp_path / "biased")
+    stored = read_folder(tmp_path / "biased")
+    for module, (num_out, _) in linear_layers(config).items():
+        if "self_attn" in module:
+            stored[f"{module}.bias"] = ("BF16", np.zeros(num_out, np.uint16))
+    save_tensors(tmp_path / "biased" / "model.safetensors", stored)
+    (tmp_path / "biased" / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    return tmp_path / "biased"
+
+
+def test_biases_that_were_trained(tmp_path, biased, tensors):
+    error = refusal(write_adapter(tmp_path / "a", tensors, biased, bias="all"))
+    assert f"expected {Q_PROJ}.bias and 7 more, as bias in adapter_config.json" in error.message
+    for name, (_, values) in read_folder(biased).items():
+        if name.endswith(".bias"):
+            tensors[f"{PREFIX}{name}"] = ("F32", np.ones(len(values), np.float32))
+    adapter = write_adapter(tmp_path / "b", tensors, biased, bias="all")
+    planned = plan_merge(MergeRequest(adapter, tmp_path / "out"))
+    assert planned.sources.count()["replaced"] == 8
+
+
+def warnings_of(adapter):
+    notes = []
+    plan_merge(MergeRequest(adapter, adapter.parent / "out"), on_event=notes.append)
+    return [note.text for note in notes if note.level == "warning"]
+
+
+def test_biases_of_adapted_layers(tmp_path, biased, tensors):
+    alone = {name: entry for name, entry in tensors.items() if name.startswith(Q_PROJ)}
+    error = refusal(write_adapter(tmp_path / "a", alone, biased, bias="lora_only"))
+    assert f"expected {Q_PROJ}.bias, as bias in adapter_config.json" in error.message
+    alone[f"{Q_PROJ}.base_layer.bias"] = ("F32", np.ones(64, np.float32))
+    adapter = write_adapter(tmp_path / "b", alone, biased, bias="lora_only")
+    planned = plan_merge(MergeRequest(adapter, tmp_path / "out"))
+    assert planned.sources.count()["replaced"] == 1
+
+
+def test_patterns_that_match_nothing_are_a_warning(tmp_path, model, tensors):
+    patterns = {"q_proj": 16, "qq_proj": 32}
+    (text,) = warnings_of(write_adapter(tmp_path / "a", tensors, model[0], alpha_pattern=patterns))
+    assert "alpha_pattern 'qq_proj'" in text and "matches no module" in text
+
+
+# ---- Tensors for the same place ---------------------------------------------------------------
+
+
+def test_two_factors_of_one_module(tmp_path, model, tensors):
+    tensors[f"{Q_PROJ.removeprefix(PREFIX)}.lora_A.weight"] = tensors[f"{Q_PROJ}.lora_A.weight"]
+    error = refusal(write_adapter(tmp_path / "a", tensors, model[0]))
+    assert error.kind == "bad_file" and "are for the same place" in error.message
+    assert f"{Q_PROJ}.lora_A.weight" in error.message
+
+
+def test_two_tensors_that_replace_one(tmp_path, model, tensors):
+    for name in ("lm_head.weight", "lm_head.base_layer.weight"):
+        tensors[PREFIX + name] = ("F32", np.ones((96, 64), np.float32))
+    error = refusal(write_adapter(tmp_path / "a", tensors, model[0]))
+    assert "lm_head.base_layer.weight are for the same place" in error.message
+
+
+def test_two_names_of_one_weight(tmp_path, model, tensors):
+    """With and without the prefix of a class that has the model within it."""
+    for part in "AB":
+        name = f"{Q_PROJ}.lora_{part}.weight"
+        tensors[name.replace("model.layers", "layers")] = tensors[name]
+    error = refusal(write_adapter(tmp_path / "a", tensors, model[0]))
+    assert "are both for model.layers.0.self_attn.q_proj.weight" in error.message
+
+
+@pytest.mark.parametrize("module", ["model.embed_tokens", "model.layers.0.self_attn.q_proj"])
+def test_factors_of_another_kind_of_layer(tmp_path, module):
+    """Of an embedding they are the other way round: a square weight would take both."""
+    write_llama(tmp_path / "square", vocab=64)
+    is_embedding = "embed" in module
+    names = ("lora_A.weight", "lora_B.weight")
+    other = ("lora_embedding_A", "lora_embedding_B")
+    found, expected = (names, other) if is_embedding else (other, names)
+    shapes = zip(found, ((4, 64), (64, 4)), strict=True)
+    tensors = {
+        f"{PREFIX}{module}.{name}": ("F32", np.ones(shape, np.float32)) for name, shape in shapes
+    }
+    error = refusal(write_adapter(tmp_path / "a", tensors, tmp_path / "square"))
+    assert error.kind == "bad_file" and f"expected {expected[0]}" in error.message
+    assert f"{PREFIX}{module}.{found[0]}" in error.message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"alpha_pattern": {"q_proj(": 16}},
+        {"rank_pattern": {"[": 4}},
+        {"target_modules": "*q_proj"},
+        {"target_modules": [1, 2]},
+        {"modules_to_save": "lm_head"},
+        {"layers_to_transform": ["0"]},
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_read(tmp_path, model, tensors, config):
+    error = refusal(write_adapter(tmp_path / "a", tensors, model[0], **config))
+    assert error.kind == "bad_file" and f"{next(iter(config))} is" in error.message
+
+
+CONFIGS = [
+    {"target_modules": ["q_proj", "up_proj"]},
+    {"target_modules": ["model.layers.1.self_attn.q_proj", "layers.0.mlp.up_proj"]},
+    {"target_modules": r"model\.layers\.\d\.mlp\..*"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": ["layers"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "blocks"},
+    {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    {"target_modules": ["q_proj", "lm_head"], "exclude_modules": r".*1\.self_attn.*"},
+    {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["embed_tokens", "proj"]},
+]
+
+
+@pytest.mark.parametrize("settings", CONFIGS, ids=str)
+def test_targets_are_those_of_peft(settings):
+    peft = pytest.importorskip("peft")
+    from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+
+    config = peft.LoraConfig(**settings)
+    modules = [name.removesuffix(".weight") for name in llama_shapes(llama_config())]
+    for module in modules:
+        theirs = check_target_module_exists(config, module)
+        expected = bool(theirs) and not isinstance(theirs, _ExcludedModule)
+        assert is_target(settings, module, is_linear=True) == expected, module

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +20,7 @@ from qtool.planner.model import describe_model
 from qtool.planner.own_runtime import FEW_TOKENS, FusedBlock
 from qtool.planner.records import Workload
 from tests.architecture.oracle import build_model
+from tests.planner.adapters import PREFIX, adapter_of
 
 pytestmark = pytest.mark.gpu
 
@@ -86,13 +90,13 @@ def allocated_before() -> int:
     return torch.cuda.memory_allocated()
 
 
-def _moments_on_hopper(block, tokens, rounding, plan=FusedBlock.moments):
+def _moments_on_hopper(block, tokens, rounding, inner=None, plan=FusedBlock.moments):
     """A plan is for any GPU. There packed layers are dequantized only when a few tokens through
     them are compared, before the first prompt.
     """
-    for moment in plan(block, tokens, rounding):
+    for moment in plan(block, tokens, rounding, inner):
         yield replace(moment, dequant_buffer_bytes=0)
-    yield from plan(block, FEW_TOKENS + 1, rounding)
+    yield from plan(block, FEW_TOKENS + 1, rounding, inner)
 
 
 @pytest.mark.parametrize("context", [128, 4096, 32_768])
@@ -133,3 +137,98 @@ def test_qtool_s_own_runtime_takes_what_was_planned(test_data, monkeypatch, name
         found = torch.cuda.max_memory_allocated() - before
         decoder.close()
     assert budget.plan(asked).allocated_peak_bytes == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("quant", "context", "settings", "path"),
+    [
+        ("nf4-dq", 4096, {}, "fused"),
+        ("nf4-dq", 32_768, {"r": 64}, "fused"),
+        ("int8", 128, {}, "fused"),
+        ("bf16", 4096, {"target_modules": ["q_proj", "v_proj"], "r": 12}, "fused"),
+        ("nf4-dq", 4096, {"use_dora": True}, "graph"),
+    ],
+)
+def test_an_adapter_takes_what_was_planned(
+    test_data, monkeypatch, tmp_path, quant, context, settings, path
+):
+    """What PEFT holds, and a prompt and a few tokens with it, within 1 %; DoRA within 2 %."""
+    pytest.importorskip("peft")
+    import torch
+
+    from cupy_kernels.loader import compiles_for
+    from qtool.runtime.adapters import add_adapter
+    from qtool.runtime.decoders.choose import choose_decoder
+    from qtool.runtime.decoders.protocol import Sampling
+    from qtool.runtime.random_model import build_random_model
+
+    name = "meta-llama--Meta-Llama-3.1-8B"
+    config = json.loads((test_data / "configs" / name / "config.json").read_text())
+    config = {**config, "num_hidden_layers": NUM_LAYERS, "dtype": "bfloat16"}
+    planned_model = describe_model(Checkpoint.of_config("bare", config))
+    adapter = adapter_of(planned_model.architecture, **settings)
+    folder = write_random_adapter(tmp_path / "adapter", adapter)
+    asked = Workload(context, adapter=adapter)
+    if quant != "bf16" and compiles_for("sm_90"):
+        monkeypatch.setattr(FusedBlock, "moments", _moments_on_hopper)
+    plan = MemoryBudget.of(planned_model, quant, asked).plan(asked)
+
+    before = allocated_before()
+    with build_random_model(config, quant, device="cuda") as loaded:
+        torch.cuda.synchronize()
+        without = torch.cuda.memory_allocated()
+        add_adapter(loaded.model, folder)
+        gc.collect()
+        held = torch.cuda.memory_allocated() - without
+        assert adapter.held_bytes(2) == pytest.approx(held, rel=0.01)
+        torch.cuda.reset_peak_memory_stats()
+        decoder = choose_decoder(loaded, context)
+        if "no graph of" in decoder.path_reason:  # depends on the version of transformers
+            pytest.skip(decoder.path_reason)
+        assert decoder.path == path, decoder.path_reason
+        ids = torch.randint(0, config["vocab_size"], (1, context - 8))
+        decoder.prefill(ids, 0)
+        list(decoder.decode(Sampling(), 8))
+        found = torch.cuda.max_memory_allocated() - before
+        decoder.close()
+    near = 0.02 if path == "graph" else 0.01
+    assert plan.allocated_peak_bytes == pytest.approx(found, rel=near)
+
+
+def write_random_adapter(folder: Path, adapter) -> Path:
+    """Its tensors with small values, as PEFT saves them."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    tensors = {}
+    for layer in adapter.layers:
+        at = f"{PREFIX}{layer.module}"
+        tensors[f"{at}.lora_A.weight"] = torch.randn(layer.rank, layer.columns) * 0.02
+        tensors[f"{at}.lora_B.weight"] = torch.randn(layer.rows, layer.rank) * 0.02
+        if adapter.is_dora:
+            tensors[f"{at}.lora_magnitude_vector"] = torch.ones(layer.rows)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(adapter.config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_a_process_takes_what_was_planned(tmp_path):
+    """The command's own count, the CUDA context among it, lies in the plan's range."""
+    from qtool.resources import demo_model_path
+
+    words = ("--json", "--quant", "nf4-dq")
+    said = {}
+    for verb, more in (
+        ("generate", ("ROMEO:", "--max-new-tokens", "100", "--ignore-eos")),
+        ("estimate", ("--context", "128")),
+    ):
+        command = [sys.executable, "-m", "qtool", verb, str(demo_model_path()), *more, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        said[verb] = json.loads(done.stdout)
+    ran, (plan,) = said["generate"], said["estimate"]["plans"]
+    assert ran["peak_device_bytes"] >= ran["allocated_peak_bytes"] > 0
+    if ran["peak_device_basis"] == "allocator":
+        pytest.skip("the driver does not say what this process takes")
+    assert plan["peak_low_bytes"] <= ran["peak_device_bytes"] <= plan["peak_high_bytes"]

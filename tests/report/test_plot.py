@@ -203,7 +203,7 @@ def test_another_ending_is_refused_with_the_three_that_work(tmp_path, name):
 def test_a_missing_folder_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(QtoolError, match="there is no folder") as caught:
         check_plot_path(tmp_path / "nowhere" / "memory.svg")
-    assert caught.value.kind == "not_found"
+    assert caught.value.kind == "usage"
     assert caught.value.hint == f"mkdir -p {tmp_path / 'nowhere'}"
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Final, Literal, get_args
 
+from qtool.defaults import PREFILL_CHUNK
 from qtool.errors import Option, QtoolError
 from qtool.runtime.decoders.caches import CAPACITY_STEP, fixed_cache
 from qtool.runtime.decoders.capture import CaptureFailed
@@ -35,7 +36,7 @@ class DecoderOptions:
     """
 
     path: PathChoice = "auto"
-    prefill_chunk: int = 512
+    prefill_chunk: int = PREFILL_CHUNK
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,11 +105,11 @@ def _adapters_of(block: Block, like: Tensor) -> BlockAdapters:
 
 
 def _group(layers: Sequence[PackedRows], like: Tensor) -> AdapterGroup | None:
-    # Two halves of one layer have the same A, by its address.
+    # Two halves of one layer have the same A.
     distinct: dict[int, LowRank] = {}
     for layer in layers:
         if layer.adapter is not None:
-            distinct.setdefault(layer.adapter.a.data_ptr(), layer.adapter)
+            distinct.setdefault(_place_of(layer.adapter.a), layer.adapter)
     if not distinct:
         return None
     ranks = [-(-it.a.shape[0] // RANK_MULTIPLE) * RANK_MULTIPLE for it in distinct.values()]
@@ -117,8 +117,8 @@ def _group(layers: Sequence[PackedRows], like: Tensor) -> AdapterGroup | None:
     rows, columns = sum(ranks), layers[0].kind.columns
     a = like.new_zeros(rows, columns)
     scales = torch.zeros(rows, dtype=torch.float32, device=like.device)
-    for address, adapter in distinct.items():
-        own = slice(starts[address], starts[address] + adapter.a.shape[0])
+    for place, adapter in distinct.items():
+        own = slice(starts[place], starts[place] + adapter.a.shape[0])
         a[own].copy_(adapter.a)
         scales[own] = adapter.scale
     parts = (
@@ -126,12 +126,18 @@ def _group(layers: Sequence[PackedRows], like: Tensor) -> AdapterGroup | None:
         if layer.adapter is None
         else AdapterPart(
             _filled_up(layer.adapter.b, like),
-            starts[layer.adapter.a.data_ptr()],
+            starts[_place_of(layer.adapter.a)],
             layer.adapter.scale,
         )
         for layer in layers
     )
     return AdapterGroup(a, scales, tuple(parts))
+
+
+def _place_of(a: Tensor) -> int:
+    """What tells tensors apart: the storage, since those without memory have no address."""
+    place: int = a.untyped_storage()._cdata
+    return place
 
 
 def _filled_up(b: Tensor, like: Tensor) -> Tensor:
