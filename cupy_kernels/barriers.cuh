@@ -29,6 +29,20 @@ __device__ inline void arrive_if(uint64* barrier, bool arrives) {
         : "memory");
 }
 
+__device__ inline bool has_phase_ended(uint64* barrier, uint32 phase) {
+    uint32 has_ended;
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "mbarrier.test_wait.parity.shared.b64 ended, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, ended;\n"
+        "}"
+        : "=r"(has_ended)
+        : "r"(uint32(__cvta_generic_to_shared(barrier))), "r"(phase)
+        : "memory");
+    return has_ended;
+}
+
 // Until the phase has ended; phases alternate between 0 and 1.
 __device__ inline void wait_for_phase(uint64* barrier, uint32 phase) {
     asm volatile(

@@ -244,7 +244,9 @@ def _of_warpgroups(gpu: SharedMemory) -> Iterator[Specialisation]:
                 plan = linear_some.plan_with(tuning, kind, SOME_ROWS, tokens, gpu)
                 if plan is not None:
                     warps = f"{tuning.row_warps} x {tuning.column_warps} warps in groups"
-                    purpose = f"{_in_words(kind)}, tokens {tokens}, {warps}"
+                    blocks = f", {tuning.split} blocks" if tuning.split > 1 else ""
+                    rows = f"{tuning.rows} rows"
+                    purpose = f"{_in_words(kind)}, tokens {tokens}, {rows}, {warps}{blocks}"
                     yield Specialisation(plan.kernel, plan.defines, purpose)
     for kind, shapes in MANY_LINEARS:
         for shape in shapes:

@@ -5,7 +5,7 @@
 // a launch takes: 8, 16, 32, 64), COLUMNS, EPILOGUE (0), NUM_WEIGHTS (1), WARPGROUPS (1), ROW_WARPS (a multiple of
 // four) and COLUMN_WARPS (whose product are the warps of a thread block that multiply), FRAGMENTS (1, 2, of 16 rows
 // in a warp's tile), STAGES (of a warp's ring), X_STAGES (of the activations' ring, a multiple of four), MIN_BLOCKS
-// (thread blocks per multiprocessor).
+// (thread blocks per multiprocessor), SPLIT (thread blocks of a cluster that share a tile; 1: no cluster).
 //
 // The tensor cores multiply one of a warp's fragments, reading the tokens from shared memory themselves, while the
 // warp scales and adds the sums of the other and looks up its next weights; with one fragment it looks up alone.
@@ -16,6 +16,8 @@
 // Work is cut into units, a group of COLUMN_WARPS chunks of the rows of a thread block, tile by tile. Thread blocks
 // have equal numbers of them, wherever that cuts a tile; of such tiles each leaves its sums in memory, and
 // the last one to arrive adds them up in the order of the columns, so that results are the same every time.
+// With SPLIT a cluster has one tile, each of its blocks a part of the columns: over shared memory each gives the
+// others the sums that they store, and adds up its own in a fixed order.
 //
 // Bytes read per weight: 1/2 + 4/blocksize, or 1/2 + 1/blocksize when nested. Activations are read once by every
 // tile, from L2.
@@ -28,6 +30,7 @@
 #include "linear_tiles.cuh"
 #include "warpgroups.cuh"
 #include "token_copies.cuh"
+#include "clusters.cuh"
 
 constexpr int WARPS = ROW_WARPS * COLUMN_WARPS;
 constexpr int WORKERS = WARPS * WARP;  // threads that multiply; a group behind them sees to the activations
@@ -55,15 +58,20 @@ constexpr int X_ROUNDS = X_STAGES / BLOCKS;  // units whose activations are in t
 static_assert(X_STAGES % BLOCKS == 0, "a block of a unit always has the same places");
 
 // -- shared memory: the table, in its gaps the dynamic map and barriers; activations; rings; sums that column warps
-// give to each other
+// or, with SPLIT, thread blocks give to each other
 constexpr int X_AT = TABLE_BYTES;
 constexpr int RINGS_AT = X_AT + X_STAGES * X_STAGE_BYTES;
 constexpr int SUMS_AT = RINGS_AT + WARPS * STAGES * STAGE_BYTES;
-constexpr int BARRIER_LINE = 8;
+constexpr int BARRIER_LINE = 8, RECEIVED_LINE = 9;
 constexpr int SUMS = FRAGMENTS * TOKEN_TILES;  // of a lane, four at a time
 constexpr int PART = SUMS / COLUMN_WARPS;      // of a column warp, once sums are merged
 static_assert(PART * COLUMN_WARPS == SUMS, "column warps share sums evenly");
-static_assert(2 * X_STAGES * 8 <= GAP, "barriers fit into a gap");
+constexpr int OWN = PART / SPLIT;              // of a thread block, once those of a cluster are merged
+static_assert(2 * X_STAGES * 8 <= GAP && WARPS * 8 <= GAP, "barriers fit into a gap");
+static_assert(OWN * SPLIT == PART, "thread blocks of a cluster share sums evenly");
+static_assert(GROUPS >= SPLIT, "each of them has columns");
+static_assert(SPLIT == 1 || (COLUMN_WARPS - 1) * SUMS * WARP * 16 <= COLUMN_WARPS * STAGES * STAGE_BYTES,
+              "column warps of one tile give sums in the rings");
 
 struct GroupArguments {
     TokenMap tokens;
@@ -78,11 +86,59 @@ __device__ constexpr int group_of(int unit) { return unit % GROUPS; }
 __device__ constexpr int row_of(int unit, int row_warp) { return (tile_of(unit) * ROW_WARPS + row_warp) * TILE; }
 __device__ constexpr int chunk_of(int unit, int column_warp) { return group_of(unit) * COLUMN_WARPS + column_warp; }
 
+// The units of this thread block.
+__device__ inline int begin_of_block(const Share& share, int rank) {
+    if constexpr (SPLIT == 1) return share.begin(blockIdx.x);
+    return blockIdx.x / SPLIT * GROUPS + rank * GROUPS / SPLIT;
+}
+
+__device__ inline int end_of_block(const Share& share, int rank) {
+    if constexpr (SPLIT == 1) return share.begin(blockIdx.x + 1);
+    return blockIdx.x / SPLIT * GROUPS + (rank + 1) * GROUPS / SPLIT;
+}
+
 __device__ inline uint8* gap_at(uint8* shared, int line) { return shared + GAP + line * ENTRY_STRIDE; }
 
 // Of the dynamic map in gaps.
 __device__ inline float entry_of(const uint8* map, uint32 code) {
     return *reinterpret_cast<const float*>(map + code / 32 * ENTRY_STRIDE + code % 32 * 4);
+}
+
+// The table of 4-bit pairs; `code` is the lane's of 16.
+__device__ inline void fill_pairs(uint8* shared, float code) {
+    constexpr int FILLS = 256 / 4;  // of a warp at once: eight lanes fill an entry
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < FILLS; i += WARPS) {
+        const int byte = min(i + int(threadIdx.x) / WARP, FILLS - 1) * 4 + lane / 8;
+        const float first = __shfl_sync(FULL_WARP, code, byte >> 4);
+        const uint32 pair = ACTIVATION::narrow_pair(first, __shfl_sync(FULL_WARP, code, byte & 15));
+        *reinterpret_cast<uint4*>(shared + byte * ENTRY_STRIDE + lane % 8 * 16) =
+            make_uint4(pair, pair, pair, pair);
+    }
+}
+
+// The dynamic map, by the warps that have nothing to copy.
+__device__ inline void fill_map(uint8* map, const Weight& weight) {
+    constexpr int FILLERS = THREADS - WORKERS - WARP;
+#pragma unroll
+    for (int i = 0; i < 256; i += FILLERS) {
+        const int code = min(i + int(threadIdx.x) - WORKERS - WARP, 255);
+        *reinterpret_cast<float*>(map + code / 32 * ENTRY_STRIDE + code % 32 * 4) =
+            __ldg(weight.nested_code + code);
+    }
+}
+
+// Until a fragment of the first unit in the ring is there; each is a group of copies, and the ring full of them.
+template <int FRAGMENT>
+__device__ inline void await_fragment() {
+    wait_copies<STAGES * FRAGMENTS - 1 - FRAGMENT>();
+    __syncwarp();
+}
+
+// So that the first copy need not wait for it.
+__device__ inline void prefetch_map(const TokenMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // absmax of the blocks of a lane quad's rows, loaded one chunk ahead; lane `member` has those of block `member`.
@@ -214,7 +270,7 @@ __device__ inline Sums<PART> merge_columns(const Sums<SUMS>& totals, float4* sha
 #pragma unroll
         for (int i = 0; i < (COLUMN_WARPS - 1) * PART; i++)
             kept.add(i % PART, own[(column_warp * (COLUMN_WARPS - 1) + i / PART) * GIVEN + i % PART * WARP]);
-        meet<WORKERS>();  // before the next tile's
+        if constexpr (SPLIT == 1) meet<WORKERS>();  // before the next tile's
     }
     return kept;
 }
@@ -280,25 +336,103 @@ struct Exchange {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_groups(
+// Four values into the shared memory of another thread block, whose barrier counts the bytes.
+__device__ inline void send(uint32 address, const float (&values)[4], uint32 barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     address),
+                 "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(barrier)
+                 : "memory");
+}
+
+// A tile that the thread blocks of a cluster share, by a warp of each: of its sums each block keeps a part. What
+// others give lies in the keeper's shared memory as [giver][warp][sums][lane]; each of its warps has a barrier for
+// it. (A barrier of the cluster would have a fence for the whole GPU.)
+struct ClusterExchange {
+    static constexpr int BYTES = (SPLIT - 1) * OWN * WARP * sizeof(float4);  // that a warp is given
+    uint8* received;
+    uint64* barriers;
+    int rank, warp, lane;
+
+    __device__ float4* place_of(int giver, int keeper) const {
+        const int place = (giver - (giver > keeper)) * WARPS + warp;
+        return reinterpret_cast<float4*>(received) + place * (OWN * WARP) + lane;
+    }
+
+    // Each block begins with another keeper.
+    __device__ void give(const Sums<PART>& sums) const {
+#pragma unroll
+        for (int giver = 0; giver < SPLIT; giver++) {
+            if (giver != rank) continue;
+#pragma unroll
+            for (int step = 1; step < SPLIT; step++) {
+                const int keeper = (giver + step) % SPLIT;
+                const uint32 there = address_in_block(shared_address(place_of(giver, keeper)), keeper);
+                const uint32 barrier = address_in_block(shared_address(barriers + warp), keeper);
+#pragma unroll
+                for (int i = 0; i < OWN; i++)
+                    send(there + i * uint32(WARP * sizeof(float4)), sums.values[keeper * OWN + i], barrier);
+            }
+        }
+    }
+
+    __device__ Sums<OWN> take(const Sums<PART>& sums) const {
+        Sums<OWN> own;
+#pragma unroll
+        for (int keeper = 0; keeper < SPLIT; keeper++) {
+            if (keeper != rank) continue;
+#pragma unroll
+            for (int i = 0; i < OWN; i++) own.set(i, sums.get(keeper * OWN + i));
+        }
+        wait_for_phase(barriers + warp, 0);
+        const float4* first = place_of(0, SPLIT);
+#pragma unroll
+        for (int i = 0; i < (SPLIT - 1) * OWN; i++)  // of the others, in their order
+            own.add(i % OWN, first[i / OWN * (WARPS * OWN * WARP) + i % OWN * WARP]);
+        return own;
+    }
+};
+
+// The meeting of a cluster says that all blocks have begun and their barriers are there: nobody waits for it but
+// who gives.
+__device__ inline void arrive_in_cluster() {
+    if constexpr (SPLIT > 1) {
+        __syncwarp();
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    }
+}
+
+__device__ inline void await_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+#if SPLIT > 1
+#define IN_CLUSTERS __attribute__((cluster_dims(SPLIT, 1, 1)))
+#else
+#define IN_CLUSTERS
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) IN_CLUSTERS linear_groups(
     const __grid_constant__ GroupArguments args) {
     extern __shared__ __align__(1024) uint8 shared[];
-    if (uint32(__cvta_generic_to_shared(shared)) != DYNAMIC_SHARED_ADDRESS) __trap();
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    if ((shared_address(shared) & 0xffffff) != DYNAMIC_SHARED_ADDRESS) __trap();
+    const int lane = threadIdx.x % WARP, warp = __shfl_sync(FULL_WARP, threadIdx.x / WARP, 0);  // uniform
     const bool is_worker = warp < WARPS;
     const int row_warp = warp % ROW_WARPS, column_warp = warp / ROW_WARPS;
     const int group = lane / 4, member = lane % 4;
-    const uint32 lane_offset = lane * 4, own_byte = select_byte(member);
+    // An address in shared memory has the block's rank in the cluster in its uppermost byte.
+    const uint32 lane_offset = lane * 4 | (SPLIT > 1 ? shared_address(shared) >> 24 << 16 : 0);
+    const uint32 own_byte = SPLIT > 1 ? 0x6504u | member << 4 : select_byte(member);
     const Weight& weight = args.layers.weights[0];
     uint8* ring = shared + RINGS_AT + warp * (STAGES * STAGE_BYTES);
     uint8* map = gap_at(shared, 0);
     uint64* x_full = reinterpret_cast<uint64*>(gap_at(shared, BARRIER_LINE));
     uint64* x_empty = x_full + X_STAGES;
+    uint64* received = reinterpret_cast<uint64*>(gap_at(shared, RECEIVED_LINE));  // of each warp
 
     const Share share{args.units, args.longer};
-    const int begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
+    const int rank = SPLIT > 1 ? rank_in_cluster() : 0;
+    int begin = begin_of_block(share, rank), end = end_of_block(share, rank);
+    asm volatile("" : "+r"(begin), "+r"(end));  // kept: what they are made of would be spilled
 
-    // -- copies into the ring
+    // -- copies into the ring, of each fragment apart
     const int copy_row = lane / PARTS, copy_part = lane % PARTS;
     const int copy_target = copy_row * LINE + part_position(copy_row, copy_part) * 16;
     const int copy_target_4 = copy_row * LINE + part_position(copy_row + 4, copy_part) * 16;  // four lines below
@@ -310,6 +444,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_groups(
             const bool whole = WHOLE && first_row + TILE <= weight.rows;
 #pragma unroll
             for (int i = 0; i < TILE; i += COPY_ROWS) {
+                if (i == FRAGMENT_ROWS) commit_copies();
                 uint8* target = stage_at + i * LINE + (i % 8 == 0 ? copy_target : copy_target_4);
                 const uint8* source = weight.packed + (row + row_of_line(i)) * ROW_BYTES + in_row;
                 if (whole) {
@@ -319,6 +454,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_groups(
                     copy_async_or_zero(target, inside ? source : weight.packed, inside);
                 }
             }
+        } else if (FRAGMENTS == 2) {
+            commit_copies();
         }
         commit_copies();
     };
@@ -335,27 +472,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_groups(
                      (group_of(unit) * COLUMN_WARPS + i) * CHUNK + b * BLOCK, 0, x_full + stage);
     };
 
-    // -- before the launch before has ended: all that does not depend on it
+    // -- before the launch before has ended: all that does not depend on it. Loads that copies would delay come
+    // first, and the copies of all warps' first unit before those of their next.
     start_dependents();
-    Scales scales;
-    float offset = 0.0f;
-    if (is_worker) {
-#pragma unroll 1
-        for (int i = 0; i < STAGES; i++) copy_unit(begin + i, i);
-        scales.load(args.layers, row_of(begin, row_warp), chunk_of(begin, column_warp), group, member);
-        fill_table<WARPS>(shared);
-#if NESTED
-        for (int i = threadIdx.x; i < 256; i += WORKERS)
-            *reinterpret_cast<float*>(map + i / 32 * ENTRY_STRIDE + i % 32 * 4) = __ldg(weight.nested_code + i);
-        offset = __ldg(weight.nested_offset);
-#endif
-        wait_copies<STAGES - 1>();
-    } else if (warp == WARPS && lane == 0) {
+    if (threadIdx.x == WORKERS) {
+        prefetch_map(&args.tokens);
         for (int i = 0; i < X_STAGES; i++) {
             init_barrier(x_full + i, 1);
             init_barrier(x_empty + i, WARPS);
         }
+        for (int i = 0; SPLIT > 1 && i < WARPS; i++) {
+            init_barrier(received + i, 1);
+            expect_bytes(received + i, ClusterExchange::BYTES);
+        }
         publish_barriers();
+    }
+    arrive_in_cluster();
+    Scales scales;
+    float offset = 0.0f;
+    if (is_worker) {
+        const float code = __ldg((FORMAT == FP4 ? fp4_code : nf4_code) + lane % 16);
+#if NESTED
+        offset = __ldg(weight.nested_offset);
+#endif
+        scales.load(args.layers, row_of(begin, row_warp), chunk_of(begin, column_warp), group, member);
+        copy_unit(begin, 0);
+        fill_pairs(shared, code);
+#pragma unroll 1
+        for (int i = 1; i < STAGES; i++) copy_unit(begin + i, i);
+    } else if (warp > WARPS) {
+#if NESTED
+        fill_map(map, weight);
+#endif
+    } else if (lane == 0) {
         wait_for_prerequisites();
         for (int i = 0; i < X_STAGES; i++) copy_tokens(begin + i / BLOCKS, i % BLOCKS);
     }
@@ -367,13 +516,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_groups(
             for (int unit = begin + X_ROUNDS; unit < end; unit++)
                 for (int b = 0; b < BLOCKS; b++) copy_tokens(unit, b);
         }
+        if constexpr (SPLIT > 1) {
+            __syncwarp();
+            await_cluster();
+        }
         return;
     }
     wait_for_prerequisites();
     if constexpr (SHIFTS_REGISTERS) take_registers<WORKER_REGISTERS>();
 
-    const Exchange exchange{args, share, warp, lane};
-    auto store = [&](const Sums<PART>& sums, int unit) {
+    [[maybe_unused]] const Exchange exchange{args, share, warp, lane};
+    [[maybe_unused]] auto store = [&](const Sums<PART>& sums, int unit) {
         sums.store(args.layers, row_of(unit, row_warp), column_warp * PART, group, member);
     };
     const uint32 lines = shared_address(ring) + group * (LINE + 16);
@@ -414,10 +567,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_groups(
         __syncwarp();
         copy_unit(unit + STAGES, stage);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
-        wait_copies<STAGES - 1>();
-        __syncwarp();
+        await_fragment<0>();
     };
 
+    await_fragment<0>();
     look_up_block(0, 0, stage, 0);
 #pragma unroll 1
     for (int unit = begin; unit < end; unit++) {
@@ -447,6 +600,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_groups(
                     arrive(x_empty + x_round + b - 1);
                     add_block(1, 1);
                 }
+                if (b == 0) await_fragment<1>();
                 look_up_block(1, 1, stage, b);
                 find_scale(own, 1, b);
                 find_scale(own, 0, b);
@@ -462,7 +616,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_groups(
             arrive(x_empty + x_round + BLOCKS - 1);
             add_block(1, 1);
         }
-        if (tile_of(unit + 1) != tile_of(unit) || unit + 1 == end) {
+        if (SPLIT == 1 && (tile_of(unit + 1) != tile_of(unit) || unit + 1 == end)) {
             const Sums<PART> kept =
                 merge_columns(totals, reinterpret_cast<float4*>(shared + SUMS_AT), row_warp, column_warp, lane);
             if (exchange.is_shared(tile_of(unit))) {
@@ -474,9 +628,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_groups(
         }
     }
 
-    const int first_tile = tile_of(begin), last_tile = tile_of(end - 1);
-    if (!exchange.is_shared(first_tile) && !exchange.is_shared(last_tile)) return;
-    const uint32 complete = exchange.arrive(first_tile, last_tile);
-    if (complete & 1) store(exchange.collect(first_tile), begin);
-    if (complete & 2) store(exchange.collect(last_tile), end - 1);
+    if constexpr (SPLIT > 1) {
+        if constexpr (COLUMN_WARPS > 1) meet<WORKERS>();  // rings are free
+        const Sums<PART> kept =
+            merge_columns(totals, reinterpret_cast<float4*>(shared + RINGS_AT), row_warp, column_warp, lane);
+        const ClusterExchange sums_of_all{shared + SUMS_AT, received, rank, warp, lane};
+        await_cluster();
+        sums_of_all.give(kept);
+        const int first = column_warp * PART + rank * OWN;
+        sums_of_all.take(kept).store(args.layers, row_of(begin, row_warp), first, group, member);
+    } else {
+        const int first_tile = tile_of(begin), last_tile = tile_of(end - 1);
+        if (!exchange.is_shared(first_tile) && !exchange.is_shared(last_tile)) return;
+        const uint32 complete = exchange.arrive(first_tile, last_tile);
+        if (complete & 1) store(exchange.collect(first_tile), begin);
+        if (complete & 2) store(exchange.collect(last_tile), end - 1);
+    }
 }

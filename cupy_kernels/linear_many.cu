@@ -179,7 +179,9 @@ struct Worker {
     uint32 phase = 0;      // of the ring
     float sums[TOKEN_TILES][4];
     uint32 pairs[2][4][4];  // of the block that is multiplied and of the next: [16 columns][fragment's registers]
-    Scales scales, next;
+    Scales scales, next;    // of a chunk and the one behind it
+    float scale[2];         // of the next block
+    bool is_there;          // the next block, for certain
 
     __device__ Worker(const ManyArguments& args, const Work& work, Ring ring, int warp, int lane)
         : args(args), work(work), ring(ring), warp(warp), lane(lane) {
@@ -193,23 +195,18 @@ struct Worker {
 
     // The lane's values of block `b`, as pairs.
     __device__ void make_pairs(int b) {
-        float scale[2] = {1.0f, 1.0f};
-        if constexpr (IS_4BIT) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) scale[i] = __shfl_sync(FULL_WARP, scales.values[i], group * 4 + b);
-        }
         const int stage = ring.stage(b);
-        sleep_for_phase(ring.full(stage), phase);
+        if (!is_there) sleep_for_phase(ring.full(stage), phase);
         const uint32 line = shared_address(ring.packed(stage)) + own_row * LINE_BYTES;
         if constexpr (IS_4BIT) {
-            look_up_codes(line, scale, pairs[b % 2]);
+            look_up_codes(line, pairs[b % 2]);
         } else {
             widen_codes(line, pairs[b % 2]);
         }
     }
 
     // The copy engine swaps both halves of a line in every other four lines.
-    __device__ void look_up_codes(uint32 line, const float (&scale)[2], uint32 (&into)[4][4]) const {
+    __device__ void look_up_codes(uint32 line, uint32 (&into)[4][4]) const {
         line += own_row / 4 % 2 * 16;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -249,23 +246,37 @@ struct Worker {
         asm volatile("bar.arrive %0, %1;" ::"r"(3 - warp / 4), "n"(WORKERS) : "memory");
     }
 
-    __device__ void begin_block(int b) {
+    // The products of block `b`. A warp is held up before the third until the first has ended: what it does meanwhile
+    // is free.
+    template <class Meanwhile>
+    __device__ void begin_block(int b, Meanwhile meanwhile) {
         const uint32 tokens = describe_swizzled_tokens(ring.tokens(ring.stage(b)));
 #pragma unroll
         for (int i = 0; i < 16; i++) settle(pairs[b % 2][i / 4][i % 4]);  // made before what follows
         begin_products();
 #pragma unroll
-        for (int k = 0; k < 4; k++)
+        for (int k = 0; k < 4; k++) {
+            if (k == 2) meanwhile();
             multiply_group<ACTIVATION>(sums, pairs[b % 2][k][0], pairs[b % 2][k][1], pairs[b % 2][k][2],
                                        pairs[b % 2][k][3], swizzled_tokens(tokens + k * 2), 1);
+        }
         commit_products();
     }
 
-    // The products of the block before block `b` have ended.
-    __device__ void end_block_before(int b, bool is_there) {
+    // The products of the block before block `b` have ended, which was in `stage`.
+    __device__ void end_block_before(int b, int stage, bool is_one) {
 #pragma unroll
         for (int i = 0; i < 16; i++) settle(pairs[(b + 1) % 2][i / 4][i % 4]);
-        arrive_if(ring.empty(ring.stage_before(b)), is_there);
+        arrive_if(ring.empty(stage), is_one);
+    }
+
+    // What is to be known of block `b` before its weights are read.
+    __device__ void look_ahead(int b) {
+        is_there = has_phase_ended(ring.full(ring.stage(b)), phase);
+        if constexpr (IS_4BIT) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) scale[i] = __shfl_sync(FULL_WARP, scales.values[i], group * 4 + b);
+        }
     }
 
     __device__ void multiply_tile(const Tile& tile) {
@@ -273,29 +284,40 @@ struct Worker {
         const int row = tile.row + own_row;
         const float offset = NESTED ? __ldg(weight.nested_offset) : 0.0f;
         const int first = work.first_chunk(), end = work.end_chunk();
-        if constexpr (IS_4BIT) next.load(args, weight, row, first, member);
 #pragma unroll
         for (int i = 0; i < TOKEN_TILES * 4; i++) sums[i / 4][i % 4] = 0.0f;
+        if (first == end) return;
+        if constexpr (IS_4BIT) {
+            scales.load(args, weight, row, first, member);
+            next.load(args, weight, row, min(first + 1, end - 1), member);
+            scales.decode(weight, offset);
+        }
+        look_ahead(0);
 #pragma unroll 1
         for (int chunk = first; chunk < end; chunk++) {
-            if constexpr (IS_4BIT) {
-                scales = next;
-                scales.decode(weight, offset);
-                if (chunk + 1 < end) next.load(args, weight, row, chunk + 1, member);
-            }
 #pragma unroll
             for (int b = 0; b < BLOCKS; b++) {
+                const int stage_before = ring.stage_before(b);
                 make_pairs(b);
                 await_turn();
-                begin_block(b);
+                begin_block(b, [&] {
+                    if (b == BLOCKS - 1) {
+                        if (ring.advance()) phase ^= 1;
+                        if constexpr (IS_4BIT) {
+                            scales = next;
+                            scales.decode(weight, offset);
+                            next.load(args, weight, row, min(chunk + 2, end - 1), member);
+                        }
+                    }
+                    look_ahead((b + 1) % BLOCKS);
+                });
                 pass_turn();
                 wait_products<1>();
-                end_block_before(b, b > 0 || chunk > first);
+                end_block_before(b, stage_before, b > 0 || chunk > first);
             }
-            if (ring.advance()) phase ^= 1;
         }
         wait_products();
-        end_block_before(0, end > first);
+        end_block_before(0, ring.stage_before(0), true);
 #pragma unroll
         for (int i = 0; i < TOKEN_TILES * 4; i++) settle(sums[i / 4][i % 4]);
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Final
@@ -171,6 +171,8 @@ class Tuning:
         x_stages: of the ring of activations of linear_groups.cu, which has warpgroups, lines of 128
             bytes and steps of 64 columns; a multiple of four. 0: linear_some.cu.
         relative_time: that a weight takes, with tunings between which `Plan.cost` decides.
+        split: thread blocks of a cluster that share a tile of linear_groups.cu; with 1 all thread
+            blocks of a launch share all tiles.
     """
 
     row_warps: int
@@ -184,6 +186,7 @@ class Tuning:
     warpgroups: bool = False
     x_stages: int = 0
     relative_time: float = 1.0
+    split: int = 1
 
     @property
     def warps(self) -> int:
@@ -218,8 +221,16 @@ GROUP_TUNINGS: Final[dict[int, tuple[Tuning, ...]]] = {
         Tuning(8, 1, 2, 2, warpgroups=True, x_stages=8),
         Tuning(4, 2, 2, 2, warpgroups=True, x_stages=4, relative_time=1.08),
         Tuning(12, 1, 1, 2, warpgroups=True, x_stages=8, relative_time=1.12),
+        Tuning(4, 2, 1, 3, warpgroups=True, x_stages=4, relative_time=1.2, split=2),
+        Tuning(4, 2, 2, 2, warpgroups=True, x_stages=4, relative_time=1.08, split=2),
+        Tuning(4, 2, 2, 2, warpgroups=True, x_stages=4, relative_time=1.08, split=4),
+        Tuning(12, 1, 1, 2, warpgroups=True, x_stages=8, relative_time=1.12, split=4),
     ),
 }
+# Longer rows were not measured in clusters.
+MAX_CLUSTER_COLUMNS: Final = 8192
+# What it takes to give sums to other thread blocks through memory, in weights of the busiest one.
+_EXCHANGE_VALUES: Final = 75_000
 
 # Another tuning than the first is taken where the busiest thread block has so much less to do.
 _TOLERANCE: Final = 0.9
@@ -231,9 +242,10 @@ class Plan:
 
     Attributes:
         num_units: units of work of the launch, which its thread blocks share.
-        sum_bytes: of each thread block's sums of its first tile and of its last.
+        sum_bytes: of each thread block's sums of its first tile and of its last; none in clusters.
         block_values: weights of the busiest thread block.
-        shared_sums: of other thread blocks that the last one of a tile, or of two, may have to add.
+        shared_sums: of other thread blocks that the last one of a tile, or of two, may have to add;
+            in clusters, that each is given.
     """
 
     defines: tuple[tuple[str, str | int], ...]
@@ -249,7 +261,9 @@ class Plan:
     @property
     def cost(self) -> float:
         """Of the busiest thread block, in weights: a sum takes about as long (docs/kernels.md)."""
-        return self.block_values * self.tuning.relative_time + self.shared_sums
+        through_memory = self.tuning.split == 1 and self.shared_sums > 0
+        exchange = _EXCHANGE_VALUES if through_memory else 0
+        return self.block_values * self.tuning.relative_time + self.shared_sums + exchange
 
     @property
     def threads(self) -> int:
@@ -269,13 +283,20 @@ class Plan:
 
 
 def specialise(
-    kind: LinearKind, rows: int, tokens: int, gpu: SharedMemory, *, has_warpgroups: bool = False
+    kind: LinearKind,
+    rows: int,
+    tokens: int,
+    gpu: SharedMemory,
+    *,
+    has_warpgroups: bool = False,
+    runs_at_once: Callable[[Plan], bool] = lambda plan: True,
 ) -> Plan:
     """How a product is computed on a GPU.
 
     Args:
         tokens: one of TOKEN_CLASSES.
         has_warpgroups: kernels are compiled for Hopper.
+        runs_at_once: whether the GPU has room for all clusters of a plan that has any.
 
     Raises:
         ValueError: the GPU has too little shared memory.
@@ -285,7 +306,9 @@ def specialise(
         found = (plan_with(tuning, kind, rows, tokens, gpu) for tuning in tunings)
         plans = [plan for plan in found if plan is not None]
         if plans and tunings is groups:
-            return min(plans, key=lambda plan: plan.cost)
+            at_once = (plan for plan in plans if plan.num_blocks <= gpu.multiprocessors)
+            in_order = sorted(at_once, key=lambda plan: plan.cost)
+            return next(plan for plan in in_order if plan.tuning.split == 1 or runs_at_once(plan))
         best = _best(plans)
         if best is not None:
             return best
@@ -325,9 +348,18 @@ def plan_with(
         return None
     chunks = ceil_div(kind.columns, chunk)
     tile_units = ceil_div(chunks, tuning.column_warps)
-    num_units = ceil_div(rows, tuning.rows) * tile_units
-    block_units = ceil_div(num_units, gpu.multiprocessors * tuning.blocks)
-    num_blocks = ceil_div(num_units, block_units)
+    tiles = ceil_div(rows, tuning.rows)
+    num_units = tiles * tile_units
+    if tuning.split > 1:
+        if tile_units < tuning.split or kind.columns > MAX_CLUSTER_COLUMNS:
+            return None
+        block_units = ceil_div(tile_units, tuning.split)
+        num_blocks = tiles * tuning.split
+        shared_sums = tuning.rows * tokens // tuning.split * (tuning.split - 1)
+    else:
+        block_units = ceil_div(num_units, gpu.multiprocessors * tuning.blocks)
+        num_blocks = ceil_div(num_units, block_units)
+        shared_sums = _partial_tiles(tile_units, block_units) * tuning.rows * tokens
     defines: dict[str, str | int] = {
         "ACTIVATION": cuda_dtype(kind.dtype),
         "FORMAT": kind.format.upper(),
@@ -347,6 +379,7 @@ def plan_with(
     }
     if tuning.x_stages:
         defines["X_STAGES"] = tuning.x_stages
+        defines["SPLIT"] = tuning.split
     else:
         defines["X_COLUMNS"] = step_columns
         defines["UNROLL"] = min(tuning.unroll, step_columns // _BLOCK)
@@ -357,9 +390,9 @@ def plan_with(
         shared_bytes=shared_bytes,
         num_units=num_units,
         num_blocks=num_blocks,
-        sum_bytes=num_blocks * 2 * tuning.rows * tokens * 4,
+        sum_bytes=num_blocks * 2 * tuning.rows * tokens * 4 if tuning.split == 1 else 0,
         block_values=block_units * tuning.rows * tuning.column_warps * chunk,
-        shared_sums=_partial_tiles(tile_units, block_units) * tuning.rows * tokens,
+        shared_sums=shared_sums,
     )
 
 
@@ -386,11 +419,15 @@ def _shared_bytes(
 
 
 def _shared_bytes_of_groups(tuning: Tuning, tokens: int) -> int:
-    """Table, with map and barriers in its gaps; activations; rings; sums of column warps."""
+    """Table, with map and barriers in its gaps; activations; rings; sums of others."""
     table_bytes = _TABLE_LINES * 2 * _LINE_BYTES
     x_bytes = tuning.x_stages * tuning.column_warps * tokens * _LINE_BYTES
     ring_bytes = tuning.column_warps * tuning.rows * _LINE_BYTES * tuning.stages
-    sum_bytes = (tuning.column_warps - 1) * tuning.rows * tokens * 4
+    sum_bytes = tuning.rows * tokens * 4
+    if tuning.split > 1:
+        sum_bytes = sum_bytes // tuning.split * (tuning.split - 1)
+    else:
+        sum_bytes *= tuning.column_warps - 1
     return table_bytes + x_bytes + ring_bytes + sum_bytes
 
 
@@ -404,8 +441,27 @@ def _plan(kind: LinearKind, rows: int, max_tokens: int) -> Plan:
 
 @cache
 def _plan_on(kind: LinearKind, rows: int, tokens: int, device: int) -> Plan:
-    has_warpgroups = compiles_for("sm_90")
-    return specialise(kind, rows, tokens, shared_memory(device), has_warpgroups=has_warpgroups)
+    return specialise(
+        kind,
+        rows,
+        tokens,
+        shared_memory(device),
+        has_warpgroups=compiles_for("sm_90"),
+        runs_at_once=_runs_at_once,
+    )
+
+
+def _runs_at_once(plan: Plan) -> bool:
+    """Whether the current device has room for all clusters, each in a group of multiprocessors.
+
+    An H200 has it for 66 of two thread blocks, and for 30 of four.
+    """
+    split = plan.tuning.split
+    arguments = _GroupArguments()
+    launch = Launch(
+        plan.load(), (split,), plan.threads, plan.shared_bytes, arguments, overlap=False
+    )
+    return launch.count_clusters(split) * split >= plan.num_blocks
 
 
 def _check(kind: LinearKind, max_tokens: int) -> None:

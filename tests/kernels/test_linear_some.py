@@ -72,12 +72,14 @@ def test_shared_memory_holds_all_parts_and_the_gpu_has_it(gpu):
 
 
 def bytes_of_groups(defines):
-    """Table with gaps, activations, rings, sums that column warps give to each other."""
+    """Table with gaps, activations, rings, sums that column warps or thread blocks give."""
     warps = defines["ROW_WARPS"] * defines["COLUMN_WARPS"]
     x_bytes = defines["X_STAGES"] * defines["COLUMN_WARPS"] * defines["TOKENS"] * 128
     rings = warps * defines["STAGES"] * defines["FRAGMENTS"] * 16 * defines["LINE"]
     rows = defines["ROW_WARPS"] * defines["FRAGMENTS"] * 16
     given = (defines["COLUMN_WARPS"] - 1) * rows * defines["TOKENS"] * 4
+    if (split := defines["SPLIT"]) > 1:
+        given = (split - 1) * rows * (defines["TOKENS"] // split) * 4
     return 256 * 256 + x_bytes + rings + given
 
 
@@ -99,7 +101,11 @@ def test_thread_blocks_share_all_units_and_have_room_for_their_sums(gpu):
         assert plan.num_units == tiles * -(-kind.columns // columns)
         assert 1 <= plan.num_blocks <= min(gpu.multiprocessors * tuning.blocks, plan.num_units)
         assert plan.num_blocks * tuning.warps * 4 <= COUNTER_BYTES
-        assert plan.sum_bytes == plan.num_blocks * 2 * tuning.rows * tokens * 4
+        if tuning.split > 1:
+            assert plan.num_blocks == tiles * tuning.split and plan.sum_bytes == 0
+            assert plan.block_values * tuning.split >= kind.columns * tuning.rows
+        else:
+            assert plan.sum_bytes == plan.num_blocks * 2 * tuning.rows * tokens * 4
 
 
 def test_warps_that_multiply_in_groups_are_whole_groups():
@@ -194,3 +200,60 @@ def test_few_tiles_are_cut_so_that_few_sums_are_left(rows, columns, row_warps):
 def test_one_block_for_each_tile_leaves_no_sums():
     plan = specialise(KIND, 132 * 256, 64, HOPPER, has_warpgroups=True)
     assert plan.shared_sums == 0 and plan.num_blocks == 132
+
+
+H200_CLUSTERS = {2: 66, 4: 30}  # that run at once
+
+
+def on_h200(plan):
+    return plan.num_blocks // plan.tuning.split <= H200_CLUSTERS[plan.tuning.split]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tile_rows", "split"),
+    [
+        (28672, 4096, 256, 1),
+        (8192, 28672, 256, 1),
+        (4096, 14336, 128, 1),
+        (4096, 4096, 64, 2),
+        (6144, 4096, 128, 2),
+        (8192, 8192, 128, 2),
+        (5120, 5120, 192, 4),
+        (2048, 2048, 128, 4),
+    ],
+)
+def test_what_was_fastest_on_an_h200_is_chosen(rows, columns, tile_rows, split):
+    kind = LinearKind("nf4", columns, "BF16", nested=True)
+    plan = specialise(kind, rows, 64, HOPPER, has_warpgroups=True, runs_at_once=on_h200)
+    assert (plan.tuning.rows, plan.tuning.split) == (tile_rows, split)
+    assert dict(plan.defines)["SPLIT"] == split
+
+
+@pytest.mark.parametrize("tiles", [66, 67])
+def test_clusters_have_no_more_blocks_than_run_at_once(tiles):
+    kind = LinearKind("nf4", 8192, "BF16")
+    plan = specialise(kind, tiles * 128, 64, HOPPER, has_warpgroups=True, runs_at_once=on_h200)
+    assert plan.tuning.split == (2 if tiles == 66 else 1)
+
+
+def test_each_block_of_a_cluster_has_columns():
+    kind = LinearKind("nf4", 256, "BF16")
+    plan = specialise(kind, 4096, 64, HOPPER, has_warpgroups=True)
+    assert plan.tuning.split == 1
+
+
+@pytest.mark.parametrize(("room", "split"), [(64, 4), (15, 1)])
+def test_clusters_that_do_not_run_at_once_are_not_used(room, split, monkeypatch):
+    class Launch:
+        def __init__(self, *_, **__):
+            pass
+
+        def count_clusters(self, size):
+            return room
+
+    monkeypatch.setattr(linear_some, "Launch", Launch)
+    monkeypatch.setattr(linear_some, "shared_memory", lambda _: HOPPER)
+    monkeypatch.setattr(linear_some, "compiles_for", lambda _: True)
+    monkeypatch.setattr(Plan, "load", lambda _: None)
+    plan = linear_some._plan_on.__wrapped__(KIND, 4096, 64, 0)
+    assert plan.tuning.split == split
