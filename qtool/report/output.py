@@ -131,11 +131,9 @@ class Output:
         """Print text or rich tables to stdout; nothing in JSON mode."""
         if self.json_mode:
             return
-        from rich.text import Text
-
         with writing_stdout():
-            for renderable in renderables:  # text folds, and tables know what is too wide
-                self.stdout.print(renderable, crop=isinstance(renderable, str | Text))
+            for renderable in renderables:
+                self.stdout.print(renderable, crop=False)
 
     def answer_line(self, text: str) -> None:
         """Print one line to stdout; only a terminal wraps it, so that logs can be searched."""
