@@ -29,6 +29,7 @@ __device__ inline void arrive_if(uint64* barrier, bool arrives) {
         : "memory");
 }
 
+// Whether it has, as of now; phases alternate between 0 and 1.
 __device__ inline bool has_phase_ended(uint64* barrier, uint32 phase) {
     uint32 has_ended;
     asm volatile(

@@ -135,7 +135,9 @@ struct Ring {
     int turn = 0;
 
     __device__ int stage(int b) const { return turn * BLOCKS + b; }
-    __device__ int stage_before(int b) const { return b > 0 ? stage(b - 1) : (turn ^ (DEPTH - 1)) * BLOCKS + BLOCKS - 1; }
+    __device__ int stage_before(int b) const {
+        return b > 0 ? stage(b - 1) : (turn ^ (DEPTH - 1)) * BLOCKS + BLOCKS - 1;
+    }
 
     // Whether what follows is a new round of the whole ring.
     __device__ bool advance() {
