@@ -174,6 +174,9 @@ def test_a_prompt_that_cannot_be_run_is_refused_at_once(model: Any) -> None:
         ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
         ({"max_context": 0}, "max_context=0"),
         ({"prefill_chunk": 0}, "prefill_chunk=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"stop": 5}, "stop: expected text, found int"),
+        ({"stop": ["a", 5]}, "stop: expected text, found int"),
         ({"path": "fast"}, "path='fast': expected one of auto, fused, graph, eager"),
     ],
 )
@@ -182,6 +185,13 @@ def test_numbers_out_of_range_are_refused_at_once(
 ) -> None:
     with pytest.raises(qtool.QtoolError, match=message) as caught:
         qtool.stream(model, PROMPT, **arguments)
+    assert caught.value.kind == "usage"
+
+
+@pytest.mark.parametrize("prompt", [None, 5, ["a", "b"], [{"role": "user", "content": "a"}]])
+def test_a_prompt_that_is_no_text_is_refused(model: Any, prompt: Any) -> None:
+    with pytest.raises(qtool.QtoolError, match="prompt: expected text, found") as caught:
+        qtool.stream(model, prompt)
     assert caught.value.kind == "usage"
 
 

@@ -203,6 +203,9 @@ def without_effect(ctx: typer.Context, workload: Workload) -> Iterator[Words]:
         (("kv_dtype", *OWN_OPTIONS), mode, workload.mode != "generate"),
         (OWN_OPTIONS, runtime, workload.mode == "generate" and workload.runtime != "qtool"),
     )
+    if workload.gpus > 1 and workload.mode != "generate" and workload.runtime == "qtool":
+        spread = Option("gpus", workload.gpus)
+        yield (spread, " spreads the layers, and `qtool finetune` has all of them on each GPU")
     for names, reason, applies in rules:
         for name in names:
             if applies and is_given(ctx, name):

@@ -60,7 +60,9 @@ def _little_kept(planned: PlannedMerge, change: LogitChange) -> str:
         f"{base.trained_on}{packing} --adapter {planned.request.adapter}`"
     )
     share = change.merging / change.adapter
+    other = base.onto == "original" and base.trained_quant is not None
+    why = f" (it was trained beside {base.trained_quant} weights)" if other else ""
     return (
-        f"the merged model keeps little of the adapter: its logits are off by {share:.0%} of what "
-        f"that moves them; {', or '.join(ways)}"
+        f"the merged model is not what the adapter makes of its base{why}: its logits are off by "
+        f"{share:.0%} of what that moves them; {', or '.join(ways)}"
     )

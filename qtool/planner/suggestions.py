@@ -91,7 +91,9 @@ def _limits(budget: MemoryBudget, plan: MemoryPlan, room_bytes: int) -> list[Sug
 def _devices(budget: MemoryBudget, plan: MemoryPlan, room_bytes: int) -> list[Suggestion]:
     """More GPUs of the same kind, or layers that stay in the CPU's memory."""
     workload, found = plan.workload, []
-    for gpus in GPU_COUNTS:
+    # `finetune` has all of the model on each GPU.
+    spreads = workload.mode == "generate" or workload.runtime != "qtool"
+    for gpus in GPU_COUNTS if spreads else ():
         if gpus > workload.gpus:
             more = replace(workload, gpus=gpus)
             saving = _saving(f"{gpus} GPUs", budget.on(more), more, plan)

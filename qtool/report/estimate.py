@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from qtool.report.tables import WholeTable
 
-WIDE_COLUMNS: Final = 124  # enough for every component in a column of its own
-ADAPTER_COLUMNS: Final = 10  # and for an adapter's
 MAX_BAR_CELLS: Final = 72
 EQUAL_SHARE: Final = 5e-5  # a difference that two digits do not show
 NOT_KNOWN: Final = "-"
@@ -148,8 +146,9 @@ class EstimateView:
         plans = self.estimate.plans
         yield from _heading(self.estimate)
         yield ""
-        is_wide = options.max_width >= WIDE_COLUMNS + ADAPTER_COLUMNS * _has_adapter(plans)
-        yield _wide_table(plans) if is_wide else _table(plans)
+        wide = _wide_table(plans)  # every component in a column of its own
+        is_wide = wide.whole_width(console, options) <= options.max_width
+        yield wide if is_wide else _table(plans)
         if not is_wide:
             yield from _adapter_line(plans)
         yield ""
@@ -262,7 +261,7 @@ def _table(plans: Sequence[MemoryPlan]) -> Table:
     return table
 
 
-def _wide_table(plans: Sequence[MemoryPlan]) -> Table:
+def _wide_table(plans: Sequence[MemoryPlan]) -> WholeTable:
     table = new_table()
     table.add_column("quant", no_wrap=True)
     groups = [group for group in WIDE_GROUPS if _is_shown(plans, group[1])]

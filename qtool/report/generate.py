@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from qtool.errors import Option, QtoolError, Words, in_words
@@ -25,6 +28,7 @@ COMMANDS = {
     CLEAR: "forget what was said",
     "/help": "show this",
 }
+NUM_SEEDS = 1 << 63
 STOP_WORDS = {
     "eos": "the text ended",
     "stop_string": "stop text met",
@@ -51,6 +55,7 @@ def converse(output: Output, loaded: LoadedModel, request: Request) -> None:
     output.note(f"{request.model} · {what} · /help for commands, Ctrl-C stops an answer")
     conversation = Conversation(request.system)
     with open_history(loaded, request) as history:
+        turns = _turns_of(request)
         while (text := _read_line()) is not None:
             command = _command_in(text)
             if command in LEAVE:
@@ -58,7 +63,17 @@ def converse(output: Output, loaded: LoadedModel, request: Request) -> None:
             if command is not None:
                 _obey(output, command, conversation if chats else None)
             elif text.strip():
-                _take_turn(output, loaded, request, text, conversation, history)
+                _take_turn(output, loaded, next(turns), text, conversation, history)
+
+
+def _turns_of(request: Request) -> Iterator[Request]:
+    """The request of each turn: the seed makes the whole conversation repeatable, and no two turns
+    alike.
+    """
+    seed = request.sampling.seed
+    for turn in itertools.count():
+        own = None if seed is None else (seed + turn) % NUM_SEEDS
+        yield replace(request, sampling=replace(request.sampling, seed=own))
 
 
 def _why_no_chat(request: Request) -> Words:

@@ -43,6 +43,10 @@ class WholeTable(Table):
         """The cells that a line takes where all that can fold is folded."""
         return sum(cells.least for cells in self._measure(console, options)) + self._gaps
 
+    def whole_width(self, console: Console, options: ConsoleOptions) -> int:
+        """The cells that a line takes where nothing is folded."""
+        return sum(cells.most for cells in self._measure(console, options)) + self._gaps
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Called by rich with the width at hand."""
         measured = self._measure(console, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -97,7 +97,7 @@ def stream(
     seed: int | None = None,
     chat: bool | None = None,
     system: str | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | list[str] | tuple[str, ...] = (),
     prefill_chunk: int = PREFILL_CHUNK,
     path: PathChoice = "auto",
 ) -> Iterator[str]:
@@ -134,7 +134,10 @@ def stream(
         max_new_tokens=max_new_tokens, max_context=max_context, prefill_chunk=prefill_chunk
     )
     _check_word("path", path, get_args(PathChoice))
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = tuple(stop) if isinstance(stop, list | tuple) else (stop,)
+    _check_text("prompt", prompt)
+    for text in stops:
+        _check_text("stop", text)
     limits = Limits(max_new_tokens, max_context, stop_strings=stops)
     request = Request("", chat, system, sampling, limits, DecoderOptions(path, prefill_chunk))
     prompt_ids = _encode(loaded, request, prompt)
@@ -149,6 +152,16 @@ def release(model: Any) -> None:
     """
     _loaded(model)
     setattr(model, KEPT, KeptHistory())
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise QtoolError(
+            f"{name}: expected text, found {type(value).__name__}",
+            kind="usage",
+            hint="a conversation goes through tokenizer.apply_chat_template and the model's own "
+            "generate()",
+        )
 
 
 def _encode(loaded: LoadedModel, request: Request, prompt: str) -> list[int]:
@@ -225,6 +238,8 @@ def _check_sampling(sampling: Sampling) -> None:
         raise _usage(Option("temperature", sampling.temperature), "0 or above")
     if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
         raise _usage(Option("top_p", sampling.top_p), "above 0 and at most 1")
+    if sampling.seed is not None and sampling.seed < 0:
+        raise _usage(Option("seed", sampling.seed), "0 or above")
     _check_at_least_1(top_k=sampling.top_k)
 
 

@@ -335,7 +335,7 @@ def _wait_for_kernels(compiling: Future[None], on_event: OnEvent) -> None:
     try:
         compiling.result(timeout=QUIET_S)
     except TimeoutError:
-        on_event(Note("compiling kernels; they are kept for the next run"))
+        on_event(Note("waiting for kernels; what is compiled is kept for the next run"))
         compiling.result()
 
 

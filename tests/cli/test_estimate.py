@@ -203,6 +203,33 @@ def test_text_fits_the_terminal(large, monkeypatch, width):
     assert ("allocator" in ran.stdout) == (width == 140)
 
 
+@pytest.mark.parametrize("width", [124, 140, 155, 170, 200])
+@pytest.mark.parametrize("mode", ["generate", "qlora", "full"])
+def test_a_column_for_every_component_only_where_a_line_holds_them(large, monkeypatch, width, mode):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = run("estimate", large, "--mode", mode).stdout.splitlines()
+    (heading,) = (index for index, line in enumerate(lines) if line.startswith("quant "))
+    assert max(map(len, lines)) <= width
+    rows = lines[heading + 1 : lines.index("", heading)]
+    assert all(not row.startswith(" ") for row in rows)  # none goes on in a second line
+    if width in (124, 200):  # the least takes 133, the most 163
+        assert ("allocator" in lines[heading]) == (width == 200)
+
+
+def test_training_on_more_gpus_is_not_what_is_suggested(large):
+    """Each of them has the whole model."""
+    arguments = ("--mode", "full", "--gpu", "4090", "--quant", "bf16")
+    own, other = (
+        run("estimate", large, *arguments, "--runtime", runtime, "--json").document["plans"][0]
+        for runtime in ("qtool", "transformers")
+    )
+    changes = [[it["change"] for it in plan["suggestions"]] for plan in (own, other)]
+    assert not any("GPUs" in change for change in changes[0])
+    assert any("GPUs" in change for change in changes[1])
+    document = run("estimate", large, *arguments, "--gpus", 4, "--json").document
+    assert any("has all of them on each GPU" in warning for warning in document["warnings"])
+
+
 def test_nothing_fits_is_exit_code_3_with_what_would_help(large):
     ran = run("estimate", large, "--quant", "bf16", "--gpu", "RTX 3060", "--gpu", "4060")
     assert ran.exit_code == 3

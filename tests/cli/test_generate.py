@@ -353,6 +353,24 @@ class Terminal:
         os.close(self._fd)
 
 
+def test_a_seed_makes_a_conversation_repeatable_and_no_two_turns_alike(chatty: Path) -> None:
+    def answers(seed: int) -> list[str]:
+        options = ("--temperature", 1.5, "--seed", seed, "--max-new-tokens", 12, "--device", "cpu")
+        terminal, found = Terminal(chatty, *options), []
+        try:
+            for _ in range(3):
+                terminal.wait_for(">>> ")
+                terminal.type("Once upon\n")
+                found.append(terminal.wait_for(r"\(--max-new-tokens reached\)"))
+        finally:
+            terminal.close()
+        return found
+
+    first = answers(7)
+    assert len(set(first)) == 3
+    assert answers(7) == first
+
+
 def test_a_terminal_without_prompt_opens_a_chat(chatty: Path) -> None:
     terminal = Terminal(chatty, "--max-new-tokens", 480, "--ignore-eos", "--device", "cpu")
     try:

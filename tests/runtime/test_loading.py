@@ -140,7 +140,7 @@ def test_compiling_that_outlasts_the_loading_is_told(monkeypatch: pytest.MonkeyP
         compiling.set_result(None)
 
     loading._wait_for_kernels(compiling, on_event)
-    assert "compiling kernels" in str(notes)
+    assert "waiting for kernels" in str(notes)
     loading._wait_for_kernels(compiling, on_event)
     assert len(notes) == 1
 
