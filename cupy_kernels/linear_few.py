@@ -258,29 +258,37 @@ def holds_all_columns(kind: LinearKind, max_tokens: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Warps of a thread block, stages of a warp's ring, thread blocks per multiprocessor."""
+    """Warps of a thread block, stages of a warp's ring, thread blocks per multiprocessor.
+
+    Attributes:
+        slices: whether warps may hold the activations of rows that are too long a slice at a time.
+    """
 
     warps: int
     stages: int
     blocks: int
+    slices: bool = False
 
 
 # The first that the GPU's shared memory holds. Two small thread blocks beat a large one, since the
 # next launch begins while the second still works (docs/kernels.md).
-ONE_TOKEN: Final = (Tuning(8, 3, 2), Tuning(8, 3, 1), Tuning(8, 2, 1), Tuning(4, 2, 1))
+ONE_TOKEN: Final = (
+    Tuning(8, 3, 2, slices=True),
+    Tuning(8, 3, 1, slices=True),
+    Tuning(8, 2, 1, slices=True),
+    Tuning(4, 2, 1, slices=True),
+)
 MORE_TOKENS: Final = (Tuning(16, 3, 1), Tuning(8, 3, 1), Tuning(8, 2, 1), Tuning(4, 2, 1))
 _MAX_PASS: Final = 32
-# Tried first with several tokens, where warps have the same chunks of every tile; the last may take
-# columns in slices.
+# Tried first with several tokens, where warps have the same chunks of every tile.
 HELD_TOKENS: Final = {
     2: (Tuning(8, 3, 2),),
-    4: (Tuning(8, 3, 2), Tuning(14, 3, 1)),
-    8: (Tuning(16, 2, 1), Tuning(14, 3, 1)),
+    4: (Tuning(8, 3, 2), Tuning(14, 3, 1, slices=True)),
+    8: (Tuning(16, 2, 1), Tuning(14, 3, 1, slices=True)),
 }
 # Of a thread's 128, for the activations of a slice; a block of 64 columns takes eight.
 _HELD_REGISTERS: Final = {1: 32, 2: 64, 4: 64, 8: 32}
 _BLOCK_REGISTERS: Final = 8
-_SLICED_WARPS: Final = 14  # with several tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,8 +412,7 @@ def _held_columns(kind: LinearKind, tokens: int, tuning: Tuning) -> int:
     chunk_registers = _BLOCK_REGISTERS // 2 if tokens == 1 else chunk // _BLOCK * _BLOCK_REGISTERS
     most = _HELD_REGISTERS[tokens] // chunk_registers
     slice_chunks = max((n for n in range(1, most + 1) if warp_chunks % n == 0), default=0)
-    takes_slices = tokens == 1 or tuning.warps == _SLICED_WARPS
-    if slice_chunks < warp_chunks and (not takes_slices or kind.norm != "none"):
+    if slice_chunks < warp_chunks and (not tuning.slices or kind.norm != "none"):
         return 0
     return slice_chunks * tuning.warps * chunk
 

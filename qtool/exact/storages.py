@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from qtool.exact.records import Origin
 from qtool.exact.shape_cache import ShapeCache
-
-ALLOCATION_BYTES: Final = 512  # PyTorch's allocator on CUDA rounds every request up to this
+from qtool.planner.allocator import ROUNDING_BYTES
 
 # (operator, its output) -> what the new storage is for.
 Classify = Callable[[Any, Tensor], Origin]
@@ -106,7 +105,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._alive:
             return
-        num_bytes = -(-storage.nbytes() // ALLOCATION_BYTES) * ALLOCATION_BYTES
+        num_bytes = -(-storage.nbytes() // ROUNDING_BYTES) * ROUNDING_BYTES
         self._ticks += 1
         entry = _Storage(num_bytes, origin(), self._ticks)
         self._alive[key] = entry

@@ -22,10 +22,10 @@ from typing import Any, Final, Self
 from qtool.architecture import Architecture
 from qtool.checkpoint.adapter_files import WEIGHTS_NAME, AdapterFiles
 from qtool.errors import QtoolError
+from qtool.planner.allocator import ROUNDING_BYTES
 from qtool.planner.lora import HEADS, features
 
 RANK_MULTIPLE: Final = 8
-ALLOCATION_BYTES: Final = 512  # PyTorch's allocator rounds every request up to this
 FLOAT32_BYTES: Final = 4
 INT32_BYTES: Final = 4
 PREFIX: Final = "base_model.model."
@@ -218,8 +218,8 @@ def _parts_of(layer: AdaptedLayer) -> tuple[int, ...]:
 
 
 def _allocated(elements: Iterable[int], element_bytes: int) -> int:
-    units = (-(-number * element_bytes // ALLOCATION_BYTES) for number in elements)
-    return ALLOCATION_BYTES * sum(units)
+    units = (-(-number * element_bytes // ROUNDING_BYTES) for number in elements)
+    return ROUNDING_BYTES * sum(units)
 
 
 def _saved_modules(config: Mapping[str, Any]) -> tuple[str, ...]:

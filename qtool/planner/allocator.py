@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 MIB: Final = 1 << 20
-ROUNDING_BYTES: Final = 512
+ROUNDING_BYTES: Final = 512  # every request is rounded up to this
 SMALL_BYTES: Final = 1 * MIB  # requests up to this come from segments of their own
 SMALL_SEGMENT_BYTES: Final = 2 * MIB
 MEDIUM_BYTES: Final = 10 * MIB  # requests under this share segments of 20 MiB
