@@ -4,20 +4,20 @@
 // Defines: ACTIVATION (Bf16, F16), FORMAT (NF4, FP4), UNIT (64), LINE (128), NESTED (0, 1), TOKENS (the most that
 // a launch takes: 8, 16, 32, 64), COLUMNS, EPILOGUE (0), NUM_WEIGHTS (1), WARPGROUPS (1), ROW_WARPS (a multiple of
 // four) and COLUMN_WARPS (whose product are the warps of a thread block that multiply), FRAGMENTS (1, 2, of 16 rows
-// in a warp's tile), STAGES (of a warp's ring), X_STAGES (of the activations' ring, a multiple of four), MIN_BLOCKS
-// (thread blocks per multiprocessor), SPLIT (thread blocks of a cluster that share a tile; 1: no cluster).
+// in a warp's tile), STAGES (of a warp's ring), X_STAGES (of the activations' ring, a multiple of four), SPLIT
+// (thread blocks of a cluster that share a tile; 1: no cluster).
 //
 // The tensor cores multiply one of a warp's fragments, reading the tokens from shared memory themselves, while the
 // warp scales and adds the sums of the other and looks up its next weights; with one fragment it looks up alone.
-// Four more warps give up their registers; one of their threads has the copy engine bring tokens, so that warps meet
-// only where a place in the ring is used again. With COLUMN_WARPS warps share rows, of whose chunks they take
-// turns.
+// Four more warps fill the dynamic map and give up their registers; one of their threads has the copy engine bring
+// tokens, so that warps meet only where a place in the ring is used again. With COLUMN_WARPS warps share rows, of
+// whose chunks they take turns.
 //
 // Work is cut into units, a group of COLUMN_WARPS chunks of the rows of a thread block, tile by tile. Thread blocks
 // have equal numbers of them, wherever that cuts a tile; of such tiles each leaves its sums in memory, and
 // the last one to arrive adds them up in the order of the columns, so that results are the same every time.
-// With SPLIT a cluster has one tile, each of its blocks a part of the columns: over shared memory each gives the
-// others the sums that they store, and adds up its own in a fixed order.
+// With SPLIT a cluster has one tile, each of its blocks a part of the columns: over shared memory warps give others
+// the sums that these keep, add up in a fixed order and store. Where there are fewer than warps, some only give.
 //
 // Bytes read per weight: 1/2 + 4/blocksize, or 1/2 + 1/blocksize when nested. Activations are read once by every
 // tile, from L2.
@@ -33,10 +33,10 @@
 #include "clusters.cuh"
 
 constexpr int WARPS = ROW_WARPS * COLUMN_WARPS;
-constexpr int WORKERS = WARPS * WARP;  // threads that multiply; a group behind them sees to the activations
+constexpr int WORKERS = WARPS * WARP;  // threads that multiply; those behind them see to the activations
 constexpr int THREADS = WORKERS + 4 * WARP;
 // Registers of a thread where those that the others release are needed: at first all have as many, 168, 128 or 96.
-constexpr bool SHIFTS_REGISTERS = MIN_BLOCKS == 1 && WARPS > 4;
+constexpr bool SHIFTS_REGISTERS = WARPS > 4;
 constexpr int COPIER_REGISTERS = WARPS > 8 ? 32 : 40;
 constexpr int WORKER_REGISTERS = WARPS == 8 ? 232 : WARPS == 12 ? 160 : 112;
 constexpr int TILE = FRAGMENT_ROWS * FRAGMENTS;  // rows of a warp
@@ -57,27 +57,55 @@ constexpr int X_STAGE_BYTES = COLUMN_WARPS * X_BYTES;
 constexpr int X_ROUNDS = X_STAGES / BLOCKS;  // units whose activations are in the ring
 static_assert(X_STAGES % BLOCKS == 0, "a block of a unit always has the same places");
 
-// -- shared memory: the table, in its gaps the dynamic map and barriers; activations; rings; sums that column warps
-// or, with SPLIT, thread blocks give to each other
+// -- shared memory: the table, in its gaps the dynamic map, barriers and sums that column warps or, with SPLIT,
+// thread blocks give to each other; activations; rings; sums for which gaps are too small
 constexpr int X_AT = TABLE_BYTES;
 constexpr int RINGS_AT = X_AT + X_STAGES * X_STAGE_BYTES;
-constexpr int SUMS_AT = RINGS_AT + WARPS * STAGES * STAGE_BYTES;
-constexpr int BARRIER_LINE = 8, RECEIVED_LINE = 9;
-constexpr int SUMS = FRAGMENTS * TOKEN_TILES;  // of a lane, four at a time
-constexpr int PART = SUMS / COLUMN_WARPS;      // of a column warp, once sums are merged
-static_assert(PART * COLUMN_WARPS == SUMS, "column warps share sums evenly");
-constexpr int OWN = PART / SPLIT;              // of a thread block, once those of a cluster are merged
-static_assert(2 * X_STAGES * 8 <= GAP && WARPS * 8 <= GAP, "barriers fit into a gap");
-static_assert(OWN * SPLIT == PART, "thread blocks of a cluster share sums evenly");
-static_assert(GROUPS >= SPLIT, "each of them has columns");
-static_assert(SPLIT == 1 || (COLUMN_WARPS - 1) * SUMS * WARP * 16 <= COLUMN_WARPS * STAGES * STAGE_BYTES,
-              "column warps of one tile give sums in the rings");
+constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
+constexpr int SUMS_AT = RINGS_AT + RING_BYTES;
+constexpr int FULL_LINE = 8, EMPTY_LINE = 9, RECEIVED_LINE = 10, SUMS_LINE = 11;
+constexpr int GAPS_BYTES = (256 - SUMS_LINE) * GAP;  // for sums
+static_assert(X_STAGES * 8 <= GAP && WARPS * 8 <= GAP, "barriers fit into a gap");
+static_assert(GROUPS >= SPLIT, "each thread block has columns");
+
+// -- sums of a lane, four at a time: first of its warp, then what it keeps once those of column warps are merged
+constexpr int SUMS = FRAGMENTS * TOKEN_TILES, SUM_BYTES = WARP * 16;  // of a warp
+constexpr int COLUMN_KEEPERS = SUMS < COLUMN_WARPS ? SUMS : COLUMN_WARPS;
+constexpr int PART = SUMS / COLUMN_KEEPERS;
+constexpr int KEEPING_WARPS = ROW_WARPS * COLUMN_KEEPERS;
+static_assert(PART * COLUMN_KEEPERS == SUMS, "column warps share sums evenly");
+constexpr int MERGED_BYTES = (COLUMN_WARPS - 1) * ROW_WARPS * SUMS * SUM_BYTES;
+constexpr bool MERGES_IN_GAPS = SPLIT == 1 && MERGED_BYTES <= GAPS_BYTES;
+static_assert(SPLIT == 1 || MERGED_BYTES <= RING_BYTES, "column warps of one tile give sums in the rings");
+
+// What thread blocks of a cluster keep of them in the end; at once where gaps have room for it.
+__device__ constexpr int kept_of(int sums, int givers) { return sums < givers ? 1 : sums / givers; }
+__device__ constexpr int given_bytes(int sums, int givers) {
+    const int kept = kept_of(sums, givers), keepers = sums / kept;
+    const int column_warps = givers == SPLIT ? COLUMN_KEEPERS : (keepers + SPLIT - 1) / SPLIT;  // that keep
+    return (givers - 1) * column_warps * ROW_WARPS * kept * SUM_BYTES;
+}
+constexpr bool AT_ONCE = COLUMN_WARPS == 1 || given_bytes(SUMS, SPLIT * COLUMN_WARPS) <= GAPS_BYTES;
+constexpr int GIVERS = AT_ONCE ? SPLIT * COLUMN_WARPS : SPLIT;
+constexpr int GIVEN = AT_ONCE ? SUMS : PART;
+constexpr int OWN = kept_of(GIVEN, GIVERS), KEEPERS = GIVEN / OWN;
+constexpr bool GIVES_IN_GAPS = given_bytes(GIVEN, GIVERS) <= GAPS_BYTES;
+static_assert(OWN * KEEPERS == GIVEN && KEEPERS <= GIVERS, "thread blocks of a cluster share sums evenly");
+
+// A lane's place among the `i`-th sums of a warp, in gaps or from `at` on.
+template <bool IN_GAPS>
+__device__ inline uint8* place_of_sums(uint8* shared, int at, int i, int lane) {
+    if constexpr (IN_GAPS)
+        return shared + GAP + (SUMS_LINE + i * 4 + lane / 8) * ENTRY_STRIDE + lane % 8 * 16;
+    else
+        return shared + at + i * SUM_BYTES + lane * 16;
+}
 
 struct GroupArguments {
     TokenMap tokens;
     Arguments layers;    // one
-    float4* partials;    // (blocks, 2, WARPS, PART, 32): of a block's first tile and of its last
-    uint32* arrived;     // (blocks, WARPS), zero before and after
+    float4* partials;    // (blocks, 2, KEEPING_WARPS, PART, 32): of a block's first tile and of its last
+    uint32* arrived;     // (blocks, KEEPING_WARPS), zero before and after
     int units, longer;   // of each block; the first `longer` blocks have one more
 };
 
@@ -245,15 +273,20 @@ struct Sums {
     }
 };
 
-// Of a warp's totals the part that it keeps, with what the other column warps have of it. They lie in shared memory
-// as [keeper][giver][row warp][sums][lane].
-__device__ inline Sums<PART> merge_columns(const Sums<SUMS>& totals, float4* shared_sums, int row_warp,
-                                           int column_warp, int lane) {
+// Of a warp's totals the part that it keeps, if any, with what the other column warps have of it. They lie in shared
+// memory as [keeper][giver][row warp][sums][lane].
+__device__ inline Sums<PART> merge_columns(const Sums<SUMS>& totals, uint8* shared, int row_warp, int column_warp,
+                                           int lane) {
     Sums<PART> kept;
-    constexpr int GIVEN = ROW_WARPS * PART * WARP;
-    float4* own = shared_sums + row_warp * (PART * WARP) + lane;
+    constexpr int GIVEN_SUMS = ROW_WARPS * PART, APART = MERGES_IN_GAPS ? 4 * ENTRY_STRIDE : SUM_BYTES;
+    uint8* own = place_of_sums<MERGES_IN_GAPS>(shared, SPLIT == 1 ? SUMS_AT : RINGS_AT, row_warp * PART, lane);
+    auto place = [&](int keeper, int giver, int i) {
+        const int sums = (keeper * (COLUMN_WARPS - 1) + giver) * GIVEN_SUMS + i;
+        return reinterpret_cast<float4*>(own + sums * APART);
+    };
+    kept.clear();
 #pragma unroll
-    for (int keeper = 0; keeper < COLUMN_WARPS; keeper++) {
+    for (int keeper = 0; keeper < COLUMN_KEEPERS; keeper++) {
         const int giver = column_warp - (column_warp > keeper);
 #pragma unroll
         for (int i = 0; i < PART; i++) {
@@ -261,18 +294,31 @@ __device__ inline Sums<PART> merge_columns(const Sums<SUMS>& totals, float4* sha
             if (COLUMN_WARPS == 1 || keeper == column_warp) {
                 kept.set(i, value);
             } else {
-                own[(keeper * (COLUMN_WARPS - 1) + giver) * GIVEN + i * WARP] = value;
+                *place(keeper, giver, i) = value;
             }
         }
     }
     if constexpr (COLUMN_WARPS > 1) {
         meet<WORKERS>();
+        const bool keeps = COLUMN_KEEPERS == COLUMN_WARPS || column_warp < COLUMN_KEEPERS;
 #pragma unroll
         for (int i = 0; i < (COLUMN_WARPS - 1) * PART; i++)
-            kept.add(i % PART, own[(column_warp * (COLUMN_WARPS - 1) + i / PART) * GIVEN + i % PART * WARP]);
+            if (keeps) kept.add(i % PART, *place(column_warp, i / PART, i % PART));
         if constexpr (SPLIT == 1) meet<WORKERS>();  // before the next tile's
     }
     return kept;
+}
+
+// In a cluster: those of a warp, or of all column warps, once nobody reads the rings.
+template <bool OF_WARP>
+__device__ inline auto sums_to_give(const Sums<SUMS>& totals, uint8* shared, int row_warp, int column_warp,
+                                    int lane) {
+    if constexpr (OF_WARP) {
+        return totals;
+    } else {
+        meet<WORKERS>();
+        return merge_columns(totals, shared, row_warp, column_warp, lane);
+    }
 }
 
 // Tiles that thread blocks share: each block leaves a warp's part of its first tile in slot 0, of another last tile
@@ -288,7 +334,7 @@ struct Exchange {
 
     __device__ float4* part_of(int block, int tile) const {
         const int slot = share.begin(block) / GROUPS == tile ? 0 : 1;
-        return args.partials + ((int64(block) * 2 + slot) * WARPS + warp) * (PART * WARP) + lane;
+        return args.partials + ((int64(block) * 2 + slot) * KEEPING_WARPS + warp) * (PART * WARP) + lane;
     }
 
     __device__ void leave(int tile, const Sums<PART>& sums) const {
@@ -306,7 +352,7 @@ struct Exchange {
         const int tile = lane == 0 ? first_tile : last_tile;
         if (lane == 0 || (lane == 1 && last_tile != first_tile)) {
             const int first = share.owner(tile * GROUPS), others = share.owner(tile * GROUPS + GROUPS - 1) - first;
-            uint32* arrived = args.arrived + first * WARPS + warp;
+            uint32* arrived = args.arrived + first * KEEPING_WARPS + warp;
             if (others > 0 && atomicAdd(arrived, 1u) == uint32(others)) {
                 complete = true;
                 *arrived = 0;  // for the next launch
@@ -320,17 +366,17 @@ struct Exchange {
         const int first = share.owner(tile * GROUPS), last = share.owner(tile * GROUPS + GROUPS - 1);
         Sums<PART> sums;
         sums.clear();
-        constexpr int AT_ONCE = PART >= 16 ? 1 : 16 / PART;  // blocks whose sums are loaded at once
+        constexpr int LOADS = PART >= 16 ? 1 : PART < 4 ? 4 : 16 / PART;  // blocks whose sums are loaded together
 #pragma unroll 1
-        for (int block = first; block <= last; block += AT_ONCE) {
-            float4 others[AT_ONCE][PART];
+        for (int block = first; block <= last; block += LOADS) {
+            float4 others[LOADS][PART];
 #pragma unroll
-            for (int i = 0; i < AT_ONCE * PART; i++)
+            for (int i = 0; i < LOADS * PART; i++)
                 others[i / PART][i % PART] = block + i / PART <= last
                                                  ? __ldcg(part_of(block + i / PART, tile) + i % PART * WARP)
                                                  : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-            for (int i = 0; i < AT_ONCE * PART; i++) sums.add(i % PART, others[i / PART][i % PART]);
+            for (int i = 0; i < LOADS * PART; i++) sums.add(i % PART, others[i / PART][i % PART]);
         }
         return sums;
     }
@@ -344,50 +390,63 @@ __device__ inline void send(uint32 address, const float (&values)[4], uint32 bar
                  : "memory");
 }
 
-// A tile that the thread blocks of a cluster share, by a warp of each: of its sums each block keeps a part. What
-// others give lies in the keeper's shared memory as [giver][warp][sums][lane]; each of its warps has a barrier for
-// it. (A barrier of the cluster would have a fence for the whole GPU.)
+// A tile that the thread blocks of a cluster share, of whose sums each giver, a warp with the same rows, keeps a part
+// as long as there are any. What others give lies in the keeper's shared memory as [warp][giver][sums][lane]; each
+// of its warps has a barrier for it. (A barrier of the cluster would have a fence for the whole GPU.)
 struct ClusterExchange {
-    static constexpr int BYTES = (SPLIT - 1) * OWN * WARP * sizeof(float4);  // that a warp is given
-    uint8* received;
+    static constexpr int BYTES = (GIVERS - 1) * OWN * SUM_BYTES;  // that a warp is given
+    static constexpr int APART = GIVES_IN_GAPS ? 4 * ENTRY_STRIDE : SUM_BYTES;
+    uint8* shared;
     uint64* barriers;
-    int rank, warp, lane;
+    int number, row_warp, column_warp, lane;  // of the giver; its warp
 
-    __device__ float4* place_of(int giver, int keeper) const {
-        const int place = (giver - (giver > keeper)) * WARPS + warp;
-        return reinterpret_cast<float4*>(received) + place * (OWN * WARP) + lane;
+    // Of a keeper in its own shared memory.
+    __device__ int warp_of(int keeper) const {
+        return (AT_ONCE ? keeper / SPLIT : column_warp) * ROW_WARPS + row_warp;
     }
 
-    // Each block begins with another keeper.
-    __device__ void give(const Sums<PART>& sums) const {
+    // What a warp is given by the `i`-th of the others.
+    __device__ uint8* place_of(int warp, int i) const {
+        return place_of_sums<GIVES_IN_GAPS>(shared, SUMS_AT, (warp * (GIVERS - 1) + i) * OWN, lane);
+    }
+
+    // Each begins with another keeper.
+    __device__ void give(const Sums<GIVEN>& sums) const {
 #pragma unroll
-        for (int giver = 0; giver < SPLIT; giver++) {
-            if (giver != rank) continue;
+        for (int giver = 0; giver < GIVERS; giver++) {
+            if (giver != number) continue;
 #pragma unroll
-            for (int step = 1; step < SPLIT; step++) {
-                const int keeper = (giver + step) % SPLIT;
-                const uint32 there = address_in_block(shared_address(place_of(giver, keeper)), keeper);
-                const uint32 barrier = address_in_block(shared_address(barriers + warp), keeper);
+            for (int step = 1; step <= GIVERS; step++) {
+                const int keeper = (giver + step) % GIVERS;
+                if (keeper >= KEEPERS || keeper == giver) continue;
+                const int block = keeper % SPLIT;
+                const int warp = warp_of(keeper);
+                const uint8* place = place_of(warp, giver - (giver > keeper));
+                const uint32 there = address_in_block(shared_address(place), block);
+                const uint32 barrier = address_in_block(shared_address(barriers + warp), block);
 #pragma unroll
                 for (int i = 0; i < OWN; i++)
-                    send(there + i * uint32(WARP * sizeof(float4)), sums.values[keeper * OWN + i], barrier);
+                    send(there + i * uint32(APART), sums.values[keeper * OWN + i], barrier);
             }
         }
     }
 
-    __device__ Sums<OWN> take(const Sums<PART>& sums) const {
+    // By a keeper.
+    __device__ Sums<OWN> take(const Sums<GIVEN>& sums) const {
         Sums<OWN> own;
+        own.clear();
 #pragma unroll
-        for (int keeper = 0; keeper < SPLIT; keeper++) {
-            if (keeper != rank) continue;
+        for (int keeper = 0; keeper < KEEPERS; keeper++) {
+            if (keeper != number) continue;
 #pragma unroll
             for (int i = 0; i < OWN; i++) own.set(i, sums.get(keeper * OWN + i));
         }
+        const int warp = column_warp * ROW_WARPS + row_warp;
         wait_for_phase(barriers + warp, 0);
-        const float4* first = place_of(0, SPLIT);
+        const uint8* first = place_of(warp, 0);
 #pragma unroll
-        for (int i = 0; i < (SPLIT - 1) * OWN; i++)  // of the others, in their order
-            own.add(i % OWN, first[i / OWN * (WARPS * OWN * WARP) + i % OWN * WARP]);
+        for (int i = 0; i < (GIVERS - 1) * OWN; i++)  // of the others, in their order
+            own.add(i % OWN, *reinterpret_cast<const float4*>(first + i * APART));
         return own;
     }
 };
@@ -409,7 +468,7 @@ __device__ inline void await_cluster() { asm volatile("barrier.cluster.wait.acqu
 #define IN_CLUSTERS
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) IN_CLUSTERS linear_groups(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS linear_groups(
     const __grid_constant__ GroupArguments args) {
     extern __shared__ __align__(1024) uint8 shared[];
     if ((shared_address(shared) & 0xffffff) != DYNAMIC_SHARED_ADDRESS) __trap();
@@ -423,8 +482,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) IN_CLUSTERS li
     const Weight& weight = args.layers.weights[0];
     uint8* ring = shared + RINGS_AT + warp * (STAGES * STAGE_BYTES);
     uint8* map = gap_at(shared, 0);
-    uint64* x_full = reinterpret_cast<uint64*>(gap_at(shared, BARRIER_LINE));
-    uint64* x_empty = x_full + X_STAGES;
+    uint64* x_full = reinterpret_cast<uint64*>(gap_at(shared, FULL_LINE));
+    uint64* x_empty = reinterpret_cast<uint64*>(gap_at(shared, EMPTY_LINE));
     uint64* received = reinterpret_cast<uint64*>(gap_at(shared, RECEIVED_LINE));  // of each warp
 
     const Share share{args.units, args.longer};
@@ -526,6 +585,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) IN_CLUSTERS li
     if constexpr (SHIFTS_REGISTERS) take_registers<WORKER_REGISTERS>();
 
     [[maybe_unused]] const Exchange exchange{args, share, warp, lane};
+    [[maybe_unused]] const bool keeps = COLUMN_KEEPERS == COLUMN_WARPS || column_warp < COLUMN_KEEPERS;
     [[maybe_unused]] auto store = [&](const Sums<PART>& sums, int unit) {
         sums.store(args.layers, row_of(unit, row_warp), column_warp * PART, group, member);
     };
@@ -617,11 +677,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) IN_CLUSTERS li
             add_block(1, 1);
         }
         if (SPLIT == 1 && (tile_of(unit + 1) != tile_of(unit) || unit + 1 == end)) {
-            const Sums<PART> kept =
-                merge_columns(totals, reinterpret_cast<float4*>(shared + SUMS_AT), row_warp, column_warp, lane);
-            if (exchange.is_shared(tile_of(unit))) {
+            const Sums<PART> kept = merge_columns(totals, shared, row_warp, column_warp, lane);
+            if (keeps && exchange.is_shared(tile_of(unit))) {
                 exchange.leave(tile_of(unit), kept);
-            } else {
+            } else if (keeps) {
                 store(kept, unit);
             }
             totals.clear();
@@ -629,15 +688,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) IN_CLUSTERS li
     }
 
     if constexpr (SPLIT > 1) {
-        if constexpr (COLUMN_WARPS > 1) meet<WORKERS>();  // rings are free
-        const Sums<PART> kept =
-            merge_columns(totals, reinterpret_cast<float4*>(shared + RINGS_AT), row_warp, column_warp, lane);
-        const ClusterExchange sums_of_all{shared + SUMS_AT, received, rank, warp, lane};
+        const int number = AT_ONCE ? column_warp * SPLIT + rank : rank;
+        const ClusterExchange sums_of_all{shared, received, number, row_warp, column_warp, lane};
+        const Sums<GIVEN> given = sums_to_give<AT_ONCE>(totals, shared, row_warp, column_warp, lane);
         await_cluster();
-        sums_of_all.give(kept);
-        const int first = column_warp * PART + rank * OWN;
-        sums_of_all.take(kept).store(args.layers, row_of(begin, row_warp), first, group, member);
-    } else {
+        if (!AT_ONCE && !keeps) return;
+        sums_of_all.give(given);
+        if (KEEPERS < GIVERS && number >= KEEPERS) return;
+        const int first = (AT_ONCE ? 0 : column_warp * PART) + number * OWN;
+        sums_of_all.take(given).store(args.layers, row_of(begin, row_warp), first, group, member);
+    } else if (keeps) {
         const int first_tile = tile_of(begin), last_tile = tile_of(end - 1);
         if (!exchange.is_shared(first_tile) && !exchange.is_shared(last_tile)) return;
         const uint32 complete = exchange.arrive(first_tile, last_tile);

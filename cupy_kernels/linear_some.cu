@@ -4,8 +4,7 @@
 // a launch takes, a multiple of 8), COLUMNS, EPILOGUE (0), NUM_WEIGHTS (1), ROW_WARPS and COLUMN_WARPS (whose
 // product are the warps of a thread block), FRAGMENTS (of 16 rows in a warp's tile), STAGES (of a warp's
 // ring), X_COLUMNS (of a chunk that are multiplied between two meetings of the warps; 64 to a chunk),
-// UNROLL (blocks of those that are interleaved), MIN_BLOCKS (thread blocks per multiprocessor), WARPGROUPS (1: four
-// warps multiply together, see warpgroups.cuh; 4-bit blocks of 64 or more).
+// UNROLL (blocks of those that are interleaved).
 //
 // Warps have rows of their own and walk through the same columns side by side, so that the activations of these
 // columns lie in shared memory once. A warp looks up its weights once and multiplies them with all tokens;
@@ -26,7 +25,6 @@
 #include "packed_lines.cuh"
 #include "linear_layers.cuh"
 #include "linear_tiles.cuh"
-#include "warpgroups.cuh"
 
 constexpr int WARPS = ROW_WARPS * COLUMN_WARPS;
 constexpr int THREADS = WARPS * WARP;
@@ -43,12 +41,9 @@ constexpr int COPY_ROWS = WARP / PARTS;  // lines that a warp copies at once
 constexpr int STEPS = CHUNK / X_COLUMNS;  // of a unit
 constexpr int STEP_BLOCKS = X_COLUMNS / BLOCK;
 static_assert(STEPS * STEP_BLOCKS * BLOCK == CHUNK, "a chunk is whole steps of whole blocks");
-static_assert(!WARPGROUPS || (IS_4BIT && UNITS == 1 && ROW_WARPS % 4 == 0), "what four warps multiply together");
 
 // -- activations of a step: [column warp][block of 64][half][token][member][8 columns], in lines of 128 bytes, two
-// tokens in each. WARPGROUPS: [column warp][block][16 columns][half of them][eight tokens] are lines, of [token][8
-// columns]; the columns of a fragment are no neighbours, so that an octet's pairs are in four of them. While one is
-// read the next is written, and a slow warp may still read the one before.
+// tokens in each. While one is read the next is written, and a slow warp may still read the one before.
 constexpr int X_BUFFERS = 3;
 constexpr int X_LINES = COLUMN_WARPS * STEP_BLOCKS * TOKENS;
 constexpr int X_OCTETS = X_LINES * (GAP / 16);
@@ -153,16 +148,10 @@ struct Window {
             // Eight lanes that store together have a line; threads beyond the last octet do as its own does.
             const int at = min(int(threadIdx.x) + i * THREADS, X_OCTETS - WARP + int(threadIdx.x) % WARP);
             const int lane = at % WARP, block = at / WARP / (TOKENS / 4), member = lane % 4;
-#if WARPGROUPS
-            const int half = at / WARP / TOKEN_TILES % 2, token = at / WARP % TOKEN_TILES * 8 + lane / 4;
-            const int line = block * TOKENS + half * (4 * TOKEN_TILES) + token / 8;
-            targets[i] = line * STRIDE + token % 8 * 16 + member * 4;
-#else
             const int half = lane / 8 % 2;
             const int token = at / WARP % (TOKENS / 4) * 4 + lane / 16 * 2 + lane / 4 % 2;
             const int line = block * TOKENS + (half * TOKENS + token) / 2;
             targets[i] = line * STRIDE + token % 2 * 64 + member * 16;
-#endif
             rows[i] = args.x + min(token, args.num_tokens - 1) * args.x_stride;
             columns[i] = block / STEP_BLOCKS * CHUNK + block % STEP_BLOCKS * BLOCK + octet_of(member, half) * OCTET;
         }
@@ -187,14 +176,7 @@ struct Window {
         for (int i = 0; i < X_HELD; i++) {
             const bool inside = (WHOLE_CHUNKS && WHOLE_GROUPS) || !(outside >> i & 1);
             const uint4 octet = inside ? octets[i] : make_uint4(0, 0, 0, 0);
-#if WARPGROUPS
-            const uint32 pairs[4] = {octet.x, octet.y, octet.z, octet.w};
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                *reinterpret_cast<uint32*>(buffer + targets[i] + j * (TOKEN_TILES * STRIDE)) = pairs[j];
-#else
             *reinterpret_cast<uint4*>(buffer + targets[i]) = octet;
-#endif
         }
     }
 };
@@ -303,60 +285,6 @@ struct Totals {
     }
 };
 
-#if WARPGROUPS
-// The 16 values of a block of 64 columns that the lane has of each of its rows.
-struct Pairs {
-    uint32 of[FRAGMENTS][2][8];
-
-    __device__ void read(const uint8* lines, int block, int group, int member, uint32 lane_offset) {
-#pragma unroll
-        for (int i = 0; i < FRAGMENTS * 2; i++)
-            read_pairs(lines + i * (HALF_ROWS * LINE), group, block, member, lane_offset, of[i / 2][i % 2]);
-    }
-
-    __device__ void settle_all() {
-#pragma unroll
-        for (int i = 0; i < FRAGMENTS * 16; i++) settle(of[i / 16][i / 8 % 2][i % 8]);
-    }
-};
-
-// Adds the products of a step's columns to the totals of four warps. While the tensor cores have one block the
-// warps look up the next.
-__device__ inline void multiply_step(const uint8* lines, const uint8* x, int first_block, const Scales& scales,
-                                     int group, int member, uint32 lane_offset, Totals& totals) {
-    Pairs pairs[2];
-    pairs[0].read(lines, first_block, group, member, lane_offset);
-    const uint64 tokens = describe_tokens(x, TOKEN_TILES * STRIDE, STRIDE);
-#pragma unroll
-    for (int b = 0; b < STEP_BLOCKS; b++) {
-        float sums[FRAGMENTS][TOKEN_TILES][4];
-        Pairs& own = pairs[b % 2];
-        begin_products();
-#pragma unroll
-        for (int i = 0; i < FRAGMENTS * 4; i++) {
-            const int f = i / 4, at = i % 4 * 2;
-            multiply_group<ACTIVATION>(sums[f], own.of[f][0][at], own.of[f][1][at], own.of[f][0][at + 1],
-                                       own.of[f][1][at + 1],
-                                       tokens + (b * TOKENS + at * TOKEN_TILES) * (STRIDE / 16), at);
-        }
-        commit_products();
-        float scale[FRAGMENTS][2];
-#pragma unroll
-        for (int i = 0; i < FRAGMENTS * 2; i++)
-            scale[i / 2][i % 2] =
-                __shfl_sync(FULL_WARP, scales.values[i / 2][i % 2][0], group * 4 + first_block + b);
-        if (b + 1 < STEP_BLOCKS) pairs[1 - b % 2].read(lines, first_block + b + 1, group, member, lane_offset);
-        wait_products();
-        own.settle_all();
-#pragma unroll
-        for (int i = 0; i < SUMS * 4; i++) {
-            const int f = i / 4 / TOKEN_TILES, n = i / 4 % TOKEN_TILES, j = i % 4;
-            settle(sums[f][n][j]);
-            totals.values[f][n][j] = __fmaf_rn(sums[f][n][j], scale[f][j / 2], totals.values[f][n][j]);
-        }
-    }
-}
-#else
 // Adds the products of a block of 64 columns to a warp's totals.
 __device__ inline void multiply_block(const uint8* lines, const uint8* x_block, int block, const Scales& scales,
                                       int group, int member, uint32 lane_offset, Totals& totals) {
@@ -417,9 +345,8 @@ __device__ inline void multiply_step(const uint8* lines, const uint8* x, int fir
         multiply_block(lines, x + b * (TOKENS * STRIDE), first_block + b, scales, group, member, lane_offset,
                        totals);
 }
-#endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_some(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_some(
     const __grid_constant__ SomeArguments args) {
     extern __shared__ __align__(16) uint8 shared[];
     if (uint32(__cvta_generic_to_shared(shared)) != DYNAMIC_SHARED_ADDRESS) __trap();
@@ -497,7 +424,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_some(
         load_next(first);
         load_next(window);
         first.store(line_at(shared, 0));
-        if (WARPGROUPS) publish_to_tensor_cores();
     }
     __syncthreads();
 
@@ -522,8 +448,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_some(
             const uint8* x = line_at(shared, buffer * X_LINES + column_warp * (STEP_BLOCKS * TOKENS));
             buffer = buffer + 1 == X_BUFFERS ? 0 : buffer + 1;
             window.store(line_at(shared, buffer * X_LINES));
-            if (WARPGROUPS) publish_to_tensor_cores();
-            arrive(x_ready);
+                arrive(x_ready);
             load_next(window);
             if (step == 0) {
                 wait_copies<STAGES - 1>();

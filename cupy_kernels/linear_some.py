@@ -39,6 +39,8 @@ _BLOCK: Final = 64
 _LINE_BYTES: Final = 128
 _TABLE_LINES: Final = 256
 _MAP_LINES: Final = 8
+_USED_GAPS: Final = _MAP_LINES + 3  # of linear_groups.cu: map and barriers
+_SUM_BYTES: Final = 512  # of a warp's lanes, four sums each
 _X_BUFFERS: Final = 3
 _RESERVED_SHARED_BYTES: Final = 1024  # that the driver takes of each thread block's
 
@@ -150,6 +152,12 @@ def compile_for(kind: LinearKind, rows: int, max_tokens: int) -> None:
     _plan(kind, rows, max_tokens).load()
 
 
+def fills_in_clusters(kind: LinearKind, rows: int, max_tokens: int) -> bool:
+    """Whether clusters share the product, and keep most of the current GPU busy."""
+    plan = _plan(kind, rows, max_tokens)
+    return plan.tuning.split > 1 and plan.num_blocks >= _FULL_SHARE * _multiprocessors()
+
+
 # -- how a kernel is specialised ------------------------------------------------------------------
 
 
@@ -164,13 +172,9 @@ class Tuning:
         stages: of a warp's ring.
         line_bytes: of a row that a warp takes at a time.
         step_values: activations between two meetings of the warps, tokens times columns.
-        blocks: thread blocks per multiprocessor.
         unroll: blocks of 64 columns that the compiler interleaves.
-        warpgroups: four warps multiply together, as those of Hopper can; 4-bit weights in blocks of
-            64 or more, and a multiple of four warps with rows of their own.
-        x_stages: of the ring of activations of linear_groups.cu, which has warpgroups, lines of 128
-            bytes and steps of 64 columns; a multiple of four. 0: linear_some.cu.
-        relative_time: that a weight takes, with tunings between which `Plan.cost` decides.
+        x_stages: of the ring of activations of linear_groups.cu, where four warps multiply
+            together; a multiple of four, as are warps with rows of their own. 0: linear_some.cu.
         split: thread blocks of a cluster that share a tile of linear_groups.cu; with 1 all thread
             blocks of a launch share all tiles.
     """
@@ -181,11 +185,8 @@ class Tuning:
     stages: int
     line_bytes: int = 128
     step_values: int = 4096
-    blocks: int = 1
     unroll: int = 1
-    warpgroups: bool = False
     x_stages: int = 0
-    relative_time: float = 1.0
     split: int = 1
 
     @property
@@ -214,23 +215,42 @@ TUNINGS: Final[dict[int, tuple[Tuning, ...]]] = {
 # Of GPUs with 99 KiB of shared memory.
 SMALL_TUNINGS: Final = (Tuning(4, 1, 2, 2), Tuning(4, 1, 1, 2))
 
-# Where warps multiply in groups (Hopper), instead of the others; with fewer tokens it does not pay.
+# Where warps multiply in groups (Hopper), instead of the others.
 GROUP_TUNINGS: Final[dict[int, tuple[Tuning, ...]]] = {
-    32: (Tuning(16, 1, 1, 2, step_values=8192, warpgroups=True),),
+    8: (
+        Tuning(4, 4, 1, 3, x_stages=16),
+        Tuning(4, 4, 1, 3, x_stages=16, split=2),
+        Tuning(4, 4, 1, 3, x_stages=16, split=4),
+        Tuning(8, 2, 1, 3, x_stages=16, split=2),
+    ),
+    16: (
+        Tuning(4, 4, 1, 3, x_stages=8),
+        Tuning(4, 4, 1, 3, x_stages=8, split=2),
+        Tuning(4, 4, 1, 3, x_stages=8, split=4),
+        Tuning(8, 2, 1, 3, x_stages=16, split=2),
+    ),
+    32: (
+        Tuning(4, 4, 1, 3, x_stages=4),
+        Tuning(4, 4, 1, 3, x_stages=4, split=2),
+        Tuning(4, 4, 1, 3, x_stages=4, split=4),
+        Tuning(8, 2, 1, 3, x_stages=8, split=2),
+    ),
     64: (
-        Tuning(8, 1, 2, 2, warpgroups=True, x_stages=8),
-        Tuning(4, 2, 2, 2, warpgroups=True, x_stages=4, relative_time=1.08),
-        Tuning(12, 1, 1, 2, warpgroups=True, x_stages=8, relative_time=1.12),
-        Tuning(4, 2, 1, 3, warpgroups=True, x_stages=4, relative_time=1.2, split=2),
-        Tuning(4, 2, 2, 2, warpgroups=True, x_stages=4, relative_time=1.08, split=2),
-        Tuning(4, 2, 2, 2, warpgroups=True, x_stages=4, relative_time=1.08, split=4),
-        Tuning(12, 1, 1, 2, warpgroups=True, x_stages=8, relative_time=1.12, split=4),
+        Tuning(4, 2, 1, 3, x_stages=4),
+        Tuning(4, 2, 1, 3, x_stages=4, split=2),
+        Tuning(4, 2, 1, 3, x_stages=4, split=4),
+        Tuning(4, 2, 2, 2, x_stages=4, split=2),
+        Tuning(12, 1, 1, 2, x_stages=8, split=4),
     ),
 }
-# Longer rows were not measured in clusters.
-MAX_CLUSTER_COLUMNS: Final = 8192
-# What it takes to give sums to other thread blocks through memory, in weights of the busiest one.
+# What else takes time on an H200, in weights: a column of a tile, whose tokens are copied, as many
+# and one for so many tokens; to give sums to other thread blocks through memory.
+_COLUMN_VALUES: Final = 8
+_TOKENS_PER_VALUE: Final = 8
 _EXCHANGE_VALUES: Final = 75_000
+
+# Of the multiprocessors, that clusters make good use of.
+_FULL_SHARE: Final = 0.9
 
 # Another tuning than the first is taken where the busiest thread block has so much less to do.
 _TOLERANCE: Final = 0.9
@@ -243,7 +263,7 @@ class Plan:
     Attributes:
         num_units: units of work of the launch, which its thread blocks share.
         sum_bytes: of each thread block's sums of its first tile and of its last; none in clusters.
-        block_values: weights of the busiest thread block.
+        block_columns: of tiles, of the busiest thread block.
         shared_sums: of other thread blocks that the last one of a tile, or of two, may have to add;
             in clusters, that each is given.
     """
@@ -255,15 +275,21 @@ class Plan:
     num_units: int
     num_blocks: int
     sum_bytes: int
-    block_values: int
+    block_columns: int
     shared_sums: int
+
+    @property
+    def block_values(self) -> int:
+        """Weights of the busiest thread block."""
+        return self.block_columns * self.tuning.rows
 
     @property
     def cost(self) -> float:
         """Of the busiest thread block, in weights: a sum takes about as long (docs/kernels.md)."""
         through_memory = self.tuning.split == 1 and self.shared_sums > 0
         exchange = _EXCHANGE_VALUES if through_memory else 0
-        return self.block_values * self.tuning.relative_time + self.shared_sums + exchange
+        copies = self.block_columns * (_COLUMN_VALUES + self.tokens / _TOKENS_PER_VALUE)
+        return self.block_values + copies + self.shared_sums + exchange
 
     @property
     def threads(self) -> int:
@@ -277,7 +303,7 @@ class Plan:
 
     def load(self) -> cupy.RawKernel:
         """The kernel, compiled and loaded."""
-        if self.tuning.warpgroups:
+        if self.tuning.x_stages:
             return load_kernel_of_one_architecture(self.kernel, **dict(self.defines))
         return load_kernel(self.kernel, cooperative=False, **dict(self.defines))
 
@@ -301,7 +327,7 @@ def specialise(
     Raises:
         ValueError: the GPU has too little shared memory.
     """
-    groups = GROUP_TUNINGS.get(tokens, ()) if has_warpgroups and multiplies_in_groups(kind) else ()
+    groups = GROUP_TUNINGS[tokens] if has_warpgroups and multiplies_in_groups(kind) else ()
     for tunings in (groups, TUNINGS[tokens], SMALL_TUNINGS):
         found = (plan_with(tuning, kind, rows, tokens, gpu) for tuning in tunings)
         plans = [plan for plan in found if plan is not None]
@@ -343,23 +369,22 @@ def plan_with(
         shared_bytes = _shared_bytes_of_groups(tuning, tokens)
     else:
         shared_bytes = _shared_bytes(tuning, kind, tokens, line_bytes, step_columns)
-    limit = min(gpu.block_bytes, gpu.multiprocessor_bytes // tuning.blocks - _RESERVED_SHARED_BYTES)
-    if shared_bytes > limit:
+    if shared_bytes > min(gpu.block_bytes, gpu.multiprocessor_bytes - _RESERVED_SHARED_BYTES):
         return None
     chunks = ceil_div(kind.columns, chunk)
     tile_units = ceil_div(chunks, tuning.column_warps)
     tiles = ceil_div(rows, tuning.rows)
     num_units = tiles * tile_units
     if tuning.split > 1:
-        if tile_units < tuning.split or kind.columns > MAX_CLUSTER_COLUMNS:
+        if tile_units < tuning.split:
             return None
         block_units = ceil_div(tile_units, tuning.split)
         num_blocks = tiles * tuning.split
         shared_sums = tuning.rows * tokens // tuning.split * (tuning.split - 1)
     else:
-        block_units = ceil_div(num_units, gpu.multiprocessors * tuning.blocks)
+        block_units = ceil_div(num_units, gpu.multiprocessors)
         num_blocks = ceil_div(num_units, block_units)
-        shared_sums = _partial_tiles(tile_units, block_units) * tuning.rows * tokens
+        shared_sums = _partial_tiles(tiles, tile_units, block_units) * tuning.rows * tokens
     defines: dict[str, str | int] = {
         "ACTIVATION": cuda_dtype(kind.dtype),
         "FORMAT": kind.format.upper(),
@@ -373,11 +398,10 @@ def plan_with(
         "ROW_WARPS": tuning.row_warps,
         "COLUMN_WARPS": tuning.column_warps,
         "STAGES": tuning.stages,
-        "MIN_BLOCKS": tuning.blocks,
         "FRAGMENTS": tuning.fragments,
-        "WARPGROUPS": int(tuning.warpgroups),
     }
     if tuning.x_stages:
+        defines["WARPGROUPS"] = 1
         defines["X_STAGES"] = tuning.x_stages
         defines["SPLIT"] = tuning.split
     else:
@@ -391,16 +415,18 @@ def plan_with(
         num_units=num_units,
         num_blocks=num_blocks,
         sum_bytes=num_blocks * 2 * tuning.rows * tokens * 4 if tuning.split == 1 else 0,
-        block_values=block_units * tuning.rows * tuning.column_warps * chunk,
+        block_columns=block_units * tuning.column_warps * chunk,
         shared_sums=shared_sums,
     )
 
 
-def _partial_tiles(tile_units: int, block_units: int) -> int:
+def _partial_tiles(tiles: int, tile_units: int, block_units: int) -> int:
     """How many parts of tiles the last thread block adds: of one tile, or of the two it cuts."""
     if tile_units % block_units == 0:
         blocks = tile_units // block_units
         return blocks if blocks > 1 else 0
+    if tiles * tile_units % block_units == 0 and block_units % tile_units == 0:
+        return 0
     return 2 * (ceil_div(tile_units, block_units) + 1)
 
 
@@ -419,16 +445,19 @@ def _shared_bytes(
 
 
 def _shared_bytes_of_groups(tuning: Tuning, tokens: int) -> int:
-    """Table, with map and barriers in its gaps; activations; rings; sums of others."""
+    """Table; activations; rings; sums of others, where gaps in the table do not hold them."""
     table_bytes = _TABLE_LINES * 2 * _LINE_BYTES
+    gap_bytes = (_TABLE_LINES - _USED_GAPS) * _LINE_BYTES
     x_bytes = tuning.x_stages * tuning.column_warps * tokens * _LINE_BYTES
     ring_bytes = tuning.column_warps * tuning.rows * _LINE_BYTES * tuning.stages
-    sum_bytes = tuning.rows * tokens * 4
+    sums = tuning.fragments * tokens // 8  # of a lane, four at a time
     if tuning.split > 1:
-        sum_bytes = sum_bytes // tuning.split * (tuning.split - 1)
+        keepers = min(tuning.column_warps, sums)
+        given = (tuning.split - 1) * keepers * max(sums // keepers // tuning.split, 1)
     else:
-        sum_bytes *= tuning.column_warps - 1
-    return table_bytes + x_bytes + ring_bytes + sum_bytes
+        given = (tuning.column_warps - 1) * sums
+    sum_bytes = given * tuning.row_warps * _SUM_BYTES
+    return table_bytes + x_bytes + ring_bytes + (sum_bytes if sum_bytes > gap_bytes else 0)
 
 
 def _plan(kind: LinearKind, rows: int, max_tokens: int) -> Plan:
@@ -437,6 +466,12 @@ def _plan(kind: LinearKind, rows: int, max_tokens: int) -> Plan:
     _check(kind, max_tokens)
     tokens = next(size for size in TOKEN_CLASSES if size >= max_tokens)
     return _plan_on(kind, rows, tokens, cupy.cuda.Device().id)
+
+
+def _multiprocessors() -> int:
+    import cupy
+
+    return shared_memory(cupy.cuda.Device().id).multiprocessors
 
 
 @cache

@@ -2,14 +2,6 @@
 // times tokens in shared memory, which the tensor cores read there themselves while the warps go on.
 #pragma once
 
-// Tokens in shared memory, for 16 columns: eight tokens times eight columns lie together in 128 bytes, a token's
-// columns in 16 of them. `columns_apart` bytes behind are those of the next columns, `tokens_apart` behind those
-// of the next tokens.
-__device__ inline uint64 describe_tokens(const void* first, uint32 columns_apart, uint32 tokens_apart) {
-    const uint64 address = uint32(__cvta_generic_to_shared(first));
-    return address >> 4 | uint64(columns_apart >> 4) << 16 | uint64(tokens_apart >> 4) << 32;
-}
-
 // What was written to shared memory is what the tensor cores read. Before the barrier that says so to other warps.
 __device__ inline void publish_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -59,8 +51,7 @@ __device__ inline void take_registers() {
 #define PRODUCT_OF(TYPE, SIZE, ...) PRODUCT(SIZE, TYPE, __VA_ARGS__)
 
 // sums (64 rows, 8 * TILES tokens) = a (64 rows, 16 columns) * tokens, added if `adds`; `tokens` as
-// `describe_tokens` says, or swizzled ones (token_copies.cuh). A lane's sums of eight tokens are those of
-// mma.m16n8k16.
+// token_copies.cuh describes them. A lane's sums of eight tokens are those of mma.m16n8k16.
 template <class T, int TILES>
 __device__ inline void multiply_group(float (&sums)[TILES][4], uint32 a0, uint32 a1, uint32 a2, uint32 a3,
                                       uint64 tokens, int adds) {

@@ -30,10 +30,12 @@ from cupy_kernels.linear_few import (
     holds_all_columns,
 )
 from cupy_kernels.linear_many import LinearMany
-from cupy_kernels.linear_some import COUNTER_BYTES, LinearSome
+from cupy_kernels.linear_some import COUNTER_BYTES, LinearSome, fills_in_clusters
 
 # Below, each weight is looked up for so few products that warps of one row each do as well.
 MIN_SOME_TOKENS: Final = 3
+# Clusters of `linear_some` take as long for fewer, `linear_few` does not.
+MIN_CLUSTER_TOKENS: Final = 5
 # Of layers whose activations go through shared memory: more rows are faster with `linear_some`.
 MAX_FEW_ROWS: Final = 16_384
 NUM_COUNTERS: Final = 64  # that a device has ready, for streams and for graphs
@@ -43,7 +45,7 @@ class PackedProduct:
     """A launch for up to `max_tokens` tokens and layers of one shape, for one thread at a time.
 
     `linear_few` multiplies up to two tokens, and up to eight where a thread block has their
-    activations at once; `linear_some` the others.
+    activations at once and clusters are no faster; `linear_some` the others.
 
     Args:
         num_tokens: up to 64; the kernel takes up to the next power of two.
@@ -68,6 +70,11 @@ class PackedProduct:
         elif self._some is not None:
             self._some.set_weight(weight)
 
+    @property
+    def sum_bytes(self) -> int:
+        """What `queue_at` wants for sums."""
+        return 0 if self._some is None else self._some.sum_bytes
+
     def queue(self, x: Tensor, out: Tensor) -> None:
         """Queue the product on the current stream of x's device, which is the current one.
 
@@ -86,6 +93,13 @@ class PackedProduct:
             counters = counters_of(x.device, stream)
             self._some.queue(tokens, stream, counters=counters.data_ptr(), sums=sums.data_ptr())
 
+    def queue_at(self, tokens: Tokens, stream: int, *, counters: int, sums: int) -> None:
+        """The same with addresses, `counters_of` the stream and `sum_bytes` bytes among them."""
+        if self._few is not None:
+            self._few.queue(tokens, stream)
+        elif self._some is not None:
+            self._some.queue(tokens, stream, counters=counters, sums=sums)
+
 
 def tokens_of_kernel(num_tokens: int) -> int:
     """For how many tokens the kernel is made that takes so many: the next power of two."""
@@ -97,6 +111,8 @@ def takes_few(kind: LinearKind, rows: int, max_tokens: int) -> bool:
     if max_tokens < MIN_SOME_TOKENS:
         return True
     if max_tokens > MAX_FEW_TOKENS:
+        return False
+    if max_tokens >= MIN_CLUSTER_TOKENS and fills_in_clusters(kind, rows, max_tokens):
         return False
     if holds_activations(kind, max_tokens):
         return True
@@ -147,6 +163,10 @@ class ManyProducts:
             residual=0 if residual is None else residual.data_ptr(),
             residual_stride=0 if residual is None else residual.stride(0),
         )
+        self._launch.queue(tokens, stream)
+
+    def queue_at(self, tokens: Tokens, stream: int) -> None:
+        """The same with addresses."""
         self._launch.queue(tokens, stream)
 
 

@@ -179,6 +179,7 @@ def test_an_adapter_takes_what_was_planned(
         without = torch.cuda.memory_allocated()
         add_adapter(loaded.model, folder)
         gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()  # which DoRA's norms may have made
         held = torch.cuda.memory_allocated() - without
         assert adapter.held_bytes(2) == pytest.approx(held, rel=0.01)
         torch.cuda.reset_peak_memory_stats()
