@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) adapter_inner(const __g
         asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(args.x_is_there) : "memory");
     }
     auto place = [&](int octet, int token) { return Multiplied{sums, octet, token}; };
-    activations.load(args.x, args.x_stride, args.num_tokens, 0, args.norm_weight, args.epsilon, scratch, place);
+    activations.load(args.x, args.x_stride, args.num_tokens, 0, args.norm_weight, args.epsilon, scratch, place, [] {});
 #pragma unroll
     for (int row = 0; row < ROWS; row++)
 #pragma unroll

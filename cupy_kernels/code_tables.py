@@ -33,6 +33,8 @@ def code_tables_header() -> str:
             *_four_bit("fp4", fp4_bins()),
             _floats("nf4_code", NF4_CODE),
             _floats("fp4_code", FP4_CODE),
+            _choice("nf4_value", NF4_CODE),
+            _choice("fp4_value", FP4_CODE),
             *_dynamic(dynamic_slots()),
             _bytes("reciprocal_corrections", CORRECTIONS),
             f"constexpr unsigned int NUM_CORRECTIONS = {CORRECTIONS.size};",
@@ -78,6 +80,14 @@ def _bytes(name: str, values: Iterable[int]) -> str:
 def _floats(name: str, values: Iterable[float]) -> str:
     literals = ", ".join(_literal(float(value)) for value in values)
     return f"__device__ const float {name}[] = {{{literals}}};"
+
+
+def _choice(name: str, values: Iterable[float]) -> str:
+    # Of immediates: what is loaded as a kernel begins waits behind the copies of weights.
+    first, *others = (_literal(float(value)) for value in values)
+    choices = " ".join(f"if (code == {i}) value = {v};" for i, v in enumerate(others, 1))
+    body = f"float value = {first}; {choices} return value;"
+    return f"__device__ inline float {name}(int code) {{ {body} }}"
 
 
 def _literal(value: float) -> str:

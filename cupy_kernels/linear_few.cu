@@ -141,8 +141,8 @@ struct Scales {
 };
 
 // Activations of the chunks that are this warp's, if each of its tiles gives it the same ones.
-template <class Place>
-__device__ inline void load_own_chunks(const Bits* x, Place place) {
+template <class Place, class Meanwhile>
+__device__ inline void load_own_chunks(const Bits* x, Place place, Meanwhile meanwhile) {
     constexpr int CHUNK_OCTETS = CHUNK / OCTET, COUNT = chunks_of(0) / WARPS * CHUNK_OCTETS;
     constexpr int LANE_COUNT = (COUNT + WARP - 1) / WARP;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -154,6 +154,7 @@ __device__ inline void load_own_chunks(const Bits* x, Place place) {
 #pragma unroll
     for (int i = 0; i < LANE_COUNT; i++)
         if (i * WARP + lane < COUNT) held[i] = __ldcg(reinterpret_cast<const uint4*>(x) + octet_of(i));
+    meanwhile();
 #pragma unroll
     for (int i = 0; i < LANE_COUNT; i++)
         if (i * WARP + lane < COUNT) *place(octet_of(i), 0) = held[i];
@@ -296,19 +297,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     static_assert(NORM == 0 || NUM_SLICES == 1, "a norm needs all columns at once");
     Activations<ACTIVATION, TOKENS, WARPS, NORM, COLUMNS, SLICE> activations;
     activations.prepare(args.norm_weight);
-#pragma unroll 1
-    for (int i = 0; i < STAGES; i++) copy_next(i);
+    copy_next(0);
+    constexpr int MAP_ENTRIES = NESTED ? (NUM_WEIGHTS * 256 + THREADS - 1) / THREADS : 0;  // of a thread
+    auto map_entry = [&](int i) { return min(i * THREADS + int(threadIdx.x), NUM_WEIGHTS * 256 - 1); };
+    float map[MAP_ENTRIES + 1], offsets[NUM_WEIGHTS];  // of nested absmax
+#pragma unroll
+    for (int i = 0; i < MAP_ENTRIES; i++)
+        map[i] = __ldg(args.weights[map_entry(i) / 256].nested_code + map_entry(i) % 256);
+#pragma unroll
+    for (int i = 0; i < NUM_WEIGHTS; i++) offsets[i] = NESTED ? __ldg(args.weights[i].nested_offset) : 0.0f;
     Cursor now = Cursor::first(tiles);
     Scales scales;
     if (IS_4BIT && !now.done(tiles)) scales.load(args, now, group, member);
     if (IS_4BIT) fill_table<WARPS>(shared);
-#if NESTED
-    for (int i = threadIdx.x; i < NUM_WEIGHTS * 256; i += THREADS)
-        line_float(shared, i) = __ldg(args.weights[i / 256].nested_code + i % 256);
-#endif
-    float offsets[NUM_WEIGHTS];  // of nested absmax
+    // Loads of activations wait behind all copies before them: the last stage is copied as these are on their way. Where
+    // no thread block has a second tile, all but the first.
+    const bool is_short = TOKENS == 1 && HELD_X && args.num_tiles <= int(gridDim.x);
+    const int early = STAGES > 2 && !is_short ? STAGES - 1 : 1;
+#pragma unroll 1
+    for (int i = 1; i < early; i++) copy_next(i);
 #pragma unroll
-    for (int i = 0; i < NUM_WEIGHTS; i++) offsets[i] = NESTED ? __ldg(args.weights[i].nested_offset) : 0.0f;
+    for (int i = 0; i < MAP_ENTRIES; i++) line_float(shared, map_entry(i)) = map[i];
     // Where a warp has the same chunks of all tiles, it loads their activations itself, and no warp waits
     // for another between the launch before and its first products.
     constexpr bool OWN_X =
@@ -335,22 +344,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
         return reinterpret_cast<uint4*>(x_shared + octet / 8 * X_BLOCK_BYTES +
                                         (half * TOKENS + token) * 64 + place_member * 16);
     };
+    auto copy_others = [&] {
+#pragma unroll 1
+        for (int i = early; i < STAGES; i++) copy_next(i);
+    };
     uint4 x[2] = {};  // outside: columns that nobody reads may hold what was there before
     int stage = 0;
-    auto share_slice = [&](int slice) {
+    auto share_slice = [&](int slice, bool is_first) {
         activations.load(args.x, args.x_stride, args.num_tokens, slice * SLICE, args.norm_weight, args.epsilon,
-                         scratch, place);
+                         scratch, place, [&] {
+                             if (is_first) copy_others();
+                         });
         __syncthreads();
     };
     HeldChunks held, held_next;  // of a slice; the next one's are on their way
     if constexpr (!SHARED_X) {
         held.load(args, 0);
+        copy_others();
         held.settle();
         if constexpr (NUM_SLICES > 1) held_next.load(args, 1);
     } else if constexpr (OWN_X) {
-        load_own_chunks(args.x, place);
+        load_own_chunks(args.x, place, copy_others);
     } else if constexpr (NUM_SLICES == 1) {
-        share_slice(0);
+        share_slice(0, true);
         if constexpr (HELD_X) held.read(x_shared, X_BLOCK_BYTES);
     }
     for (int pass = 0; pass * PASS < tiles.count; pass++) {
@@ -365,7 +381,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
                 }
             } else if constexpr (NUM_SLICES > 1) {
                 if (slice + pass > 0) __syncthreads();
-                share_slice(slice);
+                share_slice(slice, slice + pass == 0);
             }
             int open_tile = -1;
             float total[FRAGMENTS][4] = {};

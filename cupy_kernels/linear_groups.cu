@@ -36,9 +36,11 @@ constexpr int WARPS = ROW_WARPS * COLUMN_WARPS;
 constexpr int WORKERS = WARPS * WARP;  // threads that multiply; those behind them see to the activations
 constexpr int THREADS = WORKERS + 4 * WARP;
 // Registers of a thread where those that the others release are needed: at first all have as many, 168, 128 or 96.
-constexpr bool SHIFTS_REGISTERS = WARPS > 4;
+// To shift them takes time.
+constexpr bool SHIFTS_REGISTERS = WARPS > 4 && !(WARPS == 16 && TOKENS <= 16);
 constexpr int COPIER_REGISTERS = WARPS > 8 ? 32 : 40;
 constexpr int WORKER_REGISTERS = WARPS == 8 ? 232 : WARPS == 12 ? 160 : 112;
+constexpr bool HOLDS_OFFSET = WARPS < 16;  // of nested absmax, in a register
 constexpr int TILE = FRAGMENT_ROWS * FRAGMENTS;  // rows of a warp
 constexpr int TOKEN_TILES = TOKENS / 8;
 constexpr int64 ROW_BYTES = int64(COLUMNS) * BITS / 8;
@@ -55,6 +57,7 @@ static_assert(ROW_WARPS % 4 == 0, "groups of four warps");
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int X_STAGE_BYTES = COLUMN_WARPS * X_BYTES;
 constexpr int X_ROUNDS = X_STAGES / BLOCKS;  // units whose activations are in the ring
+constexpr bool WHOLE_CHUNKS = COLUMNS % CHUNK == 0;  // so that one copy brings the blocks of all column warps
 static_assert(X_STAGES % BLOCKS == 0, "a block of a unit always has the same places");
 
 // -- shared memory: the table, in its gaps the dynamic map, barriers and sums that column warps or, with SPLIT,
@@ -63,7 +66,7 @@ constexpr int X_AT = TABLE_BYTES;
 constexpr int RINGS_AT = X_AT + X_STAGES * X_STAGE_BYTES;
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
 constexpr int SUMS_AT = RINGS_AT + RING_BYTES;
-constexpr int FULL_LINE = 8, EMPTY_LINE = 9, RECEIVED_LINE = 10, SUMS_LINE = 11;
+constexpr int OFFSET_LINE = 8, FULL_LINE = 9, EMPTY_LINE = 10, RECEIVED_LINE = 11, MAP_LINE = 12, SUMS_LINE = 13;
 constexpr int GAPS_BYTES = (256 - SUMS_LINE) * GAP;  // for sums
 static_assert(X_STAGES * 8 <= GAP && WARPS * 8 <= GAP, "barriers fit into a gap");
 static_assert(GROUPS >= SPLIT, "each thread block has columns");
@@ -132,30 +135,26 @@ __device__ inline float entry_of(const uint8* map, uint32 code) {
     return *reinterpret_cast<const float*>(map + code / 32 * ENTRY_STRIDE + code % 32 * 4);
 }
 
-// The table of 4-bit pairs; `code` is the lane's of 16.
-__device__ inline void fill_pairs(uint8* shared, float code) {
-    constexpr int FILLS = 256 / 4;  // of a warp at once: eight lanes fill an entry
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int i = 0; i < FILLS; i += WARPS) {
-        const int byte = min(i + int(threadIdx.x) / WARP, FILLS - 1) * 4 + lane / 8;
-        const float first = __shfl_sync(FULL_WARP, code, byte >> 4);
-        const uint32 pair = ACTIVATION::narrow_pair(first, __shfl_sync(FULL_WARP, code, byte & 15));
-        *reinterpret_cast<uint4*>(shared + byte * ENTRY_STRIDE + lane % 8 * 16) =
-            make_uint4(pair, pair, pair, pair);
-    }
-}
+// A thread's part of the dynamic map, which is filled by the warps that have nothing to copy; one more entry is the
+// offset.
+struct MapPart {
+    static constexpr int FILLERS = THREADS - WORKERS - WARP, COUNT = (257 + FILLERS - 1) / FILLERS;
+    float entries[COUNT];
 
-// The dynamic map, by the warps that have nothing to copy.
-__device__ inline void fill_map(uint8* map, const Weight& weight) {
-    constexpr int FILLERS = THREADS - WORKERS - WARP;
+    __device__ static int code(int i) { return min(i * FILLERS + int(threadIdx.x) - WORKERS - WARP, 256); }
+
+    __device__ void load(const Weight& weight) {
 #pragma unroll
-    for (int i = 0; i < 256; i += FILLERS) {
-        const int code = min(i + int(threadIdx.x) - WORKERS - WARP, 255);
-        *reinterpret_cast<float*>(map + code / 32 * ENTRY_STRIDE + code % 32 * 4) =
-            __ldg(weight.nested_code + code);
+        for (int i = 0; i < COUNT; i++)
+            entries[i] = __ldg(code(i) < 256 ? weight.nested_code + code(i) : weight.nested_offset);
     }
-}
+
+    __device__ void store(uint8* map) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            *reinterpret_cast<float*>(map + code(i) / 32 * ENTRY_STRIDE + code(i) % 32 * 4) = entries[i];
+    }
+};
 
 // Until a fragment of the first unit in the ring is there; each is a group of copies, and the ring full of them.
 template <int FRAGMENT>
@@ -193,8 +192,9 @@ struct Scales {
         }
     }
 
-    __device__ void decode(const uint8* map, float offset) {
+    __device__ void decode(const uint8* map, float held_offset) {
 #if NESTED
+        const float offset = HOLDS_OFFSET ? held_offset : entry_of(map, OFFSET_LINE * 32);
 #pragma unroll
         for (int i = 0; i < FRAGMENTS * 2; i++) {
             float& value = values[i / 2][i % 2];
@@ -451,6 +451,25 @@ struct ClusterExchange {
     }
 };
 
+// The threads of a block meet as the table and barriers are there. Who copies needs no table and no more barriers than
+// its own at first: it waits for the others' later.
+__device__ inline void begin_together() { asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory"); }
+
+__device__ inline void begin_without_waiting() {
+    __syncwarp();
+    asm volatile("bar.arrive 2, %0;" ::"n"(THREADS) : "memory");
+}
+
+__device__ inline void announce_barriers() {
+    __syncwarp();
+    asm volatile("bar.arrive 3, %0;" ::"n"(THREADS - WORKERS) : "memory");
+}
+
+__device__ inline void await_barriers() {
+    __syncwarp();
+    asm volatile("bar.sync 3, %0;" ::"n"(THREADS - WORKERS) : "memory");
+}
+
 // The meeting of a cluster says that all blocks have begun and their barriers are there: nobody waits for it but
 // who gives.
 __device__ inline void arrive_in_cluster() {
@@ -485,6 +504,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS linear_grou
     uint64* x_full = reinterpret_cast<uint64*>(gap_at(shared, FULL_LINE));
     uint64* x_empty = reinterpret_cast<uint64*>(gap_at(shared, EMPTY_LINE));
     uint64* received = reinterpret_cast<uint64*>(gap_at(shared, RECEIVED_LINE));  // of each warp
+    uint64* map_filled = reinterpret_cast<uint64*>(gap_at(shared, MAP_LINE));
 
     const Share share{args.units, args.longer};
     const int rank = SPLIT > 1 ? rank_in_cluster() : 0;
@@ -521,59 +541,71 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS linear_grou
 
     // -- activations of block `b` of a unit, by one thread; what is not there becomes zero
     auto copy_tokens = [&](int unit, int b) {
-        if (unit >= end) return;
         const int local = unit - begin, stage = local % X_ROUNDS * BLOCKS + b, round = local / X_ROUNDS;
         if (round > 0) wait_for_phase(x_empty + stage, (round - 1) % 2);
         expect_bytes(x_full + stage, X_STAGE_BYTES);
+        uint8* target = shared + X_AT + stage * X_STAGE_BYTES;
+        const int chunk = group_of(unit) * COLUMN_WARPS;
+        if constexpr (WHOLE_CHUNKS) {
+            copy_box_of_chunks(target, &args.tokens, chunk, b, x_full + stage);
+        } else {
 #pragma unroll
-        for (int i = 0; i < COLUMN_WARPS; i++)
-            copy_box(shared + X_AT + stage * X_STAGE_BYTES + i * X_BYTES, &args.tokens,
-                     (group_of(unit) * COLUMN_WARPS + i) * CHUNK + b * BLOCK, 0, x_full + stage);
+            for (int i = 0; i < COLUMN_WARPS; i++)
+                copy_box(target + i * X_BYTES, &args.tokens, (chunk + i) * CHUNK + b * BLOCK, 0, x_full + stage);
+        }
     };
 
     // -- before the launch before has ended: all that does not depend on it. Loads that copies would delay come
     // first, and the copies of all warps' first unit before those of their next.
     start_dependents();
-    if (threadIdx.x == WORKERS) {
-        prefetch_map(&args.tokens);
-        for (int i = 0; i < X_STAGES; i++) {
-            init_barrier(x_full + i, 1);
-            init_barrier(x_empty + i, WARPS);
-        }
-        for (int i = 0; SPLIT > 1 && i < WARPS; i++) {
-            init_barrier(received + i, 1);
-            expect_bytes(received + i, ClusterExchange::BYTES);
-        }
-        publish_barriers();
-    }
-    arrive_in_cluster();
-    Scales scales;
-    float offset = 0.0f;
-    if (is_worker) {
-        const float code = __ldg((FORMAT == FP4 ? fp4_code : nf4_code) + lane % 16);
-#if NESTED
-        offset = __ldg(weight.nested_offset);
-#endif
-        scales.load(args.layers, row_of(begin, row_warp), chunk_of(begin, column_warp), group, member);
-        copy_unit(begin, 0);
-        fill_pairs(shared, code);
-#pragma unroll 1
-        for (int i = 1; i < STAGES; i++) copy_unit(begin + i, i);
-    } else if (warp > WARPS) {
-#if NESTED
-        fill_map(map, weight);
-#endif
-    } else if (lane == 0) {
-        wait_for_prerequisites();
-        for (int i = 0; i < X_STAGES; i++) copy_tokens(begin + i / BLOCKS, i % BLOCKS);
-    }
-    __syncthreads();
     if (!is_worker) {
+        // Before loads, which would have to be there first.
         if constexpr (SHIFTS_REGISTERS) release_registers<COPIER_REGISTERS>();
-        if (warp == WARPS && lane == 0) {
-#pragma unroll 1
-            for (int unit = begin + X_ROUNDS; unit < end; unit++)
+        if (warp == WARPS) {
+            if (lane == 0) {
+                prefetch_map(&args.tokens);
+                for (int b = 0; b < BLOCKS; b++) init_barrier(x_full + b, 1);
+                publish_barriers();
+            }
+            arrive_in_cluster();
+            begin_without_waiting();
+            auto copy_tokens_of = [&](int unit) {
+#pragma unroll
                 for (int b = 0; b < BLOCKS; b++) copy_tokens(unit, b);
+            };
+            if (lane == 0) {
+                wait_for_prerequisites();
+                copy_tokens_of(begin);
+            }
+            await_barriers();
+            if (lane == 0) {
+#pragma unroll 1
+                for (int unit = begin + 1; unit < end; unit++) copy_tokens_of(unit);
+            }
+        } else {
+            MapPart part;
+            if (NESTED) part.load(weight);
+            if (lane == 0) {  // one after the other, all barriers would take as long as the table
+                if (warp == WARPS + 1) {
+                    for (int i = BLOCKS; i < X_STAGES; i++) init_barrier(x_full + i, 1);
+                    init_barrier(map_filled, 3);
+                } else if (warp == WARPS + 2) {
+                    for (int i = 0; i < X_STAGES; i++) init_barrier(x_empty + i, WARPS);
+                } else {
+                    for (int i = 0; SPLIT > 1 && i < WARPS; i++) {
+                        init_barrier(received + i, 1);
+                        expect_bytes(received + i, ClusterExchange::BYTES);
+                    }
+                }
+                publish_barriers();
+            }
+            arrive_in_cluster();
+            announce_barriers();
+            begin_together();
+            if (NESTED) {
+                part.store(map);
+                arrive(map_filled);
+            }
         }
         if constexpr (SPLIT > 1) {
             __syncwarp();
@@ -581,7 +613,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS linear_grou
         }
         return;
     }
-    wait_for_prerequisites();
+    arrive_in_cluster();
+    Scales scales;
+    scales.load(args.layers, row_of(begin, row_warp), chunk_of(begin, column_warp), group, member);
+    copy_unit(begin, 0);
+    fill_table<WARPS>(shared);
+#pragma unroll 1
+    for (int i = 1; i < STAGES; i++) copy_unit(begin + i, i);
+    begin_together();
     if constexpr (SHIFTS_REGISTERS) take_registers<WORKER_REGISTERS>();
 
     [[maybe_unused]] const Exchange exchange{args, share, warp, lane};
@@ -632,6 +671,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS linear_grou
 
     await_fragment<0>();
     look_up_block(0, 0, stage, 0);
+    wait_for_prerequisites();
+    if constexpr (NESTED) wait_for_phase(map_filled, 0);
+    const float offset = NESTED && HOLDS_OFFSET ? entry_of(map, OFFSET_LINE * 32) : 0.0f;
 #pragma unroll 1
     for (int unit = begin; unit < end; unit++) {
         Scales own = scales;

@@ -197,6 +197,7 @@ class LinearMany:
         )
         self._clusters = self._launch.count_clusters(self.shape.split)
         self._mapped: tuple[int, int, int] | None = None
+        self._told: Tokens | None = None
         self.set_weights(weights)
 
     def set_weights(self, weights: Sequence[LinearWeight]) -> None:
@@ -223,13 +224,18 @@ class LinearMany:
             )
 
     def queue(self, tokens: Tokens, stream: int) -> None:
-        """Queue the products of one or more `tokens` on `stream`.
+        """Queue the products of one or more `tokens` on `stream`; told the same object, faster.
 
         The residual, where there is one, is added to each; of one layer it may be the output.
 
         Raises:
             ValueError: another number of outputs than layers.
         """
+        if tokens is not self._told:
+            self._tell(tokens)
+        self._launch(stream)
+
+    def _tell(self, tokens: Tokens) -> None:
         if len(tokens.outs) != len(self._rows):
             raise ValueError(f"{len(tokens.outs)} outputs of {len(self._rows)} layers")
         arguments = self._launch.arguments
@@ -241,7 +247,7 @@ class LinearMany:
         layers.residual, layers.residual_stride = tokens.residual, tokens.residual_stride
         layers.num_tokens = tokens.count
         self._map(tokens)
-        self._launch(stream)
+        self._told = tokens
 
     def _map(self, tokens: Tokens) -> None:
         place = tokens.x, tokens.x_stride, tokens.count

@@ -24,7 +24,7 @@ from cupy_kernels.loader import (
     load_kernel,
     load_kernel_of_one_architecture,
 )
-from cupy_kernels.token_map import TokenMap, fill_map
+from cupy_kernels.token_map import TokenMap, fill_map, fill_map_of_chunks
 
 if TYPE_CHECKING:
     import cupy
@@ -39,7 +39,8 @@ _BLOCK: Final = 64
 _LINE_BYTES: Final = 128
 _TABLE_LINES: Final = 256
 _MAP_LINES: Final = 8
-_USED_GAPS: Final = _MAP_LINES + 3  # of linear_groups.cu: map and barriers
+_USED_GAPS: Final = _MAP_LINES + 5  # of linear_groups.cu: map, offset and barriers
+_GROUP_CHUNK: Final = 256  # columns
 _SUM_BYTES: Final = 512  # of a warp's lanes, four sums each
 _X_BUFFERS: Final = 3
 _RESERVED_SHARED_BYTES: Final = 1024  # that the driver takes of each thread block's
@@ -106,8 +107,9 @@ class LinearSome:
         )
         self._max_tokens = max_tokens
         self._columns = kind.columns
-        self._map_tokens = plan.tokens if plan.tuning.x_stages else 0
+        self._box = (plan.tuning.column_warps, plan.tokens) if plan.tuning.x_stages else None
         self._mapped: tuple[int, int, int] | None = None
+        self._told: Tokens | None = None
         self.sum_bytes = plan.sum_bytes
 
     def set_weight(self, weight: LinearWeight) -> None:
@@ -115,7 +117,7 @@ class LinearSome:
         fill_weight(self._launch.arguments.layers.weights[0], weight)
 
     def queue(self, tokens: Tokens, stream: int, *, counters: int, sums: int) -> None:
-        """Queue the products of `tokens` on `stream`.
+        """Queue the products of `tokens` on `stream`; told the same object, faster.
 
         Launches share both buffers as long as none runs beside another.
 
@@ -126,24 +128,32 @@ class LinearSome:
         Raises:
             ValueError: more tokens than the launch was made for.
         """
+        if tokens is not self._told:
+            self._tell(tokens)
+        arguments = self._launch.arguments
+        arguments.arrived, arguments.partials = counters, sums
+        self._launch(stream)
+
+    def _tell(self, tokens: Tokens) -> None:
         if not 0 < tokens.count <= self._max_tokens:
             raise ValueError(f"{tokens.count} tokens, the launch takes {self._max_tokens}")
-        arguments = self._launch.arguments
-        layers = arguments.layers
+        layers = self._launch.arguments.layers
         layers.weights[0].out = tokens.outs[0]
         layers.weights[0].out_stride = tokens.out_strides[0]
         layers.x, layers.x_stride = tokens.x, tokens.x_stride
         layers.num_tokens = tokens.count
-        arguments.arrived, arguments.partials = counters, sums
-        if self._map_tokens:
-            self._map(tokens)
-        self._launch(stream)
+        if self._box is not None:
+            self._map(tokens, self._box)
+        self._told = tokens
 
-    def _map(self, tokens: Tokens) -> None:
+    def _map(self, tokens: Tokens, box: tuple[int, int]) -> None:
         place = tokens.x, tokens.x_stride, tokens.count
         if place != self._mapped:
             target = self._launch.arguments.tokens
-            fill_map(target, *place, columns=self._columns, box=self._map_tokens)
+            if self._columns % _GROUP_CHUNK:
+                fill_map(target, *place, columns=self._columns, box=box[1])
+            else:
+                fill_map_of_chunks(target, *place, self._columns, chunk=_GROUP_CHUNK, box=box)
             self._mapped = place
 
 
@@ -218,9 +228,9 @@ SMALL_TUNINGS: Final = (Tuning(4, 1, 2, 2), Tuning(4, 1, 1, 2))
 # Where warps multiply in groups (Hopper), instead of the others.
 GROUP_TUNINGS: Final[dict[int, tuple[Tuning, ...]]] = {
     8: (
-        Tuning(4, 4, 1, 3, x_stages=16),
-        Tuning(4, 4, 1, 3, x_stages=16, split=2),
-        Tuning(4, 4, 1, 3, x_stages=16, split=4),
+        Tuning(4, 4, 1, 3, x_stages=8),
+        Tuning(4, 4, 1, 3, x_stages=8, split=2),
+        Tuning(4, 4, 1, 3, x_stages=8, split=4),
         Tuning(8, 2, 1, 3, x_stages=16, split=2),
     ),
     16: (

@@ -72,5 +72,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) norm_rows(const __grid_
 #else
     auto place = [&](int octet, int) { return reinterpret_cast<uint4*>(args.out + row) + octet; };
 #endif
-    activations.load(args.x + row, COLUMNS, 1, 0, args.weight, args.epsilon, scratch, place);
+    activations.load(args.x + row, COLUMNS, 1, 0, args.weight, args.epsilon, scratch, place, [] {});
 }

@@ -44,15 +44,19 @@ __device__ inline uint32 look_up(uint32 word, int i, uint32 lane_offset) {
     return pair;
 }
 
+__device__ inline float value_of(int code) { return FORMAT == FP4 ? fp4_value(code) : nf4_value(code); }
+
+// By the first warps of the block; the others' threads have other things to do.
 template <int NUM_WARPS>
 __device__ inline void fill_table(uint8* shared) {
+    constexpr int FILLS = 256 / 4;  // of a warp at once: eight lanes fill an entry
     const int lane = threadIdx.x % WARP;
-    const float own = (FORMAT == FP4 ? fp4_code : nf4_code)[lane % 16];
+    const float own = value_of(lane % 16);
 #pragma unroll
-    for (int i = threadIdx.x / WARP; i < 256 / 4; i += NUM_WARPS) {  // eight lanes fill an entry
-        int byte = i * 4 + lane / 8;
-        float first = __shfl_sync(FULL_WARP, own, byte >> 4);
-        uint32 pair = ACTIVATION::narrow_pair(first, __shfl_sync(FULL_WARP, own, byte & 15));
+    for (int i = 0; i < FILLS; i += NUM_WARPS) {
+        const int byte = min(i + int(threadIdx.x) / WARP, FILLS - 1) * 4 + lane / 8;
+        const float first = __shfl_sync(FULL_WARP, own, byte >> 4);
+        const uint32 pair = ACTIVATION::narrow_pair(first, __shfl_sync(FULL_WARP, own, byte & 15));
         *reinterpret_cast<uint4*>(shared + byte * ENTRY_STRIDE + lane % 8 * 16) =
             make_uint4(pair, pair, pair, pair);
     }

@@ -119,9 +119,11 @@ struct Activations {
         }
     }
 
-    template <class Place>
+    // `meanwhile` is called once as they are on their way.
+    template <class Place, class Meanwhile>
     __device__ void load(const typename T::Bits* x, int64 stride, int num_tokens, int first,
-                         const typename T::Bits* norm_weight, float epsilon, float* scratch, Place place) {
+                         const typename T::Bits* norm_weight, float epsilon, float* scratch, Place place,
+                         Meanwhile meanwhile) {
         Octet<T> held[MAX_TOKENS][HELD];
         if constexpr (ONCE) {
 #pragma unroll
@@ -130,6 +132,7 @@ struct Activations {
                 for (int i = 0; i < HELD; i++)
                     read(x + token * stride, token < num_tokens, first, octet_of(i), held[token][i]);
         }
+        meanwhile();
         float scales[MAX_TOKENS];
         if constexpr (NORM_KIND != 0) norm_scales(x, stride, num_tokens, epsilon, scratch, held, scales);
 #pragma unroll

@@ -146,7 +146,7 @@ class RotaryRows:
 
         Args:
             qkv: (batch, tokens, (heads + 2 * kv_heads) * head_dim), contiguous.
-            queries: (batch, heads, tokens, head_dim), filled.
+            queries: (batch, tokens, heads, head_dim), filled.
         """
         arguments = self._launch.arguments
         arguments.qkv, arguments.queries, arguments.start = qkv, queries, start

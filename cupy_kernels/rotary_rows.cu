@@ -14,7 +14,7 @@ struct Arguments {
     const Bits* qkv;          // (batch, tokens, (heads + 2 * kv_heads) * HEAD_DIM)
     const float* cosines;     // (capacity, HALF_ROTARY)
     const float* sines;
-    Bits* queries;            // (batch, heads, tokens, HEAD_DIM)
+    Bits* queries;            // (batch, tokens, heads, HEAD_DIM)
     Bits* keys;               // (batch, kv_heads, capacity, HEAD_DIM)
     Bits* values;
     const Bits* query_norm;   // (HEAD_DIM,)
@@ -52,5 +52,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) rotary_rows(const __gri
     own.turn(angles);
     own.store(is_key ? args.keys + ((int64(sequence) * args.kv_heads + head - args.heads) * args.capacity + position) *
                                        HEAD_DIM
-                     : args.queries + ((int64(sequence) * args.heads + head) * num_tokens + token) * HEAD_DIM);
+                     : args.queries + ((int64(sequence) * num_tokens + token) * args.heads + head) * HEAD_DIM);
 }

@@ -4,8 +4,8 @@
 // A block is 64 columns of the tokens, a token's in 128 bytes, whose 16-byte parts are swizzled by the token.
 #pragma once
 
-// As cuTensorMapEncodeTiled makes it: (tokens, columns) of 16-bit values, in boxes of so many tokens times 64; or bytes
-// of packed weights.
+// As cuTensorMapEncodeTiled makes it: (tokens, columns) of 16-bit values, in boxes of so many tokens times 64; or as
+// (blocks of a chunk, chunks, tokens, 64), in boxes of so many chunks and tokens; or bytes of packed weights.
 struct __align__(64) TokenMap {
     uint64 words[16];
 };
@@ -28,6 +28,15 @@ __device__ inline void copy_box(void* target, const TokenMap* map, int column, i
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(target)),
         "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// The same block of as many neighbouring chunks as the map says, one behind the other.
+__device__ inline void copy_box_of_chunks(void* target, const TokenMap* map, int chunk, int block, uint64* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %2, %3, %4}], [%5];" ::"r"(shared_address(target)),
+        "l"(map), "r"(0), "r"(chunk), "r"(block), "r"(shared_address(barrier))
         : "memory");
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
 MAP_BYTES: Final = 128
@@ -18,10 +18,6 @@ _SWIZZLES: Final = {4: 1, 8: 2}  # CU_TENSOR_MAP_SWIZZLE_32B and 64B, by bits of
 _SWIZZLE_128B: Final = 3
 _L2_PROMOTION_256B: Final = 3
 _ZEROS: Final = 0  # CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
-
-_Sizes = ctypes.c_uint64 * 2
-_Strides = ctypes.c_uint64 * 1
-_Counts = ctypes.c_uint32 * 2
 
 
 class TokenMap(ctypes.Structure):
@@ -45,8 +41,37 @@ def fill_map(target: TokenMap, x: int, stride: int, count: int, columns: int, bo
     Raises:
         RuntimeError: the driver refuses.
     """
-    stride_bytes = (stride if count > 1 else columns) * 2
-    _fill(target, _UINT16, x, (columns, count), stride_bytes, (_BLOCK, box), _SWIZZLE_128B)
+    strides = ((stride if count > 1 else columns) * 2,)
+    _fill(target, _UINT16, x, (columns, count), strides, (_BLOCK, box), _SWIZZLE_128B)
+
+
+def fill_map_of_chunks(
+    target: TokenMap,
+    x: int,
+    stride: int,
+    count: int,
+    columns: int,
+    *,
+    chunk: int,
+    box: tuple[int, int],
+) -> None:
+    """As `fill_map`, for copies of the same 64 columns of several chunks at once.
+
+    Tokens and chunks beyond are zeros.
+
+    Args:
+        columns: whole chunks.
+        chunk: columns of it, a multiple of 64.
+        box: chunks and tokens that are copied at once, 64 columns of each.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    blocks = chunk // _BLOCK
+    sizes = (_BLOCK, count, columns // chunk, blocks)
+    strides = ((stride if count > 1 else columns) * 2, chunk * 2, _BLOCK * 2)
+    num_chunks, num_tokens = box
+    _fill(target, _UINT16, x, sizes, strides, (_BLOCK, num_tokens, num_chunks, 1), _SWIZZLE_128B)
 
 
 def fill_packed_map(
@@ -65,29 +90,36 @@ def fill_packed_map(
         RuntimeError: the driver refuses.
     """
     row_bytes, box_bytes = columns * bits // 8, _BLOCK * bits // 8
-    _fill(target, _UINT8, packed, (row_bytes, rows), row_bytes, (box_bytes, box), _SWIZZLES[bits])
+    sizes, boxes = (row_bytes, rows), (box_bytes, box)
+    _fill(target, _UINT8, packed, sizes, (row_bytes,), boxes, _SWIZZLES[bits])
 
 
-def _fill(
-    target: TokenMap,
+def _fill(target: TokenMap, *description: Any) -> None:
+    ctypes.memmove(ctypes.addressof(target), _encoded(*description), MAP_BYTES)
+
+
+@lru_cache(maxsize=256)  # blocks of a network have their activations at the same places
+def _encoded(
     dtype: int,
     address: int,
-    sizes: tuple[int, int],
-    stride_bytes: int,
-    box: tuple[int, int],
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
     swizzle: int,
-) -> None:
+) -> bytes:
+    """Sizes from the innermost dimension on; strides in bytes, of all but that one."""
+    rank = len(sizes)
     space = ctypes.create_string_buffer(MAP_BYTES + _ALIGNMENT)
     aligned = -(-ctypes.addressof(space) // _ALIGNMENT) * _ALIGNMENT
     status = _encode()(
         aligned,
         dtype,
-        2,
+        rank,
         address,
-        _Sizes(*sizes),
-        _Strides(stride_bytes),
-        _Counts(*box),
-        _Counts(1, 1),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
         _NO_INTERLEAVE,
         swizzle,
         _L2_PROMOTION_256B,
@@ -95,7 +127,7 @@ def _fill(
     )
     if status:
         raise RuntimeError(f"cuTensorMapEncodeTiled: CUDA error {status}")
-    ctypes.memmove(ctypes.addressof(target), aligned, MAP_BYTES)
+    return ctypes.string_at(aligned, MAP_BYTES)
 
 
 @cache

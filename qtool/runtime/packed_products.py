@@ -34,8 +34,6 @@ from cupy_kernels.linear_some import COUNTER_BYTES, LinearSome, fills_in_cluster
 
 # Below, each weight is looked up for so few products that warps of one row each do as well.
 MIN_SOME_TOKENS: Final = 3
-# Clusters of `linear_some` take as long for fewer, `linear_few` does not.
-MIN_CLUSTER_TOKENS: Final = 5
 # Of layers whose activations go through shared memory: more rows are faster with `linear_some`.
 MAX_FEW_ROWS: Final = 16_384
 NUM_COUNTERS: Final = 64  # that a device has ready, for streams and for graphs
@@ -112,7 +110,7 @@ def takes_few(kind: LinearKind, rows: int, max_tokens: int) -> bool:
         return True
     if max_tokens > MAX_FEW_TOKENS:
         return False
-    if max_tokens >= MIN_CLUSTER_TOKENS and fills_in_clusters(kind, rows, max_tokens):
+    if fills_in_clusters(kind, rows, max_tokens):
         return False
     if holds_activations(kind, max_tokens):
         return True

@@ -81,7 +81,7 @@ def bytes_of_groups(defines):
         warp_bytes = defines["FRAGMENTS"] * 16 * defines["TOKENS"] * 4
         kept = max(warp_bytes // min(column_warps, warp_bytes // 512) // split, 512)
         given = (split - 1) * row_warps * min(column_warps, warp_bytes // 512) * kept
-    gap_bytes = (256 - 8 - 3) * 128  # without map and barriers
+    gap_bytes = (256 - 8 - 5) * 128  # without map, offset and barriers
     return 256 * 256 + x_bytes + rings + (given if given > gap_bytes else 0)
 
 
@@ -148,13 +148,18 @@ def test_launches_that_the_kernel_does_not_take(kind, max_tokens, message):
         LinearSome(kind, LinearWeight(256, 1 << 20), max_tokens=max_tokens)
 
 
-def test_the_copy_engine_is_told_of_the_tokens_once(monkeypatch):
-    """A map lies where the kernel's arguments begin; one that is still right is not made again."""
+@pytest.mark.parametrize("columns", [4096, 1408])
+def test_the_copy_engine_is_told_of_the_tokens_once(columns, monkeypatch):
+    """A map lies where the kernel's arguments begin; one that is still right is not made again.
+
+    Of whole chunks of 256 columns a copy brings blocks of several at once.
+    """
     made, launched = [], []
 
     def encode(target, dtype, rank, x, sizes, strides, box, *_):
-        assert target % 64 == 0 and (dtype, rank) == (1, 2)
-        made.append((x, *sizes, *strides, *box))
+        assert target % 64 == 0 and dtype == 1
+        assert len(sizes) == len(strides) + 1 == len(box) == rank
+        made.append((x, tuple(sizes), tuple(strides), tuple(box)))
         ctypes.memset(target, len(made), 128)
         return 0
 
@@ -166,19 +171,28 @@ def test_the_copy_engine_is_told_of_the_tokens_once(monkeypatch):
             launched.append(bytes(self.arguments)[:128])
 
     monkeypatch.setattr(token_map, "_encode", lambda: encode)
+    token_map._encoded.cache_clear()
     monkeypatch.setattr(linear_some, "Launch", Launch)
     monkeypatch.setattr(Plan, "load", lambda _: None)
-    plan = specialise(KIND, 4096, 64, HOPPER, has_warpgroups=True)
-    launch = LinearSome(KIND, LinearWeight(4096, 1 << 20), max_tokens=64, plan=plan)
+    kind = LinearKind("nf4", columns, "BF16")
+    plan = specialise(kind, 4096, 64, HOPPER, has_warpgroups=True)
+    launch = LinearSome(kind, LinearWeight(4096, 1 << 20), max_tokens=64, plan=plan)
     for count in (40, 40, 64, 1):
         tokens = Tokens(count, 1 << 16, 1 if count == 1 else 4104, (1 << 24,), (4096,))
         launch.queue(tokens, 0, counters=1 << 12, sums=1 << 12)
-    assert [sizes[1:] for sizes in made] == [
-        (4096, 40, 8208, 64, 64),
-        (4096, 64, 8208, 64, 64),
-        (4096, 1, 8192, 64, 64),
-    ]
+    if columns == 4096:
+        box = (64, 64, plan.tuning.column_warps, 1)
+        expected = [((64, n, 16, 4), (apart, 512, 128), box) for n, apart in CASES_OF_TOKENS]
+    else:
+        expected = [((1408, n), (min(apart, n * 2816),), (64, 64)) for n, apart in CASES_OF_TOKENS]
+    assert [words[1:] for words in made] == expected
     assert [words[0] for words in launched] == [1, 1, 2, 3]
+    monkeypatch.setattr(launch, "_map", None)  # not called for what it was told last
+    launch.queue(tokens, 0, counters=1 << 12, sums=1 << 13)
+    assert launch._launch.arguments.partials == 1 << 13 and len(launched) == 5
+
+
+CASES_OF_TOKENS = ((40, 8208), (64, 8208), (1, 8192))  # and bytes from one to the next
 
 
 def test_arguments_of_groups_fill_what_the_kernel_reads():
