@@ -71,12 +71,14 @@ class AttentionLaunches:
             epsilon=_epsilon(attention),
         )
 
-    def take_up(self, index: int, query_key_value: Tensor, queries: Tensor, start: int) -> None:
-        """Queue what comes before the attention of a prompt in block `index`.
+    def take_up(
+        self, index: int, query_key_value: Tensor, queries: Tensor, start: int, stream: int
+    ) -> None:
+        """Queue what comes before the attention of a prompt in block `index` on `stream`.
 
         Args:
             query_key_value: (batch * n, size), contiguous.
-            queries: (batch, heads, n, head_dim), filled; keys and values go to the cache, at
+            queries: (batch, n, heads, head_dim), filled; keys and values go to the cache, at
                 positions from `start` on.
         """
         launch = self._rotary.get(index)
@@ -89,9 +91,9 @@ class AttentionLaunches:
         launch.queue(
             query_key_value.data_ptr(),
             queries.data_ptr(),
-            num_tokens=queries.shape[2],
+            num_tokens=queries.shape[1],
             start=start,
-            stream=torch.cuda.current_stream(queries.device).cuda_stream,
+            stream=stream,
         )
 
     def _tensors(self, index: int, query_key_value: Tensor, out: Tensor) -> AttentionTensors:

@@ -4,15 +4,15 @@ Up to 64 tokens are multiplied straight from the packed bytes, and so are more w
 (on Hopper); else each packed layer is dequantized into one scratch buffer, out of which PyTorch
 multiplies at once, while the second-level cache still holds most of it, or with INT8 layers as
 integers, if that is asked for. What adapters add comes from products of its own.
-Nothing waits for the device, and what can be made ready is made once, so that the host stays ahead
-of a block's launches.
+Nothing waits for the device, and the host stays ahead of a block's launches: how products are made
+is decided once for a chunk, launches are made once, and told only of addresses that changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from cupy_kernels import linear_many
 from cupy_kernels.dequantize_4bit import Dequantize4bit, NestedAbsmax
 from cupy_kernels.dequantize_int8_rows import DequantizeInt8Rows
-from cupy_kernels.linear_few import LinearKind, NormWeight
+from cupy_kernels.linear_few import LinearKind, NormWeight, Tokens
 from cupy_kernels.prompt_rows import GatedRows, NormRows
 from qtool.runtime.decoders.blocks import Block, FusableNetwork, Norm, NotFusable, PackedRows
 from qtool.runtime.decoders.fused_adapters import AdapterGroup, BlockAdapters, adapters_of
@@ -30,6 +30,7 @@ from qtool.runtime.int8_products import add_product, find_outliers, round_activa
 from qtool.runtime.packed_products import (
     ManyProducts,
     PackedProduct,
+    counters_of,
     many_shape,
     takes_many,
     tokens_of_kernel,
@@ -40,9 +41,17 @@ from qtool.runtime.products import (
     PIECE_ROWS,
 )
 
+# How layers are multiplied: packed ones by the kernels for few or for many tokens, or as integers;
+# others, and what is dequantized, by PyTorch.
+Way = Literal["few", "many", "rounded", "dequantized"]
+
 
 class Launches(Protocol):
     """What runs between PyTorch's operators."""
+
+    def begin(self) -> None:
+        """Before all others of a chunk, which go to the stream that is the current one now."""
+        ...
 
     def norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         """The RMS norm of the rows of x, to `out`."""
@@ -64,8 +73,13 @@ class Launches(Protocol):
         """The rows of `piece`, to the address `target`."""
         ...
 
-    def multiply(self, layer: PackedRows, x: Tensor, out: Tensor) -> None:
-        """Few tokens' product with a packed layer, and its bias, to `out`."""
+    def multiply(self, product: Product, x: Tensor, outs: Sequence[Tensor]) -> None:
+        """Few tokens' products with packed layers, and their biases, to `outs`.
+
+        Args:
+            x: contiguous.
+            outs: one for each layer, or one with the rows of all side by side; contiguous.
+        """
         ...
 
     def fits_many(self, kind: LinearKind) -> bool:
@@ -77,9 +91,9 @@ class Launches(Protocol):
         ...
 
     def multiply_many(
-        self, layers: Sequence[PackedRows], x: Tensor, outs: Sequence[Tensor], *, added: bool
+        self, product: Product, x: Tensor, outs: Sequence[Tensor], *, added: bool
     ) -> None:
-        """Many tokens' products with packed layers, and their biases, to `outs`.
+        """The same of many tokens.
 
         Args:
             added: to what is there, of one layer.
@@ -108,33 +122,41 @@ class Piece:
         return self.stop - self.start
 
 
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """Layers side by side: pieces that are dequantized together, and the bias of all, or None."""
+@dataclass(slots=True)
+class Product:
+    """Layers of the same input, and launches for all their tokens.
+
+    Args:
+        num_rows: of all layers.
+        groups: pieces that are dequantized together; none of layers that never are.
+        bias: of all layers that may be dequantized, or None.
+        sort: a number that products of the same kinds and shapes share.
+        few: a launch for each layer, by how many tokens they take; made when they are first needed.
+        many: a launch for all, by the shape of its tiles.
+    """
 
     layers: tuple[PackedRows, ...]
-    groups: tuple[tuple[Piece, ...], ...]
     num_rows: int
-    bias: Tensor | None
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether all layers are."""
-        return all(layer.plain is None for layer in self.layers)
-
-    def rounds(self, x: Tensor) -> bool:
-        """Whether x is rounded to INT8 for all layers."""
-        many = x.shape[0] > MAX_FUSED_TOKENS
-        return many and all(layer.rounded is not None for layer in self.layers)
+    groups: tuple[tuple[Piece, ...], ...] = ()
+    bias: Tensor | None = None
+    sort: int = 0
+    few: dict[int, tuple[PackedProduct, ...]] = field(default_factory=dict)
+    many: dict[linear_many.Shape, ManyProducts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class _BlockProducts:
-    query_key_value: _Product
-    output: _Product
-    gate: _Product
-    up: _Product
-    down: _Product
+    """Those of a block; gate and up also together, where packed bytes are read."""
+
+    query_key_value: Product
+    output: Product
+    gate_up: Product
+    gate: Product
+    up: Product
+    down: Product
+
+    def __iter__(self) -> Iterator[Product]:
+        yield from (self.query_key_value, self.output, self.gate_up, self.gate, self.up, self.down)
 
 
 class FusedPrompt:
@@ -171,6 +193,8 @@ class FusedPrompt:
         windows = [block.attention.window for block in network.blocks]
         self._windows = [window if window < capacity else 0 for window in windows]
         self._products = [_products_of(block) for block in network.blocks]
+        self._sorts = _number_sorts(product for block in self._products for product in block)
+        self._ways: list[Way] = []  # by sort, of the present chunk
         self.max_packed_tokens = MAX_FUSED_TOKENS
         self.multiplies_many: bool | None = None
 
@@ -189,6 +213,8 @@ class FusedPrompt:
         """
         network, launches = self._network, self._launches
         batch, num_tokens = input_ids.shape
+        self._ways = [self._way(product.layers, batch * num_tokens) for product in self._sorts]
+        launches.begin()
         hidden = torch.embedding(network.embedding, input_ids.reshape(-1))
         if network.embedding_scale is not None:
             hidden *= network.embedding_scale
@@ -224,11 +250,11 @@ class FusedPrompt:
         self._add_product(products.down, gate, hidden, norm, normed, adapters.down)
 
     def _gate_and_up(self, products: _BlockProducts, normed: Tensor) -> tuple[Tensor, Tensor]:
-        both = (*products.gate.layers, *products.up.layers)
-        if self._is_many(both, normed):
-            outs = [normed.new_empty(normed.shape[0], layer.weight.rows) for layer in both]
-            self._launches.multiply_many(both, normed, outs, added=False)
-            return outs[0], outs[1]
+        both = products.gate_up
+        if self._ways[both.sort] in ("few", "many"):
+            gate, up = (normed.new_empty(normed.shape[0], it.weight.rows) for it in both.layers)
+            self._multiply(both, normed, (gate, up))
+            return gate, up
         return self._product(products.gate, normed), self._product(products.up, normed)
 
     def _attend(self, index: int, query_key_value: Tensor, start: int) -> Tensor:
@@ -236,13 +262,13 @@ class FusedPrompt:
         network, layer = self._network, self._layers[index]
         batch = layer.keys.shape[0]
         num_tokens = query_key_value.shape[0] // batch
-        queries = query_key_value.new_empty(batch, network.num_heads, num_tokens, network.head_dim)
+        queries = query_key_value.new_empty(batch, num_tokens, network.num_heads, network.head_dim)
         self._launches.take_up(index, query_key_value, queries, start)
         stop = start + num_tokens
         attended = flash_attention(
             queries,
-            layer.keys[:, :, :stop],
-            layer.values[:, :, :stop],
+            layer.keys.narrow(2, 0, stop).transpose(1, 2),
+            layer.values.narrow(2, 0, stop).transpose(1, 2),
             scale=network.blocks[index].attention.scale,
             window=self._windows[index],
         )
@@ -250,15 +276,21 @@ class FusedPrompt:
 
     # -- products ---------------------------------------------------------------------------------
 
-    def _reads_packed(self, product: _Product, x: Tensor) -> bool:
-        return product.is_packed and x.shape[0] <= self.max_packed_tokens
+    def _way(self, layers: Sequence[PackedRows], num_tokens: int) -> Way:
+        is_packed = all(layer.plain is None for layer in layers)
+        if is_packed and num_tokens <= self.max_packed_tokens:
+            return "few"
+        is_rounded = all(layer.rounded is not None for layer in layers)
+        if is_rounded and num_tokens > MAX_FUSED_TOKENS:
+            return "rounded"
+        if is_packed and self._is_many(layers, num_tokens):
+            return "many"
+        return "dequantized"
 
-    def _is_many(self, layers: Sequence[PackedRows], x: Tensor) -> bool:
+    def _is_many(self, layers: Sequence[PackedRows], num_tokens: int) -> bool:
         """Whether the packed bytes of these layers are read at once, for more than a few tokens."""
-        kind, num_tokens = layers[0].kind, x.shape[0]
-        if num_tokens <= self.max_packed_tokens or self.multiplies_many is False:
-            return False
-        if any(layer.plain is not None or layer.kind != kind for layer in layers):
+        kind = layers[0].kind
+        if self.multiplies_many is False or any(layer.kind != kind for layer in layers):
             return False
         if any(layer.rounded is not None for layer in layers):
             return False
@@ -266,39 +298,38 @@ class FusedPrompt:
             return self._launches.fits_many(kind)
         return self._launches.takes_many(layers, num_tokens)
 
-    def _product(self, product: _Product, x: Tensor) -> Tensor:
+    def _multiply(
+        self, product: Product, x: Tensor, outs: Sequence[Tensor], *, added: bool = False
+    ) -> None:
+        """Read packed bytes of few or many tokens; only these can be added."""
+        if self._ways[product.sort] == "few":
+            self._launches.multiply(product, x, outs)
+        else:
+            self._launches.multiply_many(product, x, outs, added=added)
+
+    def _product(self, product: Product, x: Tensor) -> Tensor:
         """x @ weight.T + bias (n, rows of all layers)."""
-        in_place = self._reads_packed(product, x) or self._is_many(product.layers, x)
-        in_place = in_place or product.rounds(x)
-        if len(product.groups) == 1 and not in_place:
+        if self._ways[product.sort] == "dequantized" and len(product.groups) == 1:
             out = x.mm(self._dequantize(product.groups[0], x).t())
             return out if product.bias is None else out.add_(product.bias)
         return self._product_to(product, x, x.new_empty(x.shape[0], product.num_rows))
 
-    def _product_to(self, product: _Product, x: Tensor, out: Tensor) -> Tensor:
-        if self._reads_packed(product, x):
-            start = 0
-            for layer in product.layers:
-                self._launches.multiply(layer, x, out[:, start : start + layer.weight.rows])
-                start += layer.weight.rows
-            return out
-        if self._is_many(product.layers, x):
-            rows = [layer.weight.rows for layer in product.layers]
-            outs = torch.split(out, rows, dim=1)
-            self._launches.multiply_many(product.layers, x, outs, added=False)
-            return out
-        if product.rounds(x):
+    def _product_to(self, product: Product, x: Tensor, out: Tensor) -> Tensor:
+        way = self._ways[product.sort]
+        if way == "rounded":
             self._launches.multiply_rounded(product.layers, x, out, added=False)
-            return out
-        for pieces, place in _places(product, out):
-            torch.mm(x, self._dequantize(pieces, x).t(), out=place)
-        if product.bias is not None:
-            out += product.bias
+        elif way != "dequantized":
+            self._multiply(product, x, (out,))
+        else:
+            for pieces, place in _places(product, out):
+                torch.mm(x, self._dequantize(pieces, x).t(), out=place)
+            if product.bias is not None:
+                out += product.bias
         return out
 
     def _add_product(
         self,
-        product: _Product,
+        product: Product,
         x: Tensor,
         hidden: Tensor,
         norm: Norm | None,
@@ -314,19 +345,18 @@ class FusedPrompt:
             return
         if adapters is not None:
             adapters.add(x, (hidden,))
-        if self._reads_packed(product, x):
+        way = self._ways[product.sort]
+        if way == "few":
             hidden += self._product_to(product, x, scratch)
-            return
-        if self._is_many(product.layers, x):
-            self._launches.multiply_many(product.layers, x, (hidden,), added=True)
-            return
-        if product.rounds(x):
+        elif way == "many":
+            self._multiply(product, x, (hidden,), added=True)
+        elif way == "rounded":
             self._launches.multiply_rounded(product.layers, x, hidden, added=True)
-            return
-        for pieces, place in _places(product, hidden):
-            place.addmm_(x, self._dequantize(pieces, x).t())
-        if product.bias is not None:
-            hidden += product.bias
+        else:
+            for pieces, place in _places(product, hidden):
+                place.addmm_(x, self._dequantize(pieces, x).t())
+            if product.bias is not None:
+                hidden += product.bias
 
     def _dequantize(self, pieces: Sequence[Piece], x: Tensor) -> Tensor:
         """The rows of all pieces, one after the other, in the dtype of `x`."""
@@ -355,21 +385,21 @@ def flash_attention(
     The operator's public face takes neither fewer queries than keys nor a window.
 
     Args:
-        queries: (batch, heads, n, head_dim).
-        keys: (batch, kv_heads, m, head_dim), and `values`; m >= n.
+        queries: (batch, n, heads, head_dim).
+        keys: (batch, m, kv_heads, head_dim), and `values`; m >= n.
         window: tokens that are visible, a query's own among them; 0 for all.
 
     Returns:
         (batch, n, heads, head_dim).
     """
-    attended: Tensor = torch.ops.aten._flash_attention_forward(
-        queries.transpose(1, 2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
+    attended: Tensor = torch.ops.aten._flash_attention_forward.default(
+        queries,
+        keys,
+        values,
         None,
         None,
-        queries.shape[2],
-        keys.shape[2],
+        queries.shape[1],
+        keys.shape[1],
         0.0,
         True,
         False,
@@ -392,13 +422,28 @@ def check_windows(network: FusableNetwork, capacity: int) -> None:
         return
     size, window, num_keys, num_queries = network.head_dim, 2, 8, 4
     positions = torch.arange(num_keys, dtype=network.dtype, device=network.embedding.device)
-    values = positions[:, None].expand(1, 1, -1, size).contiguous()
+    values = positions[:, None, None].expand(1, -1, 1, size).contiguous()
     keys = torch.zeros_like(values)
-    found = flash_attention(keys[:, :, :num_queries], keys, values, scale=1.0, window=window)
+    found = flash_attention(keys[:, :num_queries], keys, values, scale=1.0, window=window)
     # Equal scores: the mean of a token's own position and the one before.
     expected = (positions[-num_queries:] - 0.5)[:, None, None]
     if not torch.allclose(found, expected.expand_as(found), atol=0.1):
         raise NotFusable("PyTorch's flash attention knows no windows here")
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """Where products of a sort last read and wrote, in every block of a chunk the same.
+
+    Args:
+        at: tokens and addresses.
+        launch: which launch of a product that is, see `Product`.
+        tokens: what its launches are told.
+    """
+
+    at: tuple[int, ...]
+    launch: Any
+    tokens: tuple[Tokens, ...]
 
 
 class PromptLaunches:
@@ -412,10 +457,16 @@ class PromptLaunches:
         has_added = any(block.has_added_norms for block in network.blocks)
         self._added_norm = NormRows(size, self._dtype, kind, added=True) if has_added else None
         self._gate = GatedRows(self._dtype, network.gate)
-        self.take_up = attention.take_up
-        self._products: dict[tuple[int, int], PackedProduct] = {}  # by weight and tokens
-        # By the first weight, how many there are, and the shape of tiles.
-        self._many: dict[tuple[int, int, linear_many.Shape], ManyProducts] = {}
+        self._attention = attention
+        self._few: dict[int, _Placed] = {}  # by sort
+        self._many: dict[int, _Placed] = {}
+        self._stream = 0
+        self._counters = 0
+
+    def begin(self) -> None:
+        """See `Launches.begin`."""
+        self._stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._counters = 0
 
     def norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         """See `Launches.norm`."""
@@ -433,19 +484,36 @@ class PromptLaunches:
         address = gate.data_ptr()
         self._gate.queue(gate.numel(), address, up.data_ptr(), address, self._stream)
 
+    def take_up(self, block: int, query_key_value: Tensor, queries: Tensor, start: int) -> None:
+        """See `Launches.take_up`."""
+        self._attention.take_up(block, query_key_value, queries, start, self._stream)
+
     def dequantize(self, piece: Piece, target: int) -> None:
         """See `Launches.dequantize`."""
         if piece.launch is None:
             piece.launch = _dequantize_launch(piece, self._dtype)
         piece.launch.queue(target, self._stream)
 
-    def multiply(self, layer: PackedRows, x: Tensor, out: Tensor) -> None:
+    def multiply(self, product: Product, x: Tensor, outs: Sequence[Tensor]) -> None:
         """See `Launches.multiply`."""
-        key = layer.weight.weight, tokens_of_kernel(x.shape[0])
-        launch = self._products.get(key)
-        if launch is None:
-            launch = self._products[key] = PackedProduct(layer.kind, layer.weight, x.shape[0])
-        launch.queue(x, out)
+        at = x.shape[0], x.data_ptr(), *[out.data_ptr() for out in outs]
+        placed = self._few.get(product.sort)
+        if placed is None or placed.at != at:
+            places = _outs_of(product, outs)
+            tokens = tuple(_tokens_of(x, (place,)) for place in places)
+            placed = self._few[product.sort] = _Placed(at, tokens_of_kernel(x.shape[0]), tokens)
+        launches = product.few.get(placed.launch)
+        if launches is None:
+            launches = product.few[placed.launch] = tuple(
+                PackedProduct(layer.kind, layer.weight, x.shape[0]) for layer in product.layers
+            )
+        if not self._counters:
+            self._counters = counters_of(self._device, self._stream).data_ptr()
+        # One after the other, and with what comes behind on the stream, they can share it.
+        sums = x.new_empty(max([it.sum_bytes for it in launches]), dtype=torch.uint8)
+        buffers = {"counters": self._counters, "sums": sums.data_ptr()}
+        for launch, own in zip(launches, placed.tokens, strict=True):
+            launch.queue_at(own, self._stream, **buffers)
 
     def fits_many(self, kind: LinearKind) -> bool:
         """See `Launches.fits_many`."""
@@ -457,16 +525,22 @@ class PromptLaunches:
         return takes_many(layers[0].kind, rows, num_tokens)
 
     def multiply_many(
-        self, layers: Sequence[PackedRows], x: Tensor, outs: Sequence[Tensor], *, added: bool
+        self, product: Product, x: Tensor, outs: Sequence[Tensor], *, added: bool
     ) -> None:
         """See `Launches.multiply_many`."""
-        kind, weights = layers[0].kind, [layer.weight for layer in layers]
-        rows = [weight.rows for weight in weights]
-        key = weights[0].weight, len(weights), many_shape(kind, rows, x.shape[0])
-        launch = self._many.get(key)
+        at = added, x.shape[0], x.data_ptr(), *[out.data_ptr() for out in outs]
+        placed = self._many.get(product.sort)
+        if placed is None or placed.at != at:
+            tokens = _tokens_of(x, _outs_of(product, outs), added=added)
+            rows = [layer.weight.rows for layer in product.layers]
+            shape = many_shape(product.layers[0].kind, rows, x.shape[0])
+            placed = self._many[product.sort] = _Placed(at, shape, (tokens,))
+        launch = product.many.get(placed.launch)
         if launch is None:
-            launch = self._many[key] = ManyProducts(kind, weights, x.shape[0])
-        launch.queue(x, outs, outs[0] if added else None)
+            weights = [layer.weight for layer in product.layers]
+            launch = ManyProducts(product.layers[0].kind, weights, x.shape[0])
+            product.many[placed.launch] = launch
+        launch.queue_at(placed.tokens[0], self._stream)
 
     def multiply_rounded(
         self, layers: Sequence[PackedRows], x: Tensor, out: Tensor, *, added: bool
@@ -481,10 +555,25 @@ class PromptLaunches:
             add_product(rounded, weight.codes, weight.scb, layer.bias, place, added=added)
             start = stop
 
-    @property
-    def _stream(self) -> int:
-        stream: int = torch.cuda.current_stream(self._device).cuda_stream
-        return stream
+
+def _tokens_of(x: Tensor, outs: Sequence[Tensor], *, added: bool = False) -> Tokens:
+    """Where a launch reads and writes; what is `added` to is the output itself."""
+    return Tokens(
+        x.shape[0],
+        x.data_ptr(),
+        x.stride(0),
+        tuple(out.data_ptr() for out in outs),
+        tuple(out.stride(0) for out in outs),
+        residual=outs[0].data_ptr() if added else 0,
+        residual_stride=outs[0].stride(0) if added else 0,
+    )
+
+
+def _outs_of(product: Product, outs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """One for each layer."""
+    if len(outs) == len(product.layers):
+        return outs
+    return torch.split(outs[0], [layer.weight.rows for layer in product.layers], dim=1)
 
 
 def _dequantize_launch(piece: Piece, dtype: str) -> Dequantize4bit | DequantizeInt8Rows:
@@ -517,23 +606,40 @@ def _products_of(block: Block) -> _BlockProducts:
     return _BlockProducts(
         query_key_value=_product_of(block.query_key_value),
         output=_product_of([block.output]),
+        gate_up=Product(block.gate_up, gate.weight.rows + up.weight.rows),
         gate=_product_of([gate]),
         up=_product_of([up]),
         down=_product_of([block.down]),
     )
 
 
-def _product_of(layers: Sequence[PackedRows]) -> _Product:
+def _product_of(layers: Sequence[PackedRows]) -> Product:
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    return _Product(
+    return Product(
         layers=tuple(layers),
-        groups=tuple(tuple(group) for group in _groups(layers)),
         num_rows=sum(layer.weight.rows for layer in layers),
+        groups=tuple(tuple(group) for group in _groups(layers)),
         bias=torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None,
     )
 
 
-def _places(product: _Product, out: Tensor) -> Iterator[tuple[tuple[Piece, ...], Tensor]]:
+def _number_sorts(products: Iterable[Product]) -> list[Product]:
+    """Set their sorts.
+
+    Returns:
+        One of each, in the order of the numbers.
+    """
+    firsts: dict[Any, Product] = {}
+    for product in products:
+        traits = tuple(
+            (it.kind, it.weight.rows, it.plain is None, it.rounded is None) for it in product.layers
+        )
+        product.sort = len(firsts)
+        product.sort = firsts.setdefault(traits, product).sort
+    return list(firsts.values())
+
+
+def _places(product: Product, out: Tensor) -> Iterator[tuple[tuple[Piece, ...], Tensor]]:
     """What is dequantized together, with the columns of `out` that are its own."""
     start = 0
     for pieces in product.groups:

@@ -63,6 +63,7 @@ def launches_on_the_cpu() -> Iterator[None]:
             "round_activations": lambda x, threshold: (x, threshold),
             "add_product": add_product,
             "PackedProduct": PackedProduct,
+            "counters_of": lambda device, stream: torch.zeros(1),
             "linear_many": SimpleNamespace(fits=is_packed),
             "takes_many": lambda kind, rows, num_tokens: is_packed(kind),
             "many_shape": lambda kind, rows, num_tokens: num_tokens,
@@ -185,30 +186,40 @@ class AdapterInner:
 class PackedProduct:
     """See `qtool.runtime.packed_products`."""
 
+    sum_bytes = 16
+
     def __init__(self, kind: LinearKind, weight: LinearWeight, num_tokens: int) -> None:
+        assert is_packed(kind)
         self._launch = LinearFew(kind, [weight], max_tokens=num_tokens)
 
-    def queue(self, x: Tensor, out: Tensor) -> None:
-        tokens = Tokens(x.shape[0], x.data_ptr(), x.stride(0), (out.data_ptr(),), (out.stride(0),))
-        self._launch.queue(tokens, 0)
+    def queue_at(self, tokens: Tokens, stream: int, *, counters: int, sums: int) -> None:
+        assert counters and sums
+        self._launch.queue(tokens, stream)
 
 
 class ManyProducts:
     """See `qtool.runtime.packed_products`."""
 
     def __init__(self, kind: LinearKind, weights: Sequence[LinearWeight], num_tokens: int) -> None:
+        assert is_packed(kind)
         self._kind, self._weights = kind, weights
 
-    def queue(self, x: Tensor, outs: Sequence[Tensor], residual: Tensor | None = None) -> None:
-        assert residual is None or len(outs) == 1
-        for weight, out in zip(self._weights, outs, strict=True):
-            floats = floats_of(self._kind, weight)
-            if self._kind.format != "int8":  # whose sums are scaled
-                floats = floats.to(x.dtype).float()
-            made = x.float() @ floats.t()
+    def queue_at(self, tokens: Tokens, stream: int) -> None:
+        assert not tokens.residual or len(tokens.outs) == 1
+        kind, count, dtype = self._kind, tokens.count, DTYPES[self._kind.dtype]
+        x = at(tokens.x, dtype, count, kind.columns, stride=tokens.x_stride).float()
+        places = zip(self._weights, tokens.outs, tokens.out_strides, strict=True)
+        for weight, out, stride in places:
+            floats = floats_of(kind, weight)
+            if kind.format != "int8":  # whose sums are scaled
+                floats = floats.to(dtype).float()
+            made = x @ floats.t()
             if weight.bias:
-                made += at(weight.bias, x.dtype, 1, weight.rows).float()
-            out.copy_(made if residual is None else made + residual.float())
+                made += at(weight.bias, dtype, 1, weight.rows).float()
+            if tokens.residual:
+                stride_before = tokens.residual_stride
+                made += at(tokens.residual, dtype, count, weight.rows, stride=stride_before).float()
+            at(out, dtype, count, weight.rows, stride=stride).copy_(made)
 
 
 def is_packed(kind: LinearKind) -> bool:
@@ -363,7 +374,8 @@ def flash_attention(
     queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int
 ) -> Tensor:
     """See `fused_prompt.flash_attention`."""
-    return attention(queries, keys, values, scale=scale, window=window).transpose(1, 2)
+    tensors = (it.transpose(1, 2) for it in (queries, keys, values))
+    return attention(*tensors, scale=scale, window=window).transpose(1, 2)
 
 
 def attention(
@@ -439,7 +451,7 @@ class RotaryRows:
         shape, dtype = self._heads.shape, self._heads.dtype
         size = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         new = at(qkv, dtype, shape.batch, num_tokens, size)
-        found = self._heads.take_up(new, slice(start, start + num_tokens))
+        found = self._heads.take_up(new, slice(start, start + num_tokens)).transpose(1, 2)
         at(queries, dtype, *found.shape).copy_(found)
 
 

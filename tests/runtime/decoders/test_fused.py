@@ -98,9 +98,9 @@ def test_prompts_of_few_tokens_read_packed_bytes(
     multiplied: list[int] = []
     multiply = fused_prompt.PromptLaunches.multiply
 
-    def counted(self: Any, layer: Any, x: Tensor, out: Tensor) -> None:
+    def counted(self: Any, product: Any, x: Tensor, outs: Any) -> None:
         multiplied.append(x.shape[0])
-        multiply(self, layer, x, out)
+        multiply(self, product, x, outs)
 
     model = load("qwen2", quant)
     network, cache = prepared(model)
@@ -113,6 +113,80 @@ def test_prompts_of_few_tokens_read_packed_bytes(
     expected = next(expected_logits(model, ids))
     difference = (found.float() - expected.float()).abs().max()
     assert difference <= TOLERANCES[quant] * expected.abs().max()
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_products_of_blocks_that_are_packed_differently(many: bool) -> None:
+    """How one is made says nothing of another kind's at the same place in its block."""
+    model = load("llama", "nf4-dq")
+    down = model.model.layers[1].mlp.down_proj
+    plain = torch.nn.Linear(down.in_features, down.out_features, bias=False, dtype=torch.bfloat16)
+    model.model.layers[1].mlp.down_proj = plain
+    network, cache = prepared(model)
+    network._prompt.max_packed_tokens = 0 if many else CHUNK
+    ids = tokens(1, PROMPT_TOKENS)
+    found = network.prefill(ids, 0, cache, in_chunks=True)
+    expected = next(expected_logits(model, ids))
+    difference = (found.float() - expected.float()).abs().max()
+    assert difference <= TOLERANCES["nf4-dq"] * expected.abs().max()
+
+
+@pytest.mark.parametrize("few", [0, CHUNK])
+def test_launches_are_told_where_tensors_are_now(few: int) -> None:
+    """Elsewhere than in the prompt before, or of another length, or both."""
+    network, cache = prepared(load("qwen2", "nf4-dq"))
+    network._prompt.max_packed_tokens = few
+    ids = tokens(1, PROMPT_TOKENS)
+    first = {count: network.prefill(ids[:, :count], 0, cache, in_chunks=True) for count in (9, 28)}
+    in_the_way = []
+    for count in (28, 9, 28, 9):
+        found = network.prefill(ids[:, :count], 0, cache, in_chunks=True)
+        assert torch.equal(found, first[count])
+        in_the_way += [torch.full((1 << size,), torch.nan) for size in range(6, 18) for _ in "abcd"]
+        if count == 9:
+            in_the_way = in_the_way[1::2]
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_fewer_tokens_at_the_same_place(many: bool) -> None:
+    network, _ = prepared(load("llama", "nf4-dq"))
+    launches, product = network._prompt._launches, network._prompt._products[1].down
+    x = torch.randn(4, product.layers[0].kind.columns).bfloat16()
+    out = x.new_empty(4, product.num_rows)
+
+    def multiply(count: int) -> Tensor:
+        launches.begin()
+        if many:
+            launches.multiply_many(product, x[:count], (out[:count],), added=False)
+        else:
+            launches.multiply(product, x[:count], (out[:count],))
+        return out.clone()
+
+    all_of_them = multiply(4)
+    out.fill_(7)
+    found = multiply(3)
+    assert torch.allclose(found[:3].float(), all_of_them[:3].float(), atol=0.05)
+    assert (found[3] == 7).all()
+
+
+def test_how_products_are_made_is_decided_once_for_a_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qtool.runtime.decoders import fused_prompt
+
+    asked: list[int] = []
+    takes_many = fused_prompt.PromptLaunches.takes_many
+
+    def counted(self: Any, layers: Any, num_tokens: int) -> bool:
+        asked.append(num_tokens)
+        return takes_many(self, layers, num_tokens)
+
+    network, cache = prepared(load("llama", "nf4-dq", intermediate_size=768))
+    monkeypatch.setattr(fused_prompt.PromptLaunches, "takes_many", counted)
+    network._prompt.max_packed_tokens = 0
+    network.prefill(tokens(1, PROMPT_TOKENS), 0, cache, in_chunks=True)
+    # query, key and value; output; gate and up, together and alone; down
+    assert [asked.count(n) for n in (CHUNK, PROMPT_TOKENS - CHUNK)] == [5, 5] and len(asked) == 10
 
 
 def test_a_block_that_computes_something_else_is_refused() -> None:

@@ -89,6 +89,30 @@ def test_a_second_prompt_goes_on_from_the_cache():
     assert list(decoder.decode(Sampling(), 10)) == first
 
 
+@pytest.mark.parametrize("packed", ["few", "many", "neither"])
+@torch.inference_mode()
+def test_prompts_of_other_lengths_find_their_own_places(packed):
+    """Launches are told where tensors lie now, whichever read them before."""
+    loaded = load("llama", "nf4-dq")
+    options = {path: DecoderOptions(path=path, prefill_chunk=128) for path in ("fused", "eager")}
+    fused, eager = (choose_decoder(loaded, 256, options=it) for it in options.values())
+    takes_up = fused._network._prompt
+    if packed == "many" and not takes_up.can_multiply_many():
+        pytest.skip("no kernel for many tokens")
+    takes_up.max_packed_tokens = 64 if packed == "few" else 0
+    takes_up.multiplies_many = packed == "many"
+    in_the_way = []
+    for num_tokens in (40, 23, 40, 64, 23):
+        num_tokens += 0 if packed == "few" else 60
+        ids = prompt(1, num_tokens)
+        fused.prefill(ids, 0)
+        eager.prefill(ids, 0)
+        expected = eager._logits.float()
+        difference = (fused._logits.float() - expected).abs().max()
+        assert difference <= 0.03 * expected.abs().max(), num_tokens
+        in_the_way.append(torch.full((num_tokens, 512), torch.nan, device="cuda"))
+
+
 def test_sampling_with_a_seed_repeats():
     loaded = load("llama", "nf4-dq")
     decoder = make(loaded, "fused")
@@ -119,7 +143,7 @@ def test_attention_of_a_prompt_sees_what_it_should(heads, kv_heads, head_dim, nu
     queries = draw(heads, num_queries)
     keys, values = (draw(kv_heads, 128)[:, :, :num_keys] for _ in range(2))
     how = {"scale": head_dim**-0.5, "window": window}
-    found = flash_attention(queries, keys, values, **how)
+    found = flash_attention(*(it.transpose(1, 2) for it in (queries, keys, values)), **how)
     expected = attention(queries.float(), keys, values, **how).transpose(1, 2)
     assert (found.float() - expected).norm() <= 0.01 * expected.norm()
 
