@@ -1,4 +1,4 @@
-"""What is taken where nothing is said, by commands, plans and the Python API alike."""
+"""What is taken where nothing is said, and how far options go, for commands and the Python API."""
 
 from __future__ import annotations
 
@@ -7,3 +7,6 @@ from typing import Final
 # Tokens of a prompt that go through the model at once. Twice as many are 5 % faster and take twice
 # the activations, half as many are 9 % slower (docs/generate.md).
 PREFILL_CHUNK: Final = 1024
+
+LEAST_TEMPERATURE: Final = 1e-6  # but for 0: divided by less, logits overflow
+MAX_SEED: Final = (1 << 63) - 1  # of a torch.Generator, and never negative

@@ -47,6 +47,7 @@ EXIT_CODES: Final[dict[ErrorKind, int]] = {
     "internal": 1,
 }
 EXIT_TERMINATED: Final = 143  # "interrupted" by SIGTERM instead of SIGINT
+EXIT_NO_READER: Final = 141  # stdout is a pipe that nobody reads any more, as after `| head`
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +134,14 @@ class QtoolError(Exception):
     def with_hint(self, hint: Words) -> QtoolError:
         """The same failure with another next step."""
         return QtoolError(self._message, kind=self.kind, hint=hint, exit_code=self.exit_code)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what ends work on Ctrl-C, or keeps what is done, does so for it too."""
+
+
+def interruption(signal: KeyboardInterrupt, hint: Words) -> QtoolError:
+    """What is said of Ctrl-C or SIGTERM, and the exit code."""
+    if isinstance(signal, Terminated):
+        return QtoolError("terminated", kind="interrupted", hint=hint, exit_code=EXIT_TERMINATED)
+    return QtoolError("interrupted", kind="interrupted", hint=hint)

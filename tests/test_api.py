@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -170,11 +171,15 @@ def test_a_prompt_that_cannot_be_run_is_refused_at_once(model: Any) -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1.0}, "temperature=-1"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": math.inf}, "temperature=inf"),
+        ({"temperature": 1e-320}, "temperature=1e-320"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
         ({"max_context": 0}, "max_context=0"),
         ({"prefill_chunk": 0}, "prefill_chunk=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 1 << 63}, "seed=9223372036854775808"),
         ({"stop": 5}, "stop: expected text, found int"),
         ({"stop": ["a", 5]}, "stop: expected text, found int"),
         ({"path": "fast"}, "path='fast': expected one of auto, fused, graph, eager"),

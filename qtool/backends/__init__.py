@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from qtool.errors import Option, QtoolError
+from qtool.errors import Option
 
 if TYPE_CHECKING:
     from qtool.backends.protocol import Backend
@@ -32,7 +32,7 @@ def choose_backend(choice: BackendChoice = "auto") -> ChosenBackend:
     Raises:
         QtoolError: unsupported, if `cuda` was asked for and cannot run here.
     """
-    from qtool.backends.cuda_driver import NoCudaError, find_cuda_device
+    from qtool.backends.cuda_driver import NoCudaError, cannot_run, find_cuda_device
 
     if choice == "cpu":
         return _cpu("asked for")
@@ -41,8 +41,7 @@ def choose_backend(choice: BackendChoice = "auto") -> ChosenBackend:
     except NoCudaError as error:
         if choice == "auto":
             return _cpu(f"auto: {error.reason}")
-        message = (Option("backend", "cuda"), f" cannot run here: {error.reason}")
-        raise QtoolError(message, kind="unsupported", hint=error.hint) from error
+        raise cannot_run(Option("backend", "cuda"), error.reason, error.fix) from error
     from qtool.backends.cuda import CudaBackend
 
     reason = "asked for" if choice == "cuda" else "auto: it has a GPU"

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cupy_kernels import OLDEST_COMPUTE_CAPABILITY
+from qtool.errors import Option, QtoolError
 
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+SEE_DOCTOR = "see `qtool doctor`"
 INSTALL_HINT = "pip install 'qtool[cuda13]' (driver 580 or newer) or 'qtool[cuda12]'"
 
 
@@ -25,12 +27,30 @@ class CudaDevice:
 
 
 class NoCudaError(Exception):
-    """Why the CUDA kernels cannot run here; `hint` is what to do about it."""
+    """Why the CUDA kernels cannot run here; `fix` is what to do about it."""
 
-    def __init__(self, reason: str, hint: str) -> None:
+    def __init__(self, reason: str, fix: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.hint = hint
+        self.fix = fix
+
+
+def cannot_run(asked: Option, reason: str, fix: str = SEE_DOCTOR) -> QtoolError:
+    """The error for a GPU that was asked for, by whichever option, and that cannot be had here."""
+    return QtoolError(
+        (asked, f" cannot run here: {reason}"),
+        kind="unsupported",
+        hint=(f"{fix}, or use ", Option(asked.name, "cpu")),
+    )
+
+
+def find_gpu() -> CudaDevice:
+    """The first GPU that the driver sees, whatever it can do.
+
+    Raises:
+        NoCudaError: no driver, no GPU.
+    """
+    return _first_device(_load_driver())
 
 
 def find_cuda_device() -> CudaDevice:
@@ -39,7 +59,7 @@ def find_cuda_device() -> CudaDevice:
     Raises:
         NoCudaError: no driver, no GPU, one that is too old, or no CuPy.
     """
-    device = _first_device(_load_driver())
+    device = find_gpu()
     if device.compute_capability < OLDEST_COMPUTE_CAPABILITY:
         found, oldest = (
             ".".join(map(str, version))
@@ -47,10 +67,10 @@ def find_cuda_device() -> CudaDevice:
         )
         raise NoCudaError(
             f"{device.name} has compute capability {found}, the kernels need {oldest} (Turing)",
-            hint="use --backend cpu, or a newer GPU",
+            fix="use a newer GPU",
         )
     if importlib.util.find_spec("cupy") is None:
-        raise NoCudaError(f"{device.name} is there, CuPy is not installed", hint=INSTALL_HINT)
+        raise NoCudaError(f"{device.name} is there, CuPy is not installed", fix=INSTALL_HINT)
     return device
 
 
@@ -76,9 +96,7 @@ def _load_driver() -> ctypes.CDLL:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError:
-        raise NoCudaError(
-            "no NVIDIA driver was found", hint="use --backend cpu, or install the driver"
-        ) from None
+        raise NoCudaError("no NVIDIA driver was found", fix="install the driver") from None
 
 
 def _first_device(driver: ctypes.CDLL) -> CudaDevice:
@@ -88,7 +106,7 @@ def _first_device(driver: ctypes.CDLL) -> CudaDevice:
     _call(driver, driver.cuInit, 0)
     _call(driver, driver.cuDeviceGetCount, ctypes.byref(count))
     if count.value == 0:
-        raise NoCudaError("the NVIDIA driver sees no GPU", hint="check CUDA_VISIBLE_DEVICES")
+        raise NoCudaError("the NVIDIA driver sees no GPU", fix="check CUDA_VISIBLE_DEVICES")
     _call(driver, driver.cuDeviceGet, ctypes.byref(device), 0)
     _call(driver, driver.cuDeviceGetName, name, len(name), device)
     for attribute, value in (
@@ -105,4 +123,4 @@ def _call(driver: ctypes.CDLL, function: Callable[..., int], *arguments: Any) ->
         text = ctypes.c_char_p()
         driver.cuGetErrorString(status, ctypes.byref(text))
         what = text.value.decode() if text.value else f"error {status}"
-        raise NoCudaError(f"the NVIDIA driver does not work: {what}", hint="run qtool doctor")
+        raise NoCudaError(f"the NVIDIA driver does not work: {what}", fix=SEE_DOCTOR)

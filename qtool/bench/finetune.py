@@ -40,6 +40,7 @@ from qtool.runtime.loading import LoadedModel, quiet_transformers
 from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
 from qtool.runtime.placement import resolve_device
 from qtool.runtime.random_model import build_random_model
+from qtool.runtime.requirements import require_bitsandbytes
 
 Rival = Literal["bitsandbytes"]
 
@@ -112,8 +113,8 @@ def bench_finetune(
     """Measure.
 
     Raises:
-        QtoolError: a shape that is not there or cannot be packed, no such device, or too little
-            memory.
+        QtoolError: a shape that is not there or cannot be packed, no such device, a rival that is
+            not installed, or too little memory.
     """
     if request.quant not in QUANTIZED_PRECISIONS:
         raise QtoolError(
@@ -134,6 +135,8 @@ def bench_finetune(
             kind="usage",
             hint=("a smaller ", Option("length")),
         )
+    if request.against is not None:
+        require_bitsandbytes()
     on_event(Note(f"making random weights of {label} on the device"))
     loaded = build_random_model(config, request.quant, device=str(device), model_id=label)
     warnings: list[str] = []

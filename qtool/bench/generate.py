@@ -30,12 +30,13 @@ from qtool.bench.records import Engine
 from qtool.bench.torch_device import measure_copy
 from qtool.errors import Option, QtoolError
 from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
-from qtool.formats.precisions import Precision
+from qtool.formats.precisions import QUANTIZED_PRECISIONS, Precision
 from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.runtime.decoders.choose import DecoderOptions
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
 from qtool.runtime.placement import resolve_device
+from qtool.runtime.requirements import require_bitsandbytes
 
 Rival = Literal["bitsandbytes"]
 
@@ -80,7 +81,7 @@ def bench_generate(
 
     Raises:
         QtoolError: a model or shape that is not there or does not run, a size beyond its context,
-            no such device, or too little memory.
+            no such device, a rival that is not installed, or too little memory.
     """
     if request.new_tokens < LEAST_NEW_TOKENS:
         raise QtoolError(
@@ -98,6 +99,8 @@ def bench_generate(
     )
     for size in request.sizes:
         _check_context(subject, size)
+    if request.against is not None and subject.quant in QUANTIZED_PRECISIONS:
+        require_bitsandbytes()
     warnings: list[str] = []
     with interruptible():
         limit = measure_copy(device, on_event)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, interruption
 
 NOTHING_KEPT: Final = "nothing is kept of a measurement; run it again from the start"
 PART_KEPT: Final = "what was measured until then is shown; the rest has to be measured again"
@@ -16,15 +16,11 @@ T = TypeVar("T")
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn Ctrl-C, and the error of a termination, into one with a hint that is true here."""
+    """Turn Ctrl-C or SIGTERM into an error with a hint that is true here."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise QtoolError("interrupted", kind="interrupted", hint=NOTHING_KEPT) from error
-    except QtoolError as error:
-        if error.kind != "interrupted":
-            raise
-        raise error.with_hint(NOTHING_KEPT) from error
+        raise interruption(error, NOTHING_KEPT) from error
 
 
 def gather(results: Iterable[T], kept: list[T]) -> QtoolError | None:

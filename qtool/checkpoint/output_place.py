@@ -54,7 +54,7 @@ def hold_lock(lock: Path, output: Path) -> Iterator[None]:
     Raises:
         QtoolError: (usage) another one holds it.
     """
-    with lock.open("w", encoding="ascii") as file:
+    with lock.open("a", encoding="ascii") as file:  # which changes nothing of it
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -16,8 +16,8 @@ import typer
 from qtool import __version__
 from qtool.cli.option_names import is_given, option_names, source_of
 from qtool.cli.session import as_qtool_error, report_error
-from qtool.errors import EXIT_CODES, Option, QtoolError
-from qtool.report.output import Output, writing_stdout
+from qtool.errors import EXIT_NO_READER, Option, QtoolError, interruption
+from qtool.report.output import Output, ReaderGone, writing_stdout
 
 # The function of qtool.cli.VERB that bears its name is the command.
 # A module with SUBVERBS is a group: they are its commands, and that function is only its help.
@@ -129,8 +129,12 @@ def main() -> None:
             sys.stdout.flush()
     except Exception as error:
         sys.exit(_report_outside_verb(error))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_CODES["interrupted"])
+    except SystemExit as done:
+        if isinstance(done.__context__, BrokenPipeError):  # the parser's own way with a closed pipe
+            sys.exit(EXIT_NO_READER)
+        raise
+    except KeyboardInterrupt as signal:
+        sys.exit(interruption(signal, "").exit_code)
     finally:
         gc.freeze()  # what is left goes with the process; looking through it takes a while
     sys.exit(result if isinstance(result, int) else 0)
@@ -145,8 +149,10 @@ def _start_quickly() -> None:
 
 
 def _report_outside_verb(error: Exception) -> int:
-    if isinstance(error, (typer.Exit, BrokenPipeError)):
-        return int(getattr(error, "exit_code", 1))
+    if isinstance(error, typer.Exit):
+        return int(error.exit_code)
+    if isinstance(error, ReaderGone):
+        return EXIT_NO_READER
     output = Output("qtool", json_mode="--json" in sys.argv)
     if hasattr(error, "format_message"):  # the command line parser's own errors
         context = getattr(error, "ctx", None)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qtool.finetune.run import Prepared
     from qtool.report.output import Output
 
+MAX_SEED = (1 << 32) - 1  # NumPy's
 DATA_PANEL = "Data"
 ADAPTER_PANEL = "Adapters"
 STEPS_PANEL = "Steps"
@@ -249,7 +250,7 @@ def finetune(
         int,
         typer.Option(
             metavar="N",
-            min=0,
+            callback=options.seeds_to(MAX_SEED),
             rich_help_panel=STEPS_PANEL,
             help="Of adapters, dropout and the order of the data.",
         ),

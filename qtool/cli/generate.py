@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,8 +12,8 @@ import typer
 from qtool.cli import options
 from qtool.cli.session import verb_session
 from qtool.cli.sizes import parse_threshold
-from qtool.defaults import PREFILL_CHUNK
-from qtool.errors import EXIT_CODES, Option, QtoolError, Words
+from qtool.defaults import LEAST_TEMPERATURE, MAX_SEED, PREFILL_CHUNK
+from qtool.errors import Option, QtoolError, Words, interruption
 from qtool.formats.precisions import ComputeDtype, QuantizedPrecision
 
 SAMPLING_PANEL = "Sampling"
@@ -25,6 +26,27 @@ EXAMPLES = (
     'qtool generate ./model "Hello" --adapter ./lora --json',
     'qtool generate ./model "Hello" --max-memory "0=6GiB,cpu=20GiB"',
 )
+
+
+def _check_temperature(temperature: float) -> float:
+    """A callback of typer's, whose ranges let through what is no number."""
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise typer.BadParameter(f"{temperature} is neither 0 nor from {LEAST_TEMPERATURE:f} on")
+    return temperature
+
+
+def _check_top_p(top_p: float | None) -> float | None:
+    """The same for a probability."""
+    if top_p is not None and not 0 < top_p <= 1:
+        raise typer.BadParameter(f"{top_p} is not above 0 and at most 1")
+    return top_p
+
+
+def _check_stop(stop: list[str] | None) -> list[str] | None:
+    """The same for texts: the empty one is everywhere."""
+    if stop and not all(stop):
+        raise typer.BadParameter("expected a text, found an empty one")
+    return stop
 
 
 def generate(
@@ -50,7 +72,9 @@ def generate(
     ] = False,
     stop: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="End before this text; repeatable."),
+        typer.Option(
+            metavar="TEXT", callback=_check_stop, help="End before this text; repeatable."
+        ),
     ] = None,
     max_context: Annotated[
         int | None,
@@ -71,7 +95,7 @@ def generate(
         float,
         typer.Option(
             metavar="T",
-            min=0,
+            callback=_check_temperature,
             rich_help_panel=SAMPLING_PANEL,
             help="0 takes the most likely token, always the same.",
         ),
@@ -80,8 +104,7 @@ def generate(
         float | None,
         typer.Option(
             metavar="P",
-            min=0.000001,
-            max=1,
+            callback=_check_top_p,
             rich_help_panel=SAMPLING_PANEL,
             help="Choose among the likeliest tokens that make up P.",
         ),
@@ -95,7 +118,10 @@ def generate(
     seed: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=0, rich_help_panel=SAMPLING_PANEL, help="Makes sampling repeatable."
+            metavar="N",
+            callback=options.seeds_to(MAX_SEED),
+            rich_help_panel=SAMPLING_PANEL,
+            help="Makes sampling repeatable.",
         ),
     ] = None,
     quant: Annotated[
@@ -181,11 +207,14 @@ def generate(
     ) as show:
         from qtool.runtime import head_start
         from qtool.runtime.lean_imports import lean_imports
+        from qtool.runtime.prompts import SAID_NO, refuse_system
         from qtool.runtime.requirements import require_run_extra
 
         text = _read_prompt(prompt, prompt_file)
         if text is None and json_output:
             raise _usage_error((Option("json"), " wants a PROMPT"), "give one, or - for a pipe")
+        if system is not None and chat is False:
+            raise refuse_system(SAID_NO)
         if temperature == 0:
             for name, value in (("top_p", top_p), ("top_k", top_k)):
                 if value is not None:
@@ -195,7 +224,7 @@ def generate(
         with lean_imports():
             from qtool.report.generate import converse, report_result
             from qtool.runtime.adapters import fetch_adapter
-            from qtool.runtime.answers import Request, answer
+            from qtool.runtime.answers import Request, answer, check_request
             from qtool.runtime.decoders.choose import DecoderOptions
             from qtool.runtime.generate import Limits, Sampling
             from qtool.runtime.loading import LoadOptions, load_model
@@ -209,15 +238,20 @@ def generate(
             options_ = LoadOptions(
                 quant, compute_dtype, device, max_memory, folder, head_quant, int8_threshold
             )
-            loaded = load_model(model, options_, on_event=on_event)
+            loaded = load_model(
+                model,
+                options_,
+                on_event=on_event,
+                check=lambda preview: check_request(preview, request, text),
+            )
         with loaded:
             if text is None:
                 converse(show, loaded, request)
                 return
             result = answer(loaded, request, text, write=show.write_text)
             report_result(show, loaded, result)
-        if result.stop_reason == "interrupted":
-            raise typer.Exit(EXIT_CODES["interrupted"])
+        if result.interruption is not None:
+            raise typer.Exit(interruption(result.interruption, "").exit_code)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:

@@ -128,7 +128,12 @@ def merge(
     ) as show:
         from qtool.merge.check import check_merge
         from qtool.merge.codes import count_changed_codes
-        from qtool.merge.command import MergeRequest, plan_merge, run_merge
+        from qtool.merge.command import (
+            MergeRequest,
+            check_merge_output,
+            plan_merge,
+            run_merge,
+        )
         from qtool.quantize.plan import Recipe
         from qtool.report.merge import report_plan, report_result
 
@@ -149,6 +154,8 @@ def merge(
             planned = plan_merge(request, on_event=on_event)
             for words in planned.quant_plan.warnings() if planned.quant_plan else ():
                 show.warn(words)
+            if dry_run:
+                check_merge_output(planned, restart=restart)
             report_plan(show, planned, dry_run=dry_run)
             if dry_run:
                 return

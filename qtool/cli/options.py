@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,17 @@ def check_blocksize(blocksize: int) -> int:
     if blocksize not in BLOCKSIZES:
         raise typer.BadParameter(f"expected one of {', '.join(map(str, BLOCKSIZES))}")
     return blocksize
+
+
+def seeds_to(largest: int) -> Callable[[int | None], int | None]:
+    """A callback of typer's, whose own range would stand in the help with all its digits."""
+
+    def check_seed(seed: int | None) -> int | None:
+        if seed is not None and not 0 <= seed <= largest:
+            raise typer.BadParameter(f"{seed} is not between 0 and {largest}")
+        return seed
+
+    return check_seed
 
 
 OutputFolder = Annotated[

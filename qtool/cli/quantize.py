@@ -81,7 +81,12 @@ def quantize(
     ) as show:
         if backend != "cpu" and not dry_run:
             open_in_background()
-        from qtool.quantize.command import QuantizeRequest, plan_request, run_request
+        from qtool.quantize.command import (
+            QuantizeRequest,
+            check_request,
+            plan_request,
+            run_request,
+        )
         from qtool.quantize.plan import Recipe
         from qtool.report.quantize import report_plan, report_result
 
@@ -94,6 +99,8 @@ def quantize(
         )
         request = QuantizeRequest(model, output, recipe, backend, threads, tile_size)
         planned = plan_request(request, dry_run=dry_run, on_event=show.on_note)
+        if dry_run:
+            check_request(planned, restart=restart)
         for words in planned.plan.warnings():
             show.warn(words)
         report_plan(show, planned, dry_run=dry_run)

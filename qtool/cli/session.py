@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Final
@@ -18,8 +18,8 @@ from typing import Final
 import typer
 
 from qtool.cli.option_names import option_names
-from qtool.errors import EXIT_TERMINATED, Option, QtoolError
-from qtool.report.output import AnswerLost, ColorChoice, Output, flush_stdout
+from qtool.errors import Option, QtoolError, Terminated, interruption
+from qtool.report.output import AnswerLost, ColorChoice, Output, ReaderGone, flush_stdout
 
 Hint = tuple[str | Option, ...]
 AGAIN_AFTER_S: Final = 0.05  # by then a destructor is over, or it meets the next one
@@ -50,16 +50,15 @@ def verb_session(
         name_option=option_names(ctx),
     )
     again = _how_again(ctx, command)
-    signal.signal(signal.SIGTERM, _terminator(again))
     try:
-        with _postponing_interrupts() as interrupts, _no_interruption_lost(), _whole_answer():
+        with _raising_signals() as signals, _no_interruption_lost(), _whole_answer():
             yield output
-    except (typer.Exit, typer.Abort, BrokenPipeError):
+    except (typer.Exit, typer.Abort, ReaderGone):
         raise
     except (Exception, KeyboardInterrupt) as error:
         told = as_qtool_error(error, again)
-        if told.kind == "internal" and interrupts.were_just_raised():  # an import left halfway
-            told = as_qtool_error(KeyboardInterrupt(), again)
+        if told.kind == "internal" and (missed := signals.just_raised):  # an import left halfway
+            told = interruption(missed, again)
         report_error(output, error, told)
         raise typer.Exit(told.exit_code) from error
 
@@ -83,13 +82,9 @@ def _no_interruption_lost() -> Iterator[None]:
     def deliver_again(unraisable: sys.UnraisableHookArgs) -> None:
         error = unraisable.exc_value
         if isinstance(error, KeyboardInterrupt):
-            number = signal.SIGINT
-        elif isinstance(error, QtoolError) and error.exit_code == EXIT_TERMINATED:
-            number = signal.SIGTERM
+            _send_later(signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
         else:
             previous(unraisable)
-            return
-        _send_later(number)
 
     sys.unraisablehook = deliver_again
     try:
@@ -98,14 +93,16 @@ def _no_interruption_lost() -> Iterator[None]:
         sys.unraisablehook = previous
 
 
-class _Interrupts:
-    """The handler of SIGINT: raises KeyboardInterrupt, but rather not in an import.
+class _Signals:
+    """The handler of SIGINT and SIGTERM: raises KeyboardInterrupt or Terminated, but rather not in
+    an import.
 
     Modules catch what fails in an import of theirs, and with it KeyboardInterrupt, or fail on what
     was imported halfway.
     """
 
     def __init__(self) -> None:
+        self._raised: KeyboardInterrupt | None = None
         self._raised_at_s = -math.inf
         self._num_postponed = 0
 
@@ -114,26 +111,29 @@ class _Interrupts:
             self._num_postponed += 1
             _send_later(signum)
             return
+        self._raised = KeyboardInterrupt() if signum == signal.SIGINT else Terminated()
         self._raised_at_s = time.monotonic()
-        raise KeyboardInterrupt
+        raise self._raised
 
-    def were_just_raised(self) -> bool:
-        """Whether an error now may come from one; a chat goes on after those that end an answer."""
-        return time.monotonic() - self._raised_at_s < JUST_NOW_S
+    @property
+    def just_raised(self) -> KeyboardInterrupt | None:
+        """What an error now may come from; a chat goes on after those that end an answer."""
+        return self._raised if time.monotonic() - self._raised_at_s < JUST_NOW_S else None
 
 
 @contextmanager
-def _postponing_interrupts() -> Iterator[_Interrupts]:
-    interrupts = _Interrupts()
-    previous = signal.getsignal(signal.SIGINT)
-    if previous in (signal.SIG_IGN, None):  # as shells have it for what runs in the background
-        yield interrupts
-        return
-    signal.signal(signal.SIGINT, interrupts)
+def _raising_signals() -> Iterator[_Signals]:
+    signals = _Signals()
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Ignored ones stay so: shells ignore SIGINT for what runs in the background.
+    previous = {number: it for number, it in found.items() if it not in (signal.SIG_IGN, None)}
+    for number in previous:
+        signal.signal(number, signals)
     try:
-        yield interrupts
+        yield signals
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -162,7 +162,7 @@ def as_qtool_error(error: BaseException, again: Hint = RUN_AGAIN) -> QtoolError:
     if isinstance(error, QtoolError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return QtoolError("interrupted", kind="interrupted", hint=again)
+        return interruption(error, again)
     if isinstance(error, MemoryError):
         return QtoolError(
             f"out of memory: {error}", kind="memory", hint="close other programs or use less"
@@ -203,12 +203,3 @@ def _how_again(ctx: typer.Context, command: str) -> Hint:
     if command == "finetune":  # which begins too, where nothing is saved
         return (*RUN_AGAIN, " with ", Option("resume"))
     return RUN_AGAIN
-
-
-def _terminator(again: Hint) -> Callable[[int, FrameType | None], None]:
-    """The handler of SIGTERM: the verb ends as an error that is told."""
-
-    def terminate(signum: int, frame: FrameType | None) -> None:
-        raise QtoolError("terminated", kind="interrupted", hint=again, exit_code=EXIT_TERMINATED)
-
-    return terminate

@@ -1,4 +1,4 @@
-"""A model's settings that people stumble over: compute dtype, pad token, tokenizer, size."""
+"""A model's settings that people stumble over: type, compute dtype, pad token, tokenizer, size."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from qtool.architecture.model_types import KNOWN_MODEL_TYPES
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.records import Checkpoint
 from qtool.doctor.gpu import NvidiaSmi
@@ -14,6 +15,7 @@ from qtool.doctor.machine import GIB, available_memory_bytes
 from qtool.doctor.records import Check
 from qtool.errors import QtoolError
 from qtool.formats.bitsandbytes import find_quantized
+from qtool.runtime.requirements import require_run_extra
 
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 # Where transformers looks for the pad token; the ids in the configs come second.
@@ -38,10 +40,38 @@ def check_model(model: str, smi: NvidiaSmi) -> Iterator[Check]:
     held = " and ".join(sorted(precisions)) or "not quantized"
     size = f"{checkpoint.weights_bytes / GIB:.2f} GiB of weights"
     yield Check("model", "ok", f"{model}: {held}, {size}")
+    yield from check_architecture(checkpoint)
     yield check_size(checkpoint, smi, packed=bool(precisions))
     yield from check_quantization(checkpoint, in_4bit=bool(precisions - {"int8"}))
     if checkpoint.folder is not None:
         yield from check_tokenizer(checkpoint, checkpoint.folder)
+
+
+def check_architecture(checkpoint: Checkpoint) -> Iterator[Check]:
+    """Whether `generate` can build the model, which is transformers' to say, and `quantize` and the
+    planner know its layers, which is ours.
+    """
+    model_type = str(checkpoint.config.get("model_type", "no model_type"))
+    try:
+        require_run_extra()
+    except QtoolError as error:
+        unseen = f"{model_type}; whether transformers knows it is not seen: {error.message}"
+        yield Check("architecture", "info", unseen, error.hint)
+    else:
+        from qtool.runtime.loading import quiet_transformers
+        from qtool.runtime.model_config import build_config, find_model_class
+
+        try:
+            with quiet_transformers():
+                class_name = find_model_class(build_config(checkpoint)).__name__
+        except QtoolError as error:
+            yield Check("architecture", "fail", error.message, error.hint)
+            return
+        yield Check("architecture", "ok", f"{model_type}: {class_name}")
+    if model_type not in KNOWN_MODEL_TYPES:
+        found = f"quantize, finetune and the planner do not know the layers of {model_type}"
+        fix = "run it with generate as it is; qtool estimate knows the size of its files alone"
+        yield Check("layers", "warn", found, fix)
 
 
 def check_size(checkpoint: Checkpoint, smi: NvidiaSmi, *, packed: bool) -> Check:

@@ -7,13 +7,16 @@ frozen and gain nothing from float32, which PEFT's prepare_model_for_kbit_traini
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
 import transformers
 from peft import LoraConfig
 
+from qtool.checkpoint.config_json import CONFIG_NAME
 from qtool.checkpoint.records import Checkpoint
+from qtool.checkpoint.weight_files import SINGLE_FILE
 from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent
 from qtool.finetune.lora_layers import wrap_with_lora
@@ -91,8 +94,13 @@ def make_trainable(
 
 
 def base_name(checkpoint: Checkpoint, request: FinetuneRequest) -> str:
-    """What an adapter calls its base: MODEL as it was given, without the revision."""
-    return checkpoint.id if checkpoint.location == "hub" else request.model
+    """What an adapter calls its base: the Hub id without the revision, or the whole path, since an
+    adapter is used from other folders, where PEFT would take a part of one for a Hub id.
+    """
+    if checkpoint.location == "hub":
+        return checkpoint.id
+    place = Path(request.model).expanduser().resolve()
+    return str(place.parent if place.name in (SINGLE_FILE, CONFIG_NAME) else place)
 
 
 def _with_adapters(network: Any, request: FinetuneRequest, checkpoint: Checkpoint) -> Any:
@@ -109,7 +117,8 @@ def _with_adapters(network: Any, request: FinetuneRequest, checkpoint: Checkpoin
     wrapped = wrap_with_lora(network, config)
     made = wrapped.peft_config["default"]
     # A folder here: with a Hub id PEFT would look the base up there at each save.
-    made.base_model_name_or_path = str(checkpoint.folder)
+    assert checkpoint.folder is not None
+    made.base_model_name_or_path = str(checkpoint.folder.resolve())
     if isinstance(made.target_modules, set):  # whose order is another in each process
         made.target_modules = sorted(made.target_modules)
     wrapped.create_or_update_model_card = _write_no_card

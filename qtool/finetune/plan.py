@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from qtool.backends.cuda_driver import cannot_run
 from qtool.checkpoint.records import Checkpoint
 from qtool.errors import Option, QtoolError
 from qtool.finetune.records import DEFAULT_MAX_LENGTH, FinetuneRequest
@@ -211,8 +212,8 @@ def _check_device(request: FinetuneRequest) -> None:
     """What would be found out in vain once PyTorch is loaded and the plan is shown.
 
     Raises:
-        QtoolError: usage, for a device that is not there, that cannot do what is asked, or that all
-            processes of a launch would share.
+        QtoolError: unsupported, where there is no GPU; usage, for a device that cannot be, that
+            cannot do what is asked, or that all processes of a launch would share.
     """
     device, optimizer = request.device, request.training.optimizer
     asked = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
@@ -230,16 +231,12 @@ def _check_device(request: FinetuneRequest) -> None:
         )
     reason = _why_no_gpu(device)
     if device.startswith("cuda") and reason:
-        raise QtoolError(
-            (Option("device", device), f": {reason}"),
-            kind="usage",
-            hint=("`qtool doctor` says why; ", Option("device", "cpu"), " trains without one"),
-        )
+        raise cannot_run(Option("device", device), reason)
     found = find_optimizer(optimizer)
     if found.is_paged and reason:
         raise QtoolError(
             (Option("optimizer", optimizer), f" keeps states in a GPU's memory: {reason}"),
-            kind="usage",
+            kind="usage" if device == "cpu" else "unsupported",
             hint=Option("optimizer", found.name.removeprefix("paged-")),
         )
 

@@ -81,7 +81,9 @@ def prepare(request: FinetuneRequest, *, warn: Warn, on_event: OnEvent = ignore_
     if is_main_process():  # the others would see what the first has begun already
         folder.check(resume=request.resume, restart=request.restart)
     manifest = folder.manifest if request.resume else None
-    checkpoint = open_checkpoint(request.model, need="headers", on_event=on_event)
+    checkpoint = open_checkpoint(
+        request.model, need="headers", need_weights=True, on_event=on_event
+    )
     planned = plan_run(request, checkpoint)
     # Not those of quantizing, which speak of the dtype that `generate` computes in.
     for text in (*planned.model.warnings, *unmodelled_warnings(planned.model)):

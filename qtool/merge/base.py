@@ -125,7 +125,9 @@ def _note_of_training(
 def _trained_on(adapter: Adapter, named: str) -> str:
     """The packed model that the adapter names, where another was given to merge onto."""
     own = adapter.base
-    return own if own is not None and own != named and Path(own).is_dir() else named
+    if own is None or not Path(own).is_dir():
+        return named
+    return named if Path(named).is_dir() and Path(named).samefile(own) else own
 
 
 def _open(named: str, adapter: Adapter, *, from_config: bool, on_event: OnEvent) -> Checkpoint:

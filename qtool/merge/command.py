@@ -23,6 +23,7 @@ from qtool.quantize.plan import QuantPlan, Recipe, ShardPlan, build_plan
 from qtool.quantize.run import (
     FolderPlan,
     QuantizeResult,
+    check_output,
     describe_recipe,
     describe_source,
     folder_file_names,
@@ -131,13 +132,34 @@ def run_merge(
     Raises:
         QtoolError: the adapter or the sum holds NaN or infinity; what `quantize_checkpoint` raises.
     """
+    request = planned.request
+    settings = PipelineSettings(
+        request.num_workers, request.tile_bytes, nonfinite_hint=NONFINITE_HINT
+    )
+    return write_folder(
+        _plan_folder(planned),
+        request.output,
+        planned.chosen.backend,
+        settings,
+        restart=restart,
+        on_event=on_event,
+    )
+
+
+def check_merge_output(planned: PlannedMerge, *, restart: bool = False) -> None:
+    """Refuse what `run_merge` would before it reads the base's weights, and write nothing."""
+    check_output(_plan_folder(planned), planned.request.output, restart=restart)
+
+
+def _plan_folder(planned: PlannedMerge) -> FolderPlan:
+    """Reads the adapter, whose checksum is a part of what the folder is."""
     from qtool.backends.cpu import CpuBackend
     from qtool.merge.reading import MergeReader
 
-    request, adapter, base = planned.request, planned.adapter, planned.base.checkpoint
+    adapter, base = planned.adapter, planned.base.checkpoint
     check_values(adapter)
     other_files = _other_files(adapter, base)
-    plan = FolderPlan(
+    return FolderPlan(
         stage=STAGE,
         checkpoint=planned.sources.checkpoint,
         shards=planned.shards,
@@ -148,17 +170,6 @@ def run_merge(
         input_bytes=planned.input_bytes,
         source_folders=tuple(f for f in (base.folder, adapter.folder) if f is not None),
         open_tensors=MergeReader(adapter, base, planned.sources, CpuBackend()),
-    )
-    settings = PipelineSettings(
-        request.num_workers, request.tile_bytes, nonfinite_hint=NONFINITE_HINT
-    )
-    return write_folder(
-        plan,
-        request.output,
-        planned.chosen.backend,
-        settings,
-        restart=restart,
-        on_event=on_event,
     )
 
 

@@ -12,7 +12,7 @@ from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
 from qtool.quantize.pipeline import PipelineSettings
 from qtool.quantize.plan import QuantPlan, Recipe, build_plan
-from qtool.quantize.run import QuantizeResult, quantize_checkpoint
+from qtool.quantize.run import QuantizeResult, check_output, plan_folder, quantize_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,21 @@ def plan_request(
             hint=("add -o OUT, or ", Option("dry_run"), " to see the plan only"),
         )
     checkpoint = open_checkpoint(
-        request.model, need="headers" if dry_run else "files", on_event=on_event
+        request.model,
+        need="headers" if dry_run else "files",
+        need_weights=True,
+        on_event=on_event,
     )
     return PlannedRequest(
         request, checkpoint, build_plan(checkpoint, request.recipe), choose_backend(request.backend)
     )
+
+
+def check_request(planned: PlannedRequest, *, restart: bool = False) -> None:
+    """Refuse the output that `run_request` would refuse, and write nothing."""
+    if planned.request.output is not None:
+        folder_plan = plan_folder(planned.checkpoint, planned.plan)
+        check_output(folder_plan, planned.request.output, restart=restart)
 
 
 def run_request(

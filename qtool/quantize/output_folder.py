@@ -39,6 +39,7 @@ from qtool.quantize.growing_file import GrowingFile
 
 WORK_FOLDER = ".qtool"
 JOURNAL = "journal.jsonl"
+LOCK = "lock"
 MANIFEST = "qtool_manifest.json"
 MANIFEST_SCHEMA = 1
 _SPACE_MARGIN = 0.01  # file system overhead beside the exactly known bytes
@@ -57,7 +58,8 @@ class RunIdentity:
     """What makes two runs the same command: equal identities give equal folders.
 
     `source` and `options` also stand in the manifest. `source_state` (sizes and times of the source
-    files) only guards a resumed run against a source that changed in between.
+    files; empty where they are not here) only guards a resumed run against a source that changed in
+    between.
     """
 
     source: Mapping[str, Any]
@@ -92,15 +94,7 @@ class OutputFolder:
 
     def require_space(self, num_bytes: int) -> None:
         """Raise QtoolError(no_space) unless `num_bytes` more fit on the file system."""
-        status = os.statvfs(self.path)
-        free_bytes = status.f_bavail * status.f_frsize
-        needed_bytes = int(num_bytes * (1 + _SPACE_MARGIN))
-        if free_bytes < needed_bytes:
-            raise QtoolError(
-                f"{self.path}: the output needs {needed_bytes:,} bytes, {free_bytes:,} are free",
-                kind="no_space",
-                hint="free some space, or write elsewhere with -o",
-            )
+        _require_space(self.path, num_bytes)
 
     @contextmanager
     def create_file(self, name: str, num_bytes: int) -> Iterator[GrowingFile]:
@@ -179,7 +173,8 @@ def open_output_folder(
     work = path / WORK_FOLDER
     require_writable(path)
     work.mkdir(parents=True, exist_ok=True)
-    with hold_lock(work / "lock", path):
+    with hold_lock(work / LOCK, path):
+        _cut_torn_line(work / JOURNAL)
         if restart:
             _remove_own_files(path)
         try:
@@ -197,6 +192,28 @@ def open_output_folder(
         yield OutputFolder(path, identity, finished)
 
 
+def check_output_folder(
+    path: Path, identity: RunIdentity, sizes: Mapping[str, int], *, restart: bool
+) -> None:
+    """Raise as `open_output_folder`, and for too little space, but write nothing.
+
+    Args:
+        sizes: bytes of the large files by name.
+    """
+    _refuse_foreign(path)
+    require_writable(path)
+    work = path / WORK_FOLDER
+    if (work / LOCK).is_file():
+        with hold_lock(work / LOCK, path):
+            pass
+    finished = {} if restart else _read_finished(path, identity)
+    goes_on = (work / JOURNAL).exists() and not restart
+    replaced = [*work.glob("*.partial"), *([] if goes_on else (path / n for n in _own_names(path)))]
+    freed_bytes = sum(file.stat().st_size for file in replaced if file.is_file())
+    missing_bytes = sum(size for name, size in sizes.items() if name not in finished)
+    _require_space(path, missing_bytes, freed_bytes)
+
+
 def read_finished_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a finished folder; None for an unfinished, foreign or missing one."""
     if not (path / MANIFEST).is_file() or (path / WORK_FOLDER / JOURNAL).exists():
@@ -212,7 +229,7 @@ def require_same(found: Mapping[str, Any], identity: RunIdentity, path: Path) ->
     """Raise QtoolError(differs) naming the options or source in which `found` differs."""
     wanted: Mapping[str, Any] = identity.as_journal_head()
     differences = []
-    for part in ("options", "source", "source_state"):
+    for part in ("options", "source", *(("source_state",) if identity.source_state else ())):
         old, new = found.get(part, wanted[part]), wanted[part]
         differences += [
             f"{key} is {json.dumps(old.get(key))} there, {json.dumps(new.get(key))} now"
@@ -289,32 +306,40 @@ def _read_finished(path: Path, identity: RunIdentity) -> dict[str, FileRecord]:
 
 
 def _remove_own_files(path: Path) -> None:
-    names: list[str] = []
-    lines = _read_lines(path / WORK_FOLDER / JOURNAL)
-    if lines:
-        names += lines[0].get("file_names", [])
-    manifest = read_finished_manifest(path)
-    if manifest is not None:
-        names += manifest.get("files", {})
     # The config first: without it the folder looks as unfinished as it is.
-    for name in sorted(names, key=lambda name: name != "config.json"):
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            continue
+    for name in sorted(_own_names(path), key=lambda name: name != "config.json"):
         (path / name).unlink(missing_ok=True)
     (path / MANIFEST).unlink(missing_ok=True)
     (path / WORK_FOLDER / JOURNAL).unlink(missing_ok=True)
 
 
+def _own_names(path: Path) -> set[str]:
+    """The files that runs of ours wrote here, or would have."""
+    names: set[str] = set()
+    lines = _read_lines(path / WORK_FOLDER / JOURNAL)
+    if lines:
+        names |= set(lines[0].get("file_names", []))
+    manifest = read_finished_manifest(path)
+    if manifest is not None:
+        names |= set(manifest.get("files", {}))
+    return {name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts}
+
+
 def _read_lines(journal: Path) -> list[dict[str, Any]]:
-    """The journal's whole lines; a last line torn by a crash is cut off the file."""
+    """The journal's whole lines, without a last one that a crash has torn."""
     try:
         data = journal.read_bytes()
     except FileNotFoundError:
         return []
+    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+
+
+def _cut_torn_line(journal: Path) -> None:
+    """Let the next line begin where a whole one ended."""
+    data = journal.read_bytes() if journal.is_file() else b""
     whole_bytes = data.rfind(b"\n") + 1
     if whole_bytes < len(data):
         os.truncate(journal, whole_bytes)
-    return [json.loads(line) for line in data[:whole_bytes].splitlines()]
 
 
 def _start_journal(journal: Path, identity: RunIdentity) -> None:
@@ -324,6 +349,20 @@ def _start_journal(journal: Path, identity: RunIdentity) -> None:
 
 
 # -- bytes on disk ---------------------------------------------------------------------------------
+
+
+def _require_space(path: Path, num_bytes: int, freed_bytes: int = 0) -> None:
+    """Raise QtoolError(no_space) unless so much fits once what is replaced is gone."""
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    status = os.statvfs(place)
+    free_bytes = status.f_bavail * status.f_frsize + freed_bytes
+    needed_bytes = int(num_bytes * (1 + _SPACE_MARGIN))
+    if free_bytes < needed_bytes:
+        raise QtoolError(
+            f"{path}: the output needs {needed_bytes:,} bytes, {free_bytes:,} are free",
+            kind="no_space",
+            hint="free some space, or write elsewhere with -o",
+        )
 
 
 def _preallocate(descriptor: int, num_bytes: int) -> None:

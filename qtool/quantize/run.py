@@ -31,6 +31,7 @@ from qtool.quantize.memory import PeakMemory
 from qtool.quantize.output_folder import (
     OutputFolder,
     RunIdentity,
+    check_output_folder,
     encode_manifest,
     hash_bytes,
     open_output_folder,
@@ -115,18 +116,37 @@ def quantize_checkpoint(
         QtoolError: `output` is foreign or was made with other settings; not enough space; a source
             file is short, changed, or holds NaN or Inf. A source that proves bad leaves no output.
     """
-    folder_plan = FolderPlan(
+    folder_plan = plan_folder(checkpoint, plan)
+    return write_folder(folder_plan, output, backend, settings, restart=restart, on_event=on_event)
+
+
+def plan_folder(checkpoint: Checkpoint, plan: QuantPlan) -> FolderPlan:
+    """The folder that `plan` makes; of a model whose headers alone were read, to be looked at."""
+    is_here = checkpoint.folder is not None
+    return FolderPlan(
         stage="quantize",
         checkpoint=checkpoint,
         shards=plan.shards,
         format=plan.recipe.format,
         config={**checkpoint.config, "quantization_config": dict(plan.config_entry)},
-        other_files={name: checkpoint.path_of(name) for name in checkpoint.other_files},
+        other_files={n: checkpoint.path_of(n) for n in checkpoint.other_files} if is_here else {},
         identity=_identify(checkpoint, plan),
         input_bytes=sum(shard.file_bytes for shard in checkpoint.shards),
         source_folders=() if checkpoint.folder is None else (checkpoint.folder,),
     )
-    return write_folder(folder_plan, output, backend, settings, restart=restart, on_event=on_event)
+
+
+def check_output(plan: FolderPlan, output: Path, *, restart: bool = False) -> None:
+    """What `write_folder` would refuse about `output`, without writing.
+
+    Raises:
+        QtoolError: as `quantize_checkpoint`, of all that can be known before the values are read.
+    """
+    for source in plan.source_folders:
+        _refuse_writing_into_source(source, output)
+    if restart or not _is_finished(output, plan.identity):
+        sizes = {shard.file_name: _encode(shard).file_bytes for shard in plan.shards}
+        check_output_folder(output, plan.identity, sizes, restart=restart)
 
 
 def write_folder(
@@ -316,7 +336,9 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def source_state(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """Sizes and times of the files of a checkpoint that is read."""
+    """Sizes and times of the files of a checkpoint that is read; {} if they are not here."""
+    if checkpoint.folder is None:
+        return {}
     paths = {shard.file_name: checkpoint.path_of(shard.file_name) for shard in checkpoint.shards}
     stats = {name: path.stat() for name, path in paths.items()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

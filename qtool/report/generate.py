@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from qtool.errors import Option, QtoolError, Words, in_words
+from qtool.errors import Option, QtoolError, Terminated, Words, in_words
 from qtool.report.output import Output
 from qtool.report.units import format_bytes
 from qtool.runtime.answers import Request, answer, open_history, uses_chat
@@ -125,6 +125,8 @@ def _take_turn(
         output.error(error.with_hint(f"{CLEAR} forgets what was said before") if is_full else error)
         return
     output.write_text("\n")
+    if isinstance(result.interruption, Terminated):  # which ends more than the answer
+        raise result.interruption
     output.detail(_speed(result))
     if result.stop_reason in ("length", "interrupted"):
         output.note(f"({_why_it_ended(output, result)})")
@@ -140,6 +142,8 @@ def _read_line() -> str | None:
             if not on_terminal:  # input() would write its prompt into the answer
                 print(PROMPT, end="", file=sys.stderr, flush=True)
             return input(PROMPT if on_terminal else "")
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             print(file=sys.stderr)
         except EOFError:

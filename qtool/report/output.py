@@ -30,12 +30,17 @@ class AnswerLost(QtoolError):
     """stdout took no more: the command did what it was asked to, and cannot say so."""
 
 
+class ReaderGone(Exception):
+    """stdout is a pipe that nobody reads any more, as after `| head`: there is nothing to say."""
+
+
 @contextmanager
 def writing_stdout() -> Iterator[None]:
     """Name stdout where it takes no more.
 
     Raises:
-        AnswerLost: no_space, or bad_file for other reasons. A BrokenPipeError stays one.
+        ReaderGone: a closed pipe.
+        AnswerLost: no_space, or bad_file for other reasons.
     """
     try:
         yield
@@ -44,7 +49,7 @@ def writing_stdout() -> Iterator[None]:
             raise
         _give_up_stdout()
         if isinstance(error, BrokenPipeError):
-            raise
+            raise ReaderGone from error
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "no space left on the device" if is_full else error.strerror or str(error)
         raise AnswerLost(
@@ -216,10 +221,15 @@ class Output:
     def _console(self, *, stderr: bool) -> Console:
         from rich.console import Console
 
+        class OurConsole(Console):
+            def on_broken_pipe(self) -> None:
+                """Rich would exit, whichever stream it is: a log that nobody reads ends no work."""
+                raise BrokenPipeError
+
         forced = {"always": True, "never": False, "auto": None}[self.color]
         if forced is None and os.environ.get("NO_COLOR"):
             forced = False
-        return Console(
+        return OurConsole(
             stderr=stderr,
             force_terminal=True if forced else None,
             no_color=forced is False,

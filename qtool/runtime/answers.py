@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from qtool.errors import Option, QtoolError
-from qtool.runtime.decoders.choose import DecoderOptions
+from qtool.errors import QtoolError
+from qtool.runtime.decoders.choose import DecoderOptions, refuse_path
 from qtool.runtime.decoders.history import CHAT_CAPACITY, History
-from qtool.runtime.generate import GenerateResult, Limits, Sampling, context_limit, generate
-from qtool.runtime.loading import LoadedModel, quiet_transformers
+from qtool.runtime.generate import (
+    GenerateResult,
+    Limits,
+    Sampling,
+    context_limit,
+    generate,
+    room_for,
+)
+from qtool.runtime.loading import LoadedModel, Preview, quiet_transformers
 from qtool.runtime.prompts import (
+    SAID_NO,
     Conversation,
     encode_text,
     has_chat_template,
+    refuse_system,
     require_chat_template,
 )
 
@@ -85,7 +94,7 @@ def open_history(loaded: LoadedModel, request: Request) -> History:
     )
 
 
-def uses_chat(loaded: LoadedModel, request: Request) -> bool:
+def uses_chat(loaded: LoadedModel | Preview, request: Request) -> bool:
     """Whether the request goes through the chat template.
 
     Raises:
@@ -95,14 +104,33 @@ def uses_chat(loaded: LoadedModel, request: Request) -> bool:
         require_chat_template(loaded.tokenizer)
     wanted = request.chat if request.chat is not None else has_chat_template(loaded.tokenizer)
     if request.system is not None and not wanted:
-        said_no = (Option("chat", False), " was given")
-        raise QtoolError(
-            (
-                Option("system"),
-                " needs a chat, but ",
-                *(said_no if request.chat is False else ("there is no chat template",)),
-            ),
-            kind="usage",
-            hint=("leave out ", Option("system"), ", or put its text into the prompt"),
-        )
+        raise refuse_system(SAID_NO if request.chat is False else "there is no chat template")
     return wanted
+
+
+def encode_prompt(loaded: LoadedModel | Preview, request: Request, text: str) -> list[int]:
+    """The tokens of `text` alone, as `answer` begins with them.
+
+    Raises:
+        QtoolError: what `uses_chat` raises, an empty prompt, a template that refuses it.
+    """
+    if not uses_chat(loaded, request):
+        return encode_text(loaded.tokenizer, text)
+    conversation = Conversation(request.system)
+    conversation.ask(text)
+    return conversation.encode(loaded.tokenizer)
+
+
+def check_request(preview: Preview, request: Request, text: str | None) -> None:
+    """Refuse what cannot be answered, however long loading will take; `text` None opens a chat.
+
+    Raises:
+        QtoolError: options that do not go together or that the model cannot follow, a prompt that
+            the context does not take.
+    """
+    refuse_path(request.decoder, preview.device, request.model)
+    context_limit(preview, request.limits.max_context)
+    if text is None:
+        uses_chat(preview, request)
+    else:
+        room_for(preview, len(encode_prompt(preview, request, text)), request.limits)

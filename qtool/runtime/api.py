@@ -10,18 +10,17 @@ from typing import Any, Final, get_args
 
 import torch
 
-from qtool.defaults import PREFILL_CHUNK
+from qtool.defaults import LEAST_TEMPERATURE, MAX_SEED, PREFILL_CHUNK
 from qtool.errors import Option, QtoolError
 from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantizedPrecision
 from qtool.runtime.adapters import fetch_adapter
-from qtool.runtime.answers import Request, uses_chat
+from qtool.runtime.answers import Request, encode_prompt
 from qtool.runtime.decoders.choose import DecoderOptions, PathChoice
 from qtool.runtime.decoders.history import KeptHistory
 from qtool.runtime.drop_in import register, unregister
 from qtool.runtime.generate import Generation, Limits, Sampling, room_for
 from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
 from qtool.runtime.model_config import FLOAT_DTYPES, Int8Threshold
-from qtool.runtime.prompts import Conversation, encode_text
 
 __all__ = ["load", "register", "release", "stream", "unregister"]
 
@@ -140,7 +139,7 @@ def stream(
         _check_text("stop", text)
     limits = Limits(max_new_tokens, max_context, stop_strings=stops)
     request = Request("", chat, system, sampling, limits, DecoderOptions(path, prefill_chunk))
-    prompt_ids = _encode(loaded, request, prompt)
+    prompt_ids = encode_prompt(loaded, request, prompt)
     room_for(loaded, len(prompt_ids), limits)  # refuses now, not with the first piece
     return _pieces(loaded, prompt_ids, request)
 
@@ -162,14 +161,6 @@ def _check_text(name: str, value: Any) -> None:
             hint="a conversation goes through tokenizer.apply_chat_template and the model's own "
             "generate()",
         )
-
-
-def _encode(loaded: LoadedModel, request: Request, prompt: str) -> list[int]:
-    if not uses_chat(loaded, request):
-        return encode_text(loaded.tokenizer, prompt)
-    conversation = Conversation(request.system)
-    conversation.ask(prompt)
-    return conversation.encode(loaded.tokenizer)
 
 
 def _pieces(loaded: LoadedModel, prompt_ids: list[int], request: Request) -> Iterator[str]:
@@ -234,12 +225,14 @@ def _check_at_least_1(**numbers: int | None) -> None:
 
 
 def _check_sampling(sampling: Sampling) -> None:
-    if sampling.temperature < 0:
-        raise _usage(Option("temperature", sampling.temperature), "0 or above")
+    temperature = sampling.temperature
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+        expected = f"0, or a number from {LEAST_TEMPERATURE:f} on"
+        raise _usage(Option("temperature", temperature), expected)
     if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
         raise _usage(Option("top_p", sampling.top_p), "above 0 and at most 1")
-    if sampling.seed is not None and sampling.seed < 0:
-        raise _usage(Option("seed", sampling.seed), "0 or above")
+    if sampling.seed is not None and not 0 <= sampling.seed <= MAX_SEED:
+        raise _usage(Option("seed", sampling.seed), f"0 to {MAX_SEED}")
     _check_at_least_1(top_k=sampling.top_k)
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 from qtool.errors import Option, QtoolError
 from qtool.runtime.decoders.history import History
 from qtool.runtime.decoders.protocol import Decoder, Sampling
-from qtool.runtime.loading import LoadedModel, quiet_transformers
+from qtool.runtime.loading import LoadedModel, Preview, quiet_transformers
 from qtool.runtime.memory import out_of_memory_as_error
 from qtool.runtime.text_stream import TextStream
 
@@ -73,6 +73,7 @@ class GenerateResult:
     path_reason: str
     reused_tokens: int = 0  # of the prompt, in the cache from a text before
     length_limit: LengthLimit | None = None  # None for other stop reasons than length
+    interruption: KeyboardInterrupt | None = None  # for that stop reason: Ctrl-C, or `Terminated`
 
     @property
     def prefill_tok_s(self) -> float | None:
@@ -97,7 +98,7 @@ def generate(
 ) -> GenerateResult:
     """Continue `prompt_ids`; `write` gets the text as it is made.
 
-    Ctrl-C ends the text and is told in `stop_reason`.
+    Ctrl-C or SIGTERM ends the text and is told in `stop_reason` and `interruption`.
 
     Args:
         history: texts before, whose common beginning with this one is not run again.
@@ -110,8 +111,8 @@ def generate(
             try:
                 for piece in generation.pieces():
                     write(piece)
-            except KeyboardInterrupt:
-                generation.interrupted = True
+            except KeyboardInterrupt as signal:
+                generation.interruption = signal.with_traceback(None)  # which holds the cache
         if rest := generation.end():
             write(rest)
         return generation.result()
@@ -136,7 +137,7 @@ class Generation:
         limits: Limits,
         history: History | None = None,
     ) -> None:
-        self.interrupted = False
+        self.interruption: KeyboardInterrupt | None = None
         self._num_tokens = room_for(loaded, len(prompt_ids), limits)
         self._limit: LengthLimit = (
             "context" if self._num_tokens < limits.max_new_tokens else "max_new_tokens"
@@ -196,6 +197,7 @@ class Generation:
             path_reason=self._decoder.path_reason if self._decoder else "",
             reused_tokens=len(self._prompt_ids) - self._history.num_run if self._token_ids else 0,
             length_limit=self._limit if stop_reason == "length" else None,
+            interruption=self.interruption,
         )
 
     def close(self) -> None:
@@ -209,7 +211,7 @@ class Generation:
         return pieces
 
     def _stop_reason(self) -> StopReason:
-        if self.interrupted:
+        if self.interruption is not None:
             return "interrupted"
         if self._stream.stopped:
             return "stop_string"
@@ -245,7 +247,7 @@ class _TokenClock:
         return self._last_s - self._first_s
 
 
-def context_limit(loaded: LoadedModel, max_context: int | None) -> int | None:
+def context_limit(loaded: LoadedModel | Preview, max_context: int | None) -> int | None:
     """Tokens that prompt and answer may have together; None where nothing limits them.
 
     Raises:
@@ -265,7 +267,7 @@ def context_limit(loaded: LoadedModel, max_context: int | None) -> int | None:
     return max_context
 
 
-def room_for(loaded: LoadedModel, num_prompt: int, limits: Limits) -> int:
+def room_for(loaded: LoadedModel | Preview, num_prompt: int, limits: Limits) -> int:
     """How many tokens may be made after a prompt of `num_prompt`.
 
     Raises:

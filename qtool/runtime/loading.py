@@ -15,7 +15,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,6 +53,7 @@ from qtool.runtime.placement import (
     Placement,
     choose_placement,
     describe_devices,
+    read_limits,
     resolve_device,
 )
 from qtool.runtime.weights import WeightSource, open_stored_weights
@@ -121,19 +122,38 @@ class LoadedModel:
         self._offloaded.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What is known of a model before its weights are read; a `LoadedModel` has it too."""
+
+    tokenizer: Any
+    max_context: int | None
+    device: torch.device
+
+
 def load_model(
-    model: str, options: LoadOptions, *, on_event: OnEvent = ignore_events
+    model: str,
+    options: LoadOptions,
+    *,
+    on_event: OnEvent = ignore_events,
+    check: Callable[[Preview], None] = lambda preview: None,
 ) -> LoadedModel:
     """Load MODEL from a local folder or the Hub.
+
+    Args:
+        check: raises where what the model is to be used for cannot be, before weights are read.
 
     Raises:
         QtoolError: what is wrong with the checkpoint, the options or the memory.
     """
     start_s = time.perf_counter()
+    # What can be told before anything is fetched or loaded.
     if options.adapter is not None:
-        check_adapter(options.adapter)  # before anything is fetched or loaded
-    checkpoint = open_checkpoint(model, need="files", on_event=on_event)
+        check_adapter(options.adapter)
     device = resolve_device(options.device)
+    if options.max_memory is not None:
+        read_limits(options.max_memory, device)
+    checkpoint = open_checkpoint(model, need="files", on_event=on_event)
     memory = DeviceMemory(device)
     with (
         quiet_transformers(),
@@ -142,7 +162,10 @@ def load_model(
     ):
         context = background.submit(_make_context, device)
         config = build_config(checkpoint)
+        find_model_class(config)  # or there is none, which says more than its tokenizer would
         tokenizer = load_tokenizer(checkpoint)
+        max_context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        check(Preview(tokenizer, max_context, device))
         with _open_weights(checkpoint, options, on_event) as source, ExitStack() as offloaded:
             threshold = None
             if options.int8_threshold is not None:
@@ -176,7 +199,7 @@ def load_model(
                 model=network,
                 tokenizer=tokenizer,
                 eos_token_ids=_eos_token_ids(checkpoint, config, tokenizer),
-                max_context=getattr(config.get_text_config(), "max_position_embeddings", None),
+                max_context=max_context,
                 num_packed_layers=len(source.layers),
                 load_s=time.perf_counter() - start_s,
                 device=placement.device,

@@ -64,10 +64,16 @@ def parse_config(config: Mapping[str, Any], model_id: str) -> Any:
     """The same for what config.json holds; `model_id` names the model in errors.
 
     Raises:
-        QtoolError: an architecture that this transformers does not know, or values it refuses.
+        QtoolError: no architecture, one that this transformers does not know, or values it refuses.
     """
     fields = _without_dropped(config)
     model_type = fields.get("model_type")
+    if model_type is None:
+        raise QtoolError(
+            f"{model_id}: config.json says no model_type, so it is not known what to build",
+            kind="bad_file",
+            hint="fetch config.json again, from a repository in transformers' format",
+        )
     if model_type not in CONFIG_MAPPING:
         raise QtoolError(
             f"{model_id}: config.json says model_type {model_type!r}, which this transformers "
@@ -77,9 +83,10 @@ def parse_config(config: Mapping[str, Any], model_id: str) -> Any:
         )
     try:
         return CONFIG_MAPPING[model_type].from_dict(fields)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:  # each config class has checks of its own, and their own wrapping
         raise QtoolError(
-            f"{model_id}: config.json is not a valid {model_type} config: {error}",
+            f"{model_id}: config.json is not a valid {model_type} config: "
+            f"{error.__cause__ or error}",
             kind="bad_file",
             hint="fetch config.json again",
         ) from error

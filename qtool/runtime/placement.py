@@ -13,6 +13,7 @@ from typing import Any, Final
 import accelerate
 import torch
 
+from qtool.backends.cuda_driver import SEE_DOCTOR, NoCudaError, cannot_run, find_gpu
 from qtool.errors import Option, QtoolError
 
 # Free GPU memory that is left for the KV cache, activations and one dequantized layer when the
@@ -53,12 +54,11 @@ def choose_placement(device: str, max_memory: str | None, weights_bytes: int) ->
         weights_bytes: what the loaded weights will take.
 
     Raises:
-        QtoolError: usage, for a device that is not there or malformed limits.
+        QtoolError: malformed limits, and what `resolve_device` raises.
     """
     chosen = resolve_device(device)
     if max_memory is not None:
-        limits = parse_max_memory(max_memory)
-        _check_gpus_exist(limits, chosen)
+        limits = read_limits(max_memory, chosen)
         return Placement(chosen, "sequential", limits, "spread by the limits that were given")
     if chosen.type == "cuda" and device == "auto":
         free_bytes, _ = torch.cuda.mem_get_info(chosen)
@@ -78,7 +78,13 @@ def _all_memory() -> dict[int | str, int]:
     }
 
 
-def _check_gpus_exist(limits: dict[int | str, int], chosen: torch.device) -> None:
+def read_limits(max_memory: str, chosen: torch.device) -> dict[int | str, int]:
+    """The limits for a model that runs on `chosen`: bytes per GPU index or "cpu".
+
+    Raises:
+        QtoolError: usage, for malformed ones and for a GPU that is not there.
+    """
+    limits = parse_max_memory(max_memory)
     num_gpus = torch.cuda.device_count() if chosen.type == "cuda" else 0
     unknown = [place for place in limits if isinstance(place, int) and place >= num_gpus]
     if unknown:
@@ -87,6 +93,7 @@ def _check_gpus_exist(limits: dict[int | str, int], chosen: torch.device) -> Non
             kind="usage",
             hint=("without a GPU give host memory only: ", Option("max_memory", "cpu=20GiB")),
         )
+    return limits
 
 
 def parse_max_memory(text: str) -> dict[int | str, int]:
@@ -112,7 +119,11 @@ def parse_max_memory(text: str) -> dict[int | str, int]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device of that name; makes no CUDA context. QtoolError if it is not there."""
+    """The device of that name; makes no CUDA context.
+
+    Raises:
+        QtoolError: unsupported, where no GPU can be used; usage for other names that there are not.
+    """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return torch.device("cuda", 0) if num_gpus else torch.device("cpu")
@@ -126,14 +137,26 @@ def resolve_device(device: str) -> torch.device:
             hint="use auto, cpu, cuda or cuda:N",
         )
     index = int(match.group(1) or 0)
+    if not num_gpus:
+        raise cannot_run(Option("device", device), *_why_no_gpu())
     if index >= num_gpus:
-        found = f"{num_gpus} GPU{'s' * (num_gpus != 1)}" if num_gpus else "no usable GPU"
         raise QtoolError(
-            (Option("device", device), f": PyTorch finds {found}"),
+            (Option("device", device), f": PyTorch finds {num_gpus} GPU{'s' * (num_gpus != 1)}"),
             kind="usage",
-            hint=("`qtool doctor` says why; ", Option("device", "cpu"), " runs without one"),
+            hint="they are counted from 0; `qtool doctor` shows them",
         )
     return torch.device("cuda", index)
+
+
+def _why_no_gpu() -> tuple[str, str]:
+    """Why PyTorch has no GPU, and what helps."""
+    try:
+        name = find_gpu().name
+    except NoCudaError as error:
+        return error.reason, error.fix
+    if torch.version.cuda is None:
+        return f"{name} is there, PyTorch is built without CUDA", "install its build for CUDA"
+    return f"{name} is there, PyTorch cannot use it", SEE_DOCTOR
 
 
 def describe_devices(model: Any, placement: Placement) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-from qtool.errors import Option, QtoolError
+from qtool.errors import Option, QtoolError, Words
+
+SAID_NO: Final = (Option("chat", False), " was given")
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -27,6 +29,16 @@ def require_chat_template(tokenizer: Any) -> None:
                 ", and give the text to continue",
             ),
         )
+
+
+def refuse_system(why: Words) -> QtoolError:
+    """The error for a system message where there is no chat, and why there is none."""
+    parts = why if isinstance(why, tuple) else (why,)
+    return QtoolError(
+        (Option("system"), " needs a chat, but ", *parts),
+        kind="usage",
+        hint=("leave out ", Option("system"), ", or put its text into the prompt"),
+    )
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

@@ -57,5 +57,15 @@ def require_peft() -> None:
         )
 
 
+def require_bitsandbytes() -> None:
+    """The same for the rival that a measurement was asked to have."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise QtoolError(
+            (Option("against", "bitsandbytes"), " needs bitsandbytes, not installed here"),
+            kind="unsupported",
+            hint=("pip install bitsandbytes, or leave out ", Option("against")),
+        )
+
+
 def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,14 @@ def test_a_rival_that_fails_is_a_warning(request_, monkeypatch):
     result = bench_finetune(replace(request_, against="bitsandbytes"))
     assert len(result.runs) == 1
     assert result.warnings == ("peft+bitsandbytes is not measured: no such kernel",)
+
+
+def test_a_rival_that_is_not_installed_is_said_before_anything_is_measured(request_, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(finetune, "build_random_model", None)
+    with pytest.raises(QtoolError, match="needs bitsandbytes, not installed here") as caught:
+        bench_finetune(replace(request_, against="bitsandbytes"))
+    assert caught.value.hint == "pip install bitsandbytes, or leave out against"
 
 
 def test_what_cannot_be_measured(request_):

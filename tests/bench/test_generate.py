@@ -87,7 +87,19 @@ def test_the_rival_runs_at_the_same_sizes(bench, precision, rival):
     assert ("bitsandbytes" in result.versions) == (precision == "nf4")
 
 
-def test_without_bitsandbytes_there_is_a_warning(bench, monkeypatch):
+def test_a_rival_that_is_not_installed_is_said_before_anything_is_measured(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(QtoolError, match="needs bitsandbytes, not installed here") as caught:
+        bench(against="bitsandbytes")
+    assert caught.value.kind == "unsupported"
+    assert caught.value.hint == "pip install bitsandbytes, or leave out against"
+    # Where no layer is packed the rival is transformers alone.
+    result = bench(precision="bf16", against="bitsandbytes")
+    assert [found.engine for found in result.runs] == ["qtool", "transformers"]
+
+
+def test_a_rival_that_cannot_be_imported_is_a_warning(bench, monkeypatch):
+    monkeypatch.setattr("qtool.bench.generate.require_bitsandbytes", lambda: None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     result = bench(against="bitsandbytes")
     assert "bitsandbytes is not measured" in result.warnings[0]

@@ -127,6 +127,47 @@ def test_the_adapter_runs_in_generate(stories: Path, story: Path, tmp_path: Path
     assert with_it["text"].startswith(" a time there was a little girl")
 
 
+def test_an_adapter_names_its_base_wherever_it_is_used(
+    stories: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "model").mkdir()
+    for file in stories.iterdir():
+        (home / "model" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(home)
+    steps = ("--max-steps", 2, "--save-steps", 1)
+    assert run("finetune", "model", story, "-o", tmp_path / "out", *QUICK, *steps).exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    configs = [*(tmp_path / "out").rglob("adapter_config.json")]
+    assert len(configs) == 3
+    for config in configs:
+        named = json.loads(config.read_text())["base_model_name_or_path"]
+        assert named == str(home.resolve() / "model")
+    merge = ("merge", "out", "--no-check", "--json")
+    merged = run(*merge, "-o", "merged")
+    assert merged.exit_code == 0, merged.stderr
+    # The same place in other words is still what it was trained on.
+    again = run(*merge, "-o", "again", "--base", "home/model")
+    [said] = merged.document["warnings"]
+    assert "trained against nf4-dq weights, packed while loading" in said
+    assert again.document["warnings"] == [said.replace(str(home.resolve()), "home")]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    peft = pytest.importorskip("peft")
+    assert peft.AutoPeftModelForCausalLM.from_pretrained("out") is not None
+
+
+def test_weights_that_are_not_there_are_said_before_the_plan(
+    stories: Path, story: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((stories / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    command = ("finetune", tmp_path, story, "-o", tmp_path / "out", *QUICK, "--json")
+    planned, done = run(*command, "--dry-run"), run(*command)
+    assert planned.exit_code == done.exit_code == 1 and planned.error == done.error
+    assert "found only pickles" in planned.error["message"]
+
+
 def test_a_dry_run_plans_and_writes_nothing(stories: Path, story: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ran = run("finetune", stories, story, "-o", out, *QUICK, "--dry-run", "--json")
@@ -184,12 +225,18 @@ def test_flags_are_called_what_they_are(stories: Path, story: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("is_dry", [False, True])
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "exit_code", "said"),
     [
-        (("--device", "cuda"), "--device cuda: no NVIDIA driver was found"),
-        (("--device", "gpu"), "--device gpu: there is no such device"),
-        (("--optimizer", "paged-adamw-8bit"), "--optimizer paged-adamw-8bit keeps states in"),
-        (("-o", "/proc/x"), "/proc/x cannot be created"),
+        (("--device", "cuda"), 1, "--device cuda cannot run here: no NVIDIA driver was found"),
+        (("--device", "gpu"), 2, "--device gpu: there is no such device"),
+        (("--seed", str(1 << 32)), 2, "Invalid value for '--seed': 4294967296 is not between 0"),
+        (("--optimizer", "paged-adamw-8bit"), 1, "--optimizer paged-adamw-8bit keeps states in"),
+        (
+            ("--optimizer", "paged-adamw-8bit", "--device", "cpu"),
+            2,
+            "--optimizer paged-adamw-8bit keeps states in a GPU's memory: training is on the CPU",
+        ),
+        (("-o", "/proc/x"), 2, "/proc/x cannot be created"),
     ],
 )
 def test_what_this_machine_cannot_is_said_before_the_plan(
@@ -198,6 +245,7 @@ def test_what_this_machine_cannot_is_said_before_the_plan(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
+    exit_code: int,
     said: str,
     is_dry: bool,
 ) -> None:
@@ -205,7 +253,7 @@ def test_what_this_machine_cannot_is_said_before_the_plan(
     monkeypatch.setattr(plan, "DRIVER_FILE", tmp_path / "no_such_file")
     out = tmp_path / "out"
     ran = run("finetune", stories, story, "-o", out, *arguments, *["--dry-run"] * is_dry)
-    assert (ran.exit_code, ran.stdout) == (2, "")
+    assert (ran.exit_code, ran.stdout) == (exit_code, "")
     assert ran.stderr.startswith(f"error: {said}")
     assert not out.exists()
 

@@ -16,11 +16,12 @@ import sys
 import termios
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from qtool.runtime import requirements
+from qtool.runtime.text_stream import TextStream
 from tests.cli.running import run
 from tests.hub_server import HubServer, hub_server  # noqa: F401
 from tests.merge.adapters import linear_layers, lora_tensors, write_adapter
@@ -222,16 +223,30 @@ BAD_USAGE: dict[str, tuple[list[Any], str]] = {
     "context beyond the model": (["x", "--max-context", 9999], "made for 512 tokens"),
     "prompt too long": (["x " * 600], "the context only 512"),
     "malformed limits": (["x", "--max-memory", "lots"], "is not of the form"),
+    "limits of no GPU": (["x", "--max-memory", "9=1GiB", "--device", "cpu"], "names GPU 9"),
+    "system without chat": (["x", "--system", "s", "--no-chat"], "but --no-chat was given"),
     "temperature": (["x", "--temperature", -1], "--temperature"),
+    "no temperature": (["x", "--temperature", "nan"], "nan is neither 0 nor from 0.000001 on"),
+    "absolute zero": (["x", "--temperature", 1e-320], "is neither 0 nor from"),
+    "heat death": (["x", "--temperature", "inf"], "inf is neither 0 nor from"),
+    "no probability": (["x", "--top-p", "nan"], "nan is not above 0 and at most 1"),
+    "zero probability": (["x", "--top-p", 0], "0.0 is not above 0 and at most 1"),
+    "large seed": (["x", "--seed", 1 << 63], "is not between 0 and"),
+    "empty stop": (["x", "--stop", ""], "found an empty one"),
     "no tokens": (["x", "--max-new-tokens", 0], "--max-new-tokens"),
     "no chunk": (["x", "--prefill-chunk", 0], "--prefill-chunk"),
 }
 
 
+def in_vain(*arguments: Any, **options: Any) -> NoReturn:
+    raise AssertionError("what was done already, for nothing")
+
+
 @pytest.mark.parametrize("case", BAD_USAGE)
-def test_bad_usage_exits_2_with_a_hint(
+def test_bad_usage_exits_2_with_a_hint_before_weights_are_read(
     stories: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
+    monkeypatch.setattr("qtool.runtime.loading._open_weights", in_vain)
     pipe_in(monkeypatch, "")
     arguments, message = BAD_USAGE[case]
     ran = run("generate", stories, *arguments, "--json")
@@ -240,6 +255,54 @@ def test_bad_usage_exits_2_with_a_hint(
     assert ran.error["kind"] == "usage"
     assert message in ran.error["message"]
     assert ran.error["hint"]
+
+
+@pytest.mark.parametrize("options", [("--chat",), ("--system", "s"), ("--max-context", 513)])
+def test_so_does_that_of_a_chat(
+    stories: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...]
+) -> None:
+    monkeypatch.setattr("qtool.runtime.loading._open_weights", in_vain)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    ran = run("generate", stories, *options)
+    assert ran.exit_code == 2, ran.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--device", "tpu"),
+        ("--max-memory", "lots"),
+        ("--max-memory", "9=1GiB", "--device", "cpu"),
+        ("--system", "s", "--no-chat"),
+    ],
+)
+def test_what_the_command_line_tells_comes_before_a_download(
+    stories: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("qtool.runtime.loading.open_checkpoint", in_vain)
+    ran = run("generate", stories, "x", *options)
+    assert ran.exit_code == 2, ran.stderr
+
+
+def test_a_prompt_through_a_template_is_measured_with_it(
+    chatty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = chatty / "tokenizer_config.json"
+    template = "{{ bos_token }}" + "Once upon a time " * 200 + "{{ messages[-1]['content'] }}"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    assert run("generate", chatty, "x", "--no-chat", "--max-new-tokens", 1).exit_code == 0
+    monkeypatch.setattr("qtool.runtime.loading._open_weights", in_vain)
+    ran = run("generate", chatty, "x", "--json")
+    assert ran.exit_code == 2 and "the context only 512" in ran.error["message"]
+
+
+def test_a_path_that_the_device_has_not_is_refused_at_once(
+    stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qtool.runtime.loading._open_weights", in_vain)
+    ran = run("generate", stories, "x", "--path", "graph", "--device", "cpu", "--json")
+    assert (ran.exit_code, ran.error["kind"]) == (1, "unsupported")
+    assert "cannot take the graph path: CUDA graphs need an NVIDIA GPU" in ran.error["message"]
 
 
 def test_a_missing_prompt_file_is_not_found(stories: Path) -> None:
@@ -302,14 +365,40 @@ def chatty(stories: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_ctrl_c_keeps_the_text_and_exits_130(stories: Path) -> None:
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "exit_code"), SIGNALS)
+def test_a_signal_keeps_the_text_that_was_made(
+    stories: Path, monkeypatch: pytest.MonkeyPatch, number: int, exit_code: int
+) -> None:
+    add = TextStream.add
+
+    def add_and_signal(stream: TextStream, token_id: int) -> None:
+        add(stream, token_id)
+        if "little" in stream.text:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(TextStream, "add", add_and_signal)
+    ran = run("generate", stories, PROMPT, "--device", "cpu", "--json")
+    assert ran.exit_code == exit_code and ran.stderr == ""
+    assert ran.document["stop_reason"] == "interrupted"
+    assert ran.document["text"].startswith(", there was a little")
+    assert ran.document["new_tokens"] == len(ran.document["token_ids"]) > 4
+    ran = run("generate", stories, PROMPT, "--device", "cpu")
+    assert ran.exit_code == exit_code and ran.stdout.startswith(", there was a little")
+    assert "interrupted" in ran.stderr
+
+
+@pytest.mark.parametrize(("number", "exit_code"), SIGNALS)
+def test_a_signal_from_outside_ends_the_text(stories: Path, number: int, exit_code: int) -> None:
     command = [*PROGRAM, str(stories), PROMPT, "--max-new-tokens", "500", "--ignore-eos"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         first = process.stdout.read(12)  # streaming has begun
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == exit_code
     assert (first + stdout).decode().startswith(", there was")
     assert b"interrupted" in stderr
     assert b"Traceback" not in stderr
@@ -390,6 +479,23 @@ def test_a_terminal_without_prompt_opens_a_chat(chatty: Path) -> None:
             assert "(interrupted)" in terminal.wait_for(">>> ")
         terminal.type("\x04")  # Ctrl-D
         assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
+
+
+@pytest.mark.parametrize("in_an_answer", [True, False])
+def test_sigterm_ends_a_chat_wherever_it_is(chatty: Path, in_an_answer: bool) -> None:
+    terminal = Terminal(chatty, "--max-new-tokens", 480, "--ignore-eos", "--device", "cpu")
+    try:
+        terminal.wait_for(">>> ")
+        if in_an_answer:
+            terminal.type(PROMPT + "\n")
+            terminal.wait_for("there was")
+        else:
+            time.sleep(0.5)  # readline sees a signal before its wait only with the next key
+        terminal.process.send_signal(signal.SIGTERM)
+        terminal.wait_for("error: terminated")
+        assert terminal.process.wait(timeout=60) == 143
     finally:
         terminal.close()
 

@@ -190,6 +190,29 @@ def test_advice_on_training_does_not_lead_to_packing_alike_again(demo_adapter, t
     assert "--base PACKED" in warning
 
 
+def test_a_dry_run_refuses_what_a_run_does(adapter, tmp_path):
+    out = tmp_path / "out"
+    assert run("merge", adapter, "-o", out, "--no-check").exit_code == 0
+    for output, options, said in (
+        (tmp_path / "model/merged", (), "lies in the source folder"),
+        (adapter, (), "lies in the source folder"),
+        (out, ("--quant", "nf4"), "was made with other settings"),
+    ):
+        command = ("merge", adapter, "-o", output, "--no-check", "--json", *options)
+        planned, done = run(*command, "--dry-run"), run(*command)
+        assert planned.exit_code == done.exit_code == 2 and planned.error == done.error
+        assert said in planned.error["message"]
+    again = ("merge", adapter, "-o", out, "--quant", "nf4", "--restart", "--dry-run")
+    assert run(*again).exit_code == 0
+    weights = adapter / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-4:] = b"\xff\xff\xff\xff"  # NaN, in whatever dtype
+    weights.write_bytes(data)
+    command = ("merge", adapter, "-o", tmp_path / "other", "--no-check", "--json")
+    planned, done = run(*command, "--dry-run"), run(*command)
+    assert planned.exit_code == done.exit_code == 1 and planned.error == done.error
+
+
 @pytest.mark.parametrize("options", [(), ("--quant", "nf4-dq")], ids=["16 bit", "nf4-dq"])
 def test_a_dry_run_tells_what_a_run_writes_and_writes_nothing(adapter, tmp_path, options):
     command = ("merge", adapter, "-o", tmp_path / "out", "--json", "--no-check", *options)

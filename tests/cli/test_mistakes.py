@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import pytest
 
+from qtool.backends.cuda_driver import NoCudaError
 from qtool.errors import EXIT_CODES, ErrorKind
 from tests.cli.running import run
 from tests.merge.adapters import linear_layers, lora_tensors, write_adapter
@@ -97,10 +98,18 @@ READS_OPTIONS: dict[str, Command] = {
 }
 WRITES_A_FOLDER: dict[str, Command] = {
     "quantize -o": lambda at, where: ("quantize", DEMO, "-o", where),
+    "quantize -o --dry-run": lambda at, where: ("quantize", DEMO, "-o", where, "--dry-run"),
     "merge -o": lambda at, where: ("merge", at.adapter, "-o", where),
+    "merge -o --dry-run": lambda at, where: ("merge", at.adapter, "-o", where, "--dry-run"),
     "finetune -o": lambda at, where: ("finetune", DEMO, at.rows, "-o", where),
+    "finetune -o --dry-run": lambda at, where: (
+        *("finetune", DEMO, at.rows, "-o", where),
+        "--dry-run",
+    ),
     "demo --keep": lambda at, where: ("demo", "--keep", where),
 }
+# How much it writes depends on the tokens, and a dry run reads no tokenizer.
+WITH_SPACE = {"finetune -o --dry-run"}
 WRITES_A_FILE: dict[str, Command] = {
     "estimate --plot": lambda at, where: ("estimate", DEMO, "--plot", where),
     "sizing --plot": lambda at, where: ("sizing", DEMO, "--plot", where),
@@ -221,7 +230,29 @@ def test_a_value_that_an_option_has_not(name: str, option: str, value: str, plac
     check((*WHOLE[name](places), option, value), "usage", places.output)
 
 
-@pytest.mark.parametrize("name", WRITES_A_FOLDER)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [*((name, "--device") for name in COMPUTES), *((name, "--backend") for name in PACKS)],
+)
+def test_a_gpu_that_is_not_there(
+    name: str, option: str, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qtool.backends.cuda_driver._load_driver", _no_driver)
+    monkeypatch.setattr("qtool.finetune.plan._may_have_driver", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    adds = ("--quant", "nf4") if name == "merge" else ()  # else there is nothing to compute
+    arguments = (*WHOLE[name](places), *adds, option, "cuda")
+    check(arguments, "unsupported", places.output)
+    error = run(*arguments, "--json").error
+    assert error["message"] == f"{option} cuda cannot run here: no NVIDIA driver was found"
+    assert error["hint"].endswith(f", or use {option} cpu")
+
+
+def _no_driver() -> NoReturn:
+    raise NoCudaError("no NVIDIA driver was found", fix="install the driver")
+
+
+@pytest.mark.parametrize("name", sorted(WRITES_A_FOLDER.keys() - WITH_SPACE))
 def test_no_space_for_a_folder(name: str, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     full = SimpleNamespace(f_frsize=4096, f_bsize=4096, f_blocks=1000, f_bfree=0, f_bavail=0)
     monkeypatch.setattr("os.statvfs", lambda path: full)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qtool.errors import EXIT_CODES
 from tests.cli.running import run
+from tests.hub_server import hub_server  # noqa: F401
 from tests.tiny_models import write_llama
 
 
@@ -166,6 +172,112 @@ def test_no_color_means_no_escape_codes(model, tmp_path, monkeypatch):
     assert "\x1b" not in ran.stdout + ran.stderr
     colored = run("quantize", model, "--dry-run", "--color", "always")
     assert "\x1b" in colored.stdout + colored.stderr
+
+
+def refused_alike(*arguments):
+    """The error of a run and of its dry run, which is the same and changes no file."""
+    out = arguments[arguments.index("-o") + 1]
+    before = state_of(out)
+    dry = run(*arguments, "--dry-run", "--json")
+    assert state_of(out) == before
+    real = run(*arguments, "--json")
+    assert (dry.exit_code, dry.stdout, dry.error) == (real.exit_code, "", real.error)
+    return dry.error
+
+
+def state_of(folder):
+    return {
+        path: (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted((folder, *folder.rglob("*")))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("below", ["", "out"])
+def test_a_dry_run_refuses_to_write_into_its_source(model, below):
+    error = refused_alike("quantize", model, "-o", model / below)
+    assert error["kind"] == "usage" and "lies in the source folder" in error["message"]
+
+
+def test_a_dry_run_refuses_what_is_not_its_own(model, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/to.md").write_text("hello")
+    assert "found to.md" in refused_alike("quantize", model, "-o", tmp_path / "notes")["message"]
+    error = refused_alike("quantize", model, "-o", tmp_path / "notes/to.md")
+    assert "is a file" in error["message"]
+    error = refused_alike("quantize", model, "-o", Path("/proc/none"))
+    assert "takes no new files" in error["message"]
+
+
+def test_a_dry_run_refuses_other_settings_but_not_with_restart(model, tmp_path):
+    out = tmp_path / "out"
+    assert run("quantize", model, "-o", out).exit_code == 0
+    error = refused_alike("quantize", model, "-o", out, "--blocksize", 128)
+    assert "blocksize is 64 there, 128 now" in error["message"]
+    before = state_of(out)
+    assert run("quantize", model, "-o", out, "--dry-run").exit_code == 0
+    arguments = ("quantize", model, "-o", out, "--blocksize", 128, "--restart", "--dry-run")
+    assert run(*arguments).exit_code == 0
+    assert state_of(out) == before
+
+
+def test_a_dry_run_of_a_hub_model_knows_its_output_from_headers(hub_server, model, tmp_path):  # noqa: F811
+    hub_server.add_model("org/model", model)
+    out = tmp_path / "out"
+
+    def quantize(home, *options):
+        program = "from qtool.cli import main; main()"
+        words = ("quantize", "org/model@main", "-o", out, "--json", *options)
+        return subprocess.run(
+            [sys.executable, "-c", program, *map(str, words)],
+            env=hub_server.environment(tmp_path / home, PYTHONPATH=str(Path.cwd())),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert quantize("cached").returncode == 0
+    for home in ("cached", "fresh"):  # the fresh one has headers alone
+        assert quantize(home, "--dry-run").returncode == 0
+        ran = quantize(home, "--dry-run", "--blocksize", 128)
+        error = json.loads(ran.stderr.splitlines()[-1])["error"]
+        assert ran.returncode == 2 and "blocksize is 64 there, 128 now" in error["message"]
+
+
+def test_a_dry_run_refuses_a_folder_that_is_being_written(model, tmp_path):
+    work = tmp_path / "out/.qtool"
+    work.mkdir(parents=True)
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        error = refused_alike("quantize", model, "-o", tmp_path / "out")
+    assert "another qtool process" in error["message"]
+
+
+def test_a_dry_run_finds_too_little_space(model, tmp_path, monkeypatch):
+    """What is there already needs none again, and what is to be replaced gives its own."""
+    out = tmp_path / "out"
+    full = SimpleNamespace(f_frsize=1, f_bavail=0)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.statvfs", lambda path: full)
+        assert refused_alike("quantize", model, "-o", out)["kind"] == "no_space"
+    assert run("quantize", model, "-o", out, "--blocksize", 32).exit_code == 0
+    monkeypatch.setattr("os.statvfs", lambda path: full)
+    assert run("quantize", model, "-o", out, "--blocksize", 32, "--dry-run").exit_code == 0
+    ran = run("quantize", model, "-o", out, "--restart", "--dry-run")
+    assert ran.exit_code == 0, ran.stderr
+    larger = ("--skip", "down_proj", "--restart", "--dry-run", "--json")
+    ran = run("quantize", model, "-o", out, *larger)
+    assert (ran.exit_code, ran.error["kind"]) == (5, "no_space")
+
+
+def test_pickles_are_told_of_alike(model, tmp_path):
+    for shard in model.glob("*.safetensors*"):
+        shard.unlink()
+    (model / "pytorch_model.bin").write_bytes(b"pickle")
+    error = refused_alike("quantize", model, "-o", tmp_path / "out")
+    assert error["kind"] == "unsupported"
+    assert "found only pickles (pytorch_model.bin)" in error["message"]
+    assert "save_pretrained" in error["hint"]
 
 
 @pytest.mark.parametrize("is_dry", [True, False])

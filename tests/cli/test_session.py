@@ -49,7 +49,7 @@ CONTINUES = "; it continues where it stopped"
 IMPORTED = """
 import signal, time
 try:
-    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.{name})
     deadline = time.monotonic() + {seconds}
     while time.monotonic() < deadline:
         time.sleep(0.01)
@@ -59,9 +59,12 @@ except BaseException:
 
 
 @pytest.mark.parametrize("seconds", [0.2, 5.0])
-def test_a_module_that_catches_everything_hides_no_signal(tmp_path: Path, seconds: float) -> None:
-    (tmp_path / "catching.py").write_text(IMPORTED.format(seconds=seconds))
-    program = VERB.replace("Destroyed()\n", "import catching\n").format(name="SIGINT")
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_module_that_catches_everything_hides_no_signal(
+    tmp_path: Path, name: str, exit_code: int, seconds: float
+) -> None:
+    (tmp_path / "catching.py").write_text(IMPORTED.format(name=name, seconds=seconds))
+    program = VERB.replace("Destroyed()\n", "import catching\n").format(name=name)
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -71,22 +74,41 @@ def test_a_module_that_catches_everything_hides_no_signal(tmp_path: Path, second
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
     )
     if seconds < 1:  # the import was over in time
-        assert done.returncode == 130 and done.stdout == ""
+        assert done.returncode == exit_code and done.stdout == ""
     else:  # it was told after a second, and did not listen
         assert done.returncode == 0
 
 
-def test_an_import_that_was_left_halfway_is_no_bug_of_ours() -> None:
+@pytest.mark.parametrize(
+    ("name", "exit_code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")]
+)
+def test_an_import_that_was_left_halfway_is_no_bug_of_ours(
+    name: str, exit_code: int, word: str
+) -> None:
     program = VERB.replace(
         "        Destroyed()\n",
-        "        try:\n            signal.raise_signal(signal.SIGINT)\n"
+        "        try:\n            signal.raise_signal(signal.{name})\n"
         "        except KeyboardInterrupt:\n            raise ImportError('halfway') from None\n",
-    ).format(name="SIGINT")
+    ).format(name=name)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
     )
-    assert done.returncode == 130
-    assert done.stderr.startswith("error: interrupted")
+    assert done.returncode == exit_code
+    assert done.stderr.startswith(f"error: {word}")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_is_ignored_stays_so(name: str) -> None:
+    raising = VERB.replace("Destroyed()\n", f"signal.raise_signal(signal.{name})\n")
+    program = f"import signal\nsignal.signal(signal.{name}, signal.SIG_IGN)\n{raising}"
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace("time.sleep(2)", "pass").format(name=name)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0 and done.stdout == "nobody heard it\n"
 
 
 @pytest.mark.parametrize(

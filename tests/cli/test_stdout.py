@@ -106,22 +106,45 @@ def test_a_full_disk_does_not_hide_the_first_error(tmp_path: Path) -> None:
     assert json.loads(ran.stderr)["error"]["kind"] == "not_found"
 
 
-@pytest.mark.parametrize("arguments", [("estimate", DEMO, "--json"), ("sizing",), ("--help",)])
-def test_a_reader_that_is_gone_is_no_news(arguments: tuple[object, ...]) -> None:
+def without_a_reader(*arguments: object, both: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the program into a pipe whose other end is closed; `both`: as `2>&1 |` does."""
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        ran = subprocess.run(
+        return subprocess.run(
             [*PROGRAM, *map(str, arguments)],
             stdout=writing,
-            stderr=subprocess.PIPE,
+            stderr=writing if both else subprocess.PIPE,
             text=True,
             check=False,
-            timeout=60,
+            timeout=300,
         )
     finally:
         os.close(writing)
-    assert ran.returncode == 1 and "Error" not in ran.stderr and "error" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "is_json"),
+    [
+        *((name, False) for name in COMMANDS),
+        *((name, True) for name in COMMANDS if name not in WITHOUT_JSON),
+    ],
+)
+def test_a_reader_that_is_gone_is_no_news(name: str, is_json: bool, folder: Path) -> None:
+    """As after `| head -1`: what the shell itself says of a program that such a pipe ended."""
+    arguments = [folder / str(a)[1:] if str(a)[:1] == "@" else a for a in COMMANDS[name]]
+    ran = without_a_reader(*arguments, *["--json"] * is_json)
+    assert ran.returncode == 141, ran.stderr
+    assert "Error" not in ran.stderr and "error: " not in ran.stderr and "hint" not in ran.stderr
+    assert not is_json or ran.stderr == ""
+
+
+@pytest.mark.parametrize("flags", [(), ("--verbose",), ("--json",)])
+def test_a_log_that_nobody_reads_ends_no_work(flags: tuple[str, ...], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert without_a_reader("quantize", DEMO, "-o", out, *flags, both=True).returncode == 141
+    assert run("inspect", out, "--verify").exit_code == 0
+    assert without_a_reader("estimate", tmp_path / "none", *flags, both=True).returncode == 1
 
 
 def test_a_log_that_is_full_ends_no_work(tmp_path: Path) -> None:

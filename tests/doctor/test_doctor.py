@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tomllib
@@ -12,6 +13,8 @@ import pytest
 
 from qtool.doctor import Check, gpu, hub, machine, model, packages, round_trip, run_checks
 from qtool.formats.precisions import QuantFormat
+from qtool.runtime import requirements
+from tests.cli.running import run
 from tests.hub_server import TOKEN, HubServer, hub_server
 from tests.inspection.folders import quantized_llama
 from tests.tiny_models import write_llama
@@ -475,18 +478,59 @@ class TestHub:
         assert TOKEN not in repr(found)
 
 
+def set_model_type(folder, model_type):
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = model_type
+    known = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(known))
+
+
 class TestModel:
     @pytest.fixture
     def folder(self, tmp_path):
-        parts, _ = quantized_llama(QuantFormat("nf4-dq"))
+        parts, _ = quantized_llama(QuantFormat("nf4-dq"), hidden=24)  # an even head
         parts.other_files["tokenizer.json"] = b"{}"
         parts.other_files["tokenizer_config.json"] = b'{"pad_token": "<pad>"}'
         return parts.write(tmp_path / "model")
 
     def test_a_sound_model_has_nothing_to_fix(self, folder):
         found = by_name(model.check_model(str(folder), H200))
-        assert found.keys() == {"model", "size", "compute dtype", "tokenizer", "pad token"}
+        checks = ("model", "architecture", "size", "compute dtype", "tokenizer", "pad token")
+        assert tuple(found) == checks
         assert {check.status for check in found.values()} == {"ok"}
+        assert found["architecture"].found == "llama: LlamaForCausalLM"
+
+    @pytest.mark.parametrize(
+        ("model_type", "found", "fix"),
+        [
+            ("llamma", "model_type 'llamma', which this transformers does not know", "upgrade"),
+            ("t5", "t5 models do not generate text", "decoder"),
+            (None, "says no model_type", "fetch config.json again"),
+        ],
+    )
+    def test_a_model_type_that_does_not_run_fails_as_it_would_to_generate(
+        self, folder, model_type, found, fix
+    ):
+        set_model_type(folder, model_type)
+        checks = by_name(model.check_model(str(folder), NO_GPU))
+        check = checks["architecture"]
+        assert check.status == "fail" and found in check.found and fix in check.fix
+        assert checks["size"].status == "ok"  # what else there is to know is said too
+        ran = run("generate", folder, "Hi", "--device", "cpu", "--json")
+        assert ran.exit_code == 1
+        assert (ran.error["message"], ran.error["hint"]) == (check.found, check.fix)
+
+    def test_a_model_type_that_only_transformers_knows_is_a_warning(self, folder):
+        set_model_type(folder, "helium")
+        checks = by_name(model.check_model(str(folder), NO_GPU))
+        assert checks["architecture"].found == "helium: HeliumForCausalLM"
+        assert checks["layers"].status == "warn" and "helium" in checks["layers"].found
+
+    def test_without_transformers_the_model_type_is_not_judged(self, folder, monkeypatch):
+        monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
+        check = by_name(model.check_model(str(folder), NO_GPU))["architecture"]
+        assert check.status == "info" and check.found.startswith("llama; whether transformers")
+        assert check.fix == 'pip install "qtool[run]"'
 
     def test_float32_products_are_a_warning(self, folder):
         config = (folder / "config.json").read_text().replace('"bfloat16"', '"float32"')

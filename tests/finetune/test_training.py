@@ -85,7 +85,7 @@ def test_qlora_makes_a_standard_adapter(request_: FinetuneRequest, quant: Any) -
     result = run(request)
     assert result.final_loss < result.first_loss - 0.3
     config = json.loads((request.output / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == request.model
+    assert config["base_model_name_or_path"] == str(Path(request.model).resolve())
     assert config["target_modules"] == sorted(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     )

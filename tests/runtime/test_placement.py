@@ -48,8 +48,9 @@ def test_unknown_devices_are_usage_errors(device: str) -> None:
 
 def test_a_gpu_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(QtoolError, match="finds no usable GPU"):
+    with pytest.raises(QtoolError, match=r"^device='cuda' cannot run here: ") as caught:
         choose_placement("cuda", None, 0)
+    assert caught.value.kind == "unsupported" and "device='cpu'" in caught.value.hint
     assert choose_placement("auto", None, 1 << 50).device.type == "cpu"
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Final, Literal, get_args
 
+import torch
+
 from qtool.defaults import PREFILL_CHUNK
 from qtool.errors import Option, QtoolError
 from qtool.runtime.decoders.caches import CAPACITY_STEP, fixed_cache
@@ -68,9 +70,19 @@ def choose_decoder(
         if not isinstance(made, str):
             return made
         refusals.append(made)
+    raise _cannot_take(loaded.model.__class__.__name__, options, refusals[0])
+
+
+def refuse_path(options: DecoderOptions, device: torch.device, model: str) -> None:
+    """Raise as `choose_decoder` for a path that no model can take on `device`."""
+    if asked_path(options) == "graph" and device.type != "cuda":
+        raise _cannot_take(model, options, NO_GPU)
+
+
+def _cannot_take(who: str, options: DecoderOptions, why: str) -> QtoolError:
     said_by = PATH_VARIABLE if options.path == "auto" else Option("path")
-    raise QtoolError(
-        f"{loaded.model.__class__.__name__} cannot take the {asked} path: {refusals[0]}",
+    return QtoolError(
+        f"{who} cannot take the {asked_path(options)} path: {why}",
         kind="unsupported",
         hint=("leave out ", said_by, ": the fastest way that works is taken"),
     )
