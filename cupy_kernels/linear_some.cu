@@ -1,4 +1,4 @@
-// Products of some tokens (5 to 64) with a linear layer, straight on the layout of the files: y = x W^T.
+// Products of some tokens (3 to 64) with a linear layer, straight on the layout of the files: y = x W^T.
 //
 // Defines: ACTIVATION (Bf16, F16), FORMAT, UNIT, LINE (see packed_lines.cuh), NESTED (0, 1), TOKENS (the most that
 // a launch takes, a multiple of 8), COLUMNS, EPILOGUE (0), NUM_WEIGHTS (1), ROW_WARPS and COLUMN_WARPS (whose
