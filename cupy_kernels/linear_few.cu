@@ -310,8 +310,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_few(
     Scales scales;
     if (IS_4BIT && !now.done(tiles)) scales.load(args, now, group, member);
     if (IS_4BIT) fill_table<WARPS>(shared);
-    // Loads of activations wait behind all copies before them: the last stage is copied as these are on their way. Where
-    // no thread block has a second tile, all but the first.
+    // Loads of activations wait behind all copies before them: the last stage is copied as these are on their way.
+    // Where no thread block has a second tile, all but the first.
     const bool is_short = TOKENS == 1 && HELD_X && args.num_tiles <= int(gridDim.x);
     const int early = STAGES > 2 && !is_short ? STAGES - 1 : 1;
 #pragma unroll 1

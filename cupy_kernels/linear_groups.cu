@@ -8,7 +8,9 @@
 // (thread blocks of a cluster that share a tile; 1: no cluster).
 //
 // The tensor cores multiply one of a warp's fragments, reading the tokens from shared memory themselves, while the
-// warp scales and adds the sums of the other and looks up its next weights; with one fragment it looks up alone.
+// warp scales and adds the sums of the other and looks up its next weights; with one fragment it looks up the next
+// block's meanwhile, and scales and adds afterwards.
+//
 // Four more warps fill the dynamic map and give up their registers; one of their threads has the copy engine bring
 // tokens, so that warps meet only where a place in the ring is used again. With COLUMN_WARPS warps share rows, of
 // whose chunks they take turns.
@@ -66,7 +68,7 @@ constexpr int X_AT = TABLE_BYTES;
 constexpr int RINGS_AT = X_AT + X_STAGES * X_STAGE_BYTES;
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
 constexpr int SUMS_AT = RINGS_AT + RING_BYTES;
-constexpr int OFFSET_LINE = 8, FULL_LINE = 9, EMPTY_LINE = 10, RECEIVED_LINE = 11, MAP_LINE = 12, SUMS_LINE = 13;
+constexpr int OFFSET_LINE = 8, FULL_LINE = 9, EMPTY_LINE = 10, RECEIVED_LINE = 11, MAP_FILLED_LINE = 12, SUMS_LINE = 13;
 constexpr int GAPS_BYTES = (256 - SUMS_LINE) * GAP;  // for sums
 static_assert(X_STAGES * 8 <= GAP && WARPS * 8 <= GAP, "barriers fit into a gap");
 static_assert(GROUPS >= SPLIT, "each thread block has columns");
@@ -451,8 +453,8 @@ struct ClusterExchange {
     }
 };
 
-// The threads of a block meet as the table and barriers are there. Who copies needs no table and no more barriers than
-// its own at first: it waits for the others' later.
+// The threads of a block meet as the table and barriers are there. Who copies needs no table and no more barriers
+// than its own at first: it waits for the others' later.
 __device__ inline void begin_together() { asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory"); }
 
 __device__ inline void begin_without_waiting() {
@@ -504,7 +506,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS linear_grou
     uint64* x_full = reinterpret_cast<uint64*>(gap_at(shared, FULL_LINE));
     uint64* x_empty = reinterpret_cast<uint64*>(gap_at(shared, EMPTY_LINE));
     uint64* received = reinterpret_cast<uint64*>(gap_at(shared, RECEIVED_LINE));  // of each warp
-    uint64* map_filled = reinterpret_cast<uint64*>(gap_at(shared, MAP_LINE));
+    uint64* map_filled = reinterpret_cast<uint64*>(gap_at(shared, MAP_FILLED_LINE));
 
     const Share share{args.units, args.longer};
     const int rank = SPLIT > 1 ? rank_in_cluster() : 0;

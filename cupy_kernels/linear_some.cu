@@ -1,4 +1,4 @@
-// Products of some tokens (3 to 64) with a linear layer, straight on the layout of the files: y = x W^T.
+// Products of some tokens (up to 64) with a linear layer, straight on the layout of the files: y = x W^T.
 //
 // Defines: ACTIVATION (Bf16, F16), FORMAT, UNIT, LINE (see packed_lines.cuh), NESTED (0, 1), TOKENS (the most that
 // a launch takes, a multiple of 8), COLUMNS, EPILOGUE (0), NUM_WEIGHTS (1), ROW_WARPS and COLUMN_WARPS (whose
@@ -448,7 +448,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_some(
             const uint8* x = line_at(shared, buffer * X_LINES + column_warp * (STEP_BLOCKS * TOKENS));
             buffer = buffer + 1 == X_BUFFERS ? 0 : buffer + 1;
             window.store(line_at(shared, buffer * X_LINES));
-                arrive(x_ready);
+            arrive(x_ready);
             load_next(window);
             if (step == 0) {
                 wait_copies<STAGES - 1>();

@@ -253,8 +253,9 @@ GROUP_TUNINGS: Final[dict[int, tuple[Tuning, ...]]] = {
         Tuning(12, 1, 1, 2, x_stages=8, split=4),
     ),
 }
-# What else takes time on an H200, in weights: a column of a tile, whose tokens are copied, as many
-# and one for so many tokens; to give sums to other thread blocks through memory.
+# What else takes time on an H200, in weights that are looked up meanwhile: a column of a tile, of
+# whose tokens copies are made, this number and one more for so many tokens; an exchange of sums
+# through memory (docs/kernels.md).
 _COLUMN_VALUES: Final = 8
 _TOKENS_PER_VALUE: Final = 8
 _EXCHANGE_VALUES: Final = 75_000

@@ -1,7 +1,7 @@
 // Packed weights in shared memory, and how they become fragments of mma.m16n8k16.
 //
-// Part of linear_few.cu, linear_some.cu, linear_groups.cu and linear_many.cu, whose ACTIVATION, FORMAT, UNIT and LINE (bytes of a
-// row that lie together: 64, 128; of PLAIN 128) it uses.
+// Part of linear_few.cu, linear_some.cu, linear_groups.cu and linear_many.cu, whose ACTIVATION, FORMAT, UNIT and
+// LINE (bytes of a row that lie together: 64, 128; of PLAIN 128) it uses.
 //
 // The order of columns within a block of 64 is free as long as weights and activations agree: lane `member` of a
 // quad has 16 of them, which are one piece of a row, or with UNIT 32 or WARPGROUPS one piece of each half.
@@ -46,7 +46,7 @@ __device__ inline uint32 look_up(uint32 word, int i, uint32 lane_offset) {
 
 __device__ inline float value_of(int code) { return FORMAT == FP4 ? fp4_value(code) : nf4_value(code); }
 
-// By the first warps of the block; the others' threads have other things to do.
+// By the first NUM_WARPS warps of the block.
 template <int NUM_WARPS>
 __device__ inline void fill_table(uint8* shared) {
     constexpr int FILLS = 256 / 4;  // of a warp at once: eight lanes fill an entry

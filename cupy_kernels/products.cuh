@@ -119,7 +119,7 @@ struct Activations {
         }
     }
 
-    // `meanwhile` is called once as they are on their way.
+    // `meanwhile` is called once; those that stay in registers are on their way then.
     template <class Place, class Meanwhile>
     __device__ void load(const typename T::Bits* x, int64 stride, int num_tokens, int first,
                          const typename T::Bits* norm_weight, float epsilon, float* scratch, Place place,

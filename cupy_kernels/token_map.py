@@ -67,7 +67,7 @@ def fill_map_of_chunks(
     Raises:
         RuntimeError: the driver refuses.
     """
-    blocks = chunk // _BLOCK
+    blocks = chunk // _BLOCK  # which lie nearer than chunks: strides need not ascend
     sizes = (_BLOCK, count, columns // chunk, blocks)
     strides = ((stride if count > 1 else columns) * 2, chunk * 2, _BLOCK * 2)
     num_chunks, num_tokens = box

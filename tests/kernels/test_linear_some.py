@@ -248,9 +248,10 @@ def test_clusters_have_no_more_blocks_than_run_at_once(tiles):
     assert plan.tuning.split == (2 if tiles == 66 else 1)
 
 
-def test_each_block_of_a_cluster_has_columns():
+@pytest.mark.parametrize("tokens", [8, 16, 32])
+def test_each_block_of_a_cluster_has_columns(tokens):
     kind = LinearKind("nf4", 256, "BF16")
-    plan = specialise(kind, 4096, 64, HOPPER, has_warpgroups=True)
+    plan = specialise(kind, 4096, tokens, HOPPER, has_warpgroups=True)
     assert plan.tuning.split == 1
 
 

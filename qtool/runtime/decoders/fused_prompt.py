@@ -461,12 +461,12 @@ class PromptLaunches:
         self._few: dict[int, _Placed] = {}  # by sort
         self._many: dict[int, _Placed] = {}
         self._stream = 0
-        self._counters = 0
+        self._counters: Tensor | None = None  # held: a graph's own are nobody else's
 
     def begin(self) -> None:
         """See `Launches.begin`."""
         self._stream = torch.cuda.current_stream(self._device).cuda_stream
-        self._counters = 0
+        self._counters = None
 
     def norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         """See `Launches.norm`."""
@@ -507,11 +507,11 @@ class PromptLaunches:
             launches = product.few[placed.launch] = tuple(
                 PackedProduct(layer.kind, layer.weight, x.shape[0]) for layer in product.layers
             )
-        if not self._counters:
-            self._counters = counters_of(self._device, self._stream).data_ptr()
+        if self._counters is None:
+            self._counters = counters_of(self._device, self._stream)
         # One after the other, and with what comes behind on the stream, they can share it.
         sums = x.new_empty(max([it.sum_bytes for it in launches]), dtype=torch.uint8)
-        buffers = {"counters": self._counters, "sums": sums.data_ptr()}
+        buffers = {"counters": self._counters.data_ptr(), "sums": sums.data_ptr()}
         for launch, own in zip(launches, placed.tokens, strict=True):
             launch.queue_at(own, self._stream, **buffers)
 
@@ -634,8 +634,10 @@ def _number_sorts(products: Iterable[Product]) -> list[Product]:
         traits = tuple(
             (it.kind, it.weight.rows, it.plain is None, it.rounded is None) for it in product.layers
         )
-        product.sort = len(firsts)
-        product.sort = firsts.setdefault(traits, product).sort
+        if traits not in firsts:
+            product.sort = len(firsts)
+            firsts[traits] = product
+        product.sort = firsts[traits].sort
     return list(firsts.values())
 
 
