@@ -208,6 +208,22 @@ def test_only_tokens_that_hang_on_rounding_may_differ() -> None:
     assert doubtful.may_be(wrong, 0) and doubtful.last_near is None
 
 
+def test_rounded_weights_may_move_logits_as_far_as_rounded_embeddings() -> None:
+    logits = torch.tensor([[1.0, -2.0, 4.0]])
+    made = []
+
+    def make_nudged() -> list[torch.Tensor]:
+        made.append(1)
+        return [logits + 0.4]  # a tenth of the largest
+
+    own = _Own([logits], make_nudged)
+    assert own.differs_by_rounding(logits - 0.1, 0) and not made
+    assert own.differs_by_rounding(logits - 0.4, 0)
+    assert not own.differs_by_rounding(logits - 0.5, 0)
+    assert not own.differs_by_rounding(torch.full_like(logits, torch.nan), 0)
+    assert len(made) == 1
+
+
 def test_prompts_are_compared_up_to_a_token_that_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the last one does not; a prompt that is wrong is found out all the same."""
     asked = _Own.may_be
