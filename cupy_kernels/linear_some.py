@@ -180,7 +180,6 @@ class Tuning:
         column_warps: warps that share rows and take turns in their chunks.
         fragments: of 16 rows that a warp has.
         stages: of a warp's ring.
-        line_bytes: of a row that a warp takes at a time.
         step_values: activations between two meetings of the warps, tokens times columns.
         unroll: blocks of 64 columns that the compiler interleaves.
         x_stages: of the ring of activations of linear_groups.cu, where four warps multiply
@@ -193,7 +192,6 @@ class Tuning:
     column_warps: int
     fragments: int
     stages: int
-    line_bytes: int = 128
     step_values: int = 4096
     unroll: int = 1
     x_stages: int = 0
@@ -373,13 +371,12 @@ def plan_with(
 ) -> Plan | None:
     """The plan with a given shape of thread blocks, where they have room."""
     bits = _BITS[kind.format]
-    line_bytes = max(tuning.line_bytes, _BLOCK * bits // 8)
-    chunk = line_bytes * 8 // bits
+    chunk = _LINE_BYTES * 8 // bits
     step_columns = min(max(tuning.step_values // tokens, _BLOCK), chunk)
     if tuning.x_stages:
         shared_bytes = _shared_bytes_of_groups(tuning, tokens)
     else:
-        shared_bytes = _shared_bytes(tuning, kind, tokens, line_bytes, step_columns)
+        shared_bytes = _shared_bytes(tuning, kind, tokens, step_columns)
     if shared_bytes > min(gpu.block_bytes, gpu.multiprocessor_bytes - _RESERVED_SHARED_BYTES):
         return None
     chunks = ceil_div(kind.columns, chunk)
@@ -401,7 +398,7 @@ def plan_with(
         "FORMAT": kind.format.upper(),
         "NESTED": int(kind.nested),
         "UNIT": 32 if kind.blocksize == 32 and bits == 4 else _BLOCK,
-        "LINE": line_bytes,
+        "LINE": _LINE_BYTES,
         "TOKENS": tokens,
         "COLUMNS": kind.columns,
         "EPILOGUE": 0,
@@ -441,16 +438,14 @@ def _partial_tiles(tiles: int, tile_units: int, block_units: int) -> int:
     return 2 * (ceil_div(tile_units, block_units) + 1)
 
 
-def _shared_bytes(
-    tuning: Tuning, kind: LinearKind, tokens: int, line_bytes: int, step_columns: int
-) -> int:
+def _shared_bytes(tuning: Tuning, kind: LinearKind, tokens: int, step_columns: int) -> int:
     """Table; activations, dynamic map and barrier; rings; sums of column warps."""
     is_4bit = _BITS[kind.format] == 4
     table_bytes = _TABLE_LINES * 2 * _LINE_BYTES if is_4bit else 0
     lines = _X_BUFFERS * tuning.column_warps * step_columns // _BLOCK * tokens
     lines += (_MAP_LINES if kind.nested else 0) + 1
     in_gaps = is_4bit and lines <= _TABLE_LINES
-    ring_bytes = tuning.column_warps * tuning.rows * line_bytes * tuning.stages
+    ring_bytes = tuning.column_warps * tuning.rows * _LINE_BYTES * tuning.stages
     sum_bytes = (tuning.column_warps - 1) * tuning.rows * tokens * 4
     return table_bytes + (0 if in_gaps else lines * _LINE_BYTES) + ring_bytes + sum_bytes
 

@@ -1,7 +1,7 @@
 // Packed weights in shared memory, and how they become fragments of mma.m16n8k16.
 //
 // Part of linear_few.cu, linear_some.cu, linear_groups.cu and linear_many.cu, whose ACTIVATION, FORMAT, UNIT and
-// LINE (bytes of a row that lie together: 64, 128; of PLAIN 128) it uses.
+// LINE (bytes of a row that lie together: 128) it uses.
 //
 // The order of columns within a block of 64 is free as long as weights and activations agree: lane `member` of a
 // quad has 16 of them, which are one piece of a row, or with UNIT 32 or WARPGROUPS one piece of each half.
@@ -67,10 +67,8 @@ __device__ inline void fill_table(uint8* shared) {
 // Where 16 bytes of row `row` of a fragment lie in its line, so that lines that are read together are in different
 // banks.
 __device__ inline int part_position(int row, int part) {
-    if (WARPGROUPS) return LINE == 64 ? part ^ (row >> 1 & 3) : part ^ (row & 7);
-    const int pair = LINE == 64 ? row >> 1 & 1 : row & 3;
-    if (IS_4BIT) return (part / 2 ^ pair) * 2 + part % 2;
-    if (LINE == 64) return part;
+    if (WARPGROUPS) return part ^ (row & 7);
+    if (IS_4BIT) return (part / 2 ^ (row & 3)) * 2 + part % 2;
     if (FORMAT == INT8) return (part / 4 ^ (row & 1)) * 4 + part % 4;
     return part ^ (row & 1);
 }

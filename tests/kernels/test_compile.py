@@ -15,15 +15,22 @@ pytest.importorskip("cupy", exc_type=ImportError)
 
 EVERYTHING = ("sm_75", "sm_90")  # the oldest, and the one that was tuned
 USUAL_BLOCKSIZES = {64, 4096}
-# Bytes that are spilled knowingly. 16 warps leave a thread 128 registers, which the norm before
-# eight tokens exceeds a little on sm_100; 8 warps might be faster there or not: none was measured.
-KNOWN_SPILLS = {("sm_100", "linear_few"): 128}
-# With adapters the same norm exceeds them on sm_90 too, before eight tokens.
-KNOWN_SPILLS |= {("sm_90", "linear_few"): 24}
+# Bytes that are spilled knowingly, by tokens. 16 warps leave a thread 128 registers, which the norm
+# before eight tokens exceeds a little on sm_100; 8 warps might be faster there or not: none was
+# measured.
+KNOWN_SPILLS = {("sm_100", "linear_few", 8): 128}
+# With adapters the same norm exceeds them on sm_90 too.
+KNOWN_SPILLS |= {("sm_90", "linear_few", 8): 24}
 # Eight tokens of a slice of long rows are a quarter of a thread's registers.
-KNOWN_SPILLS |= {("sm_80", "linear_few"): 16}
+KNOWN_SPILLS |= {("sm_80", "linear_few", 8): 16}
 # 64 tokens' sums, and as many of a block, are half of a thread's registers, which pointers exceed.
-KNOWN_SPILLS |= {(target, "linear_some"): 192 for target in TARGETS}
+KNOWN_SPILLS |= {(target, "linear_some", 64): 192 for target in TARGETS}
+# Columns that chunks do not divide evenly, or the scales of two blocks of 32, take two more.
+KNOWN_SPILLS |= {("sm_90", "linear_groups", 32): 16, ("sm_80", "linear_some", 8): 8}
+
+
+def known_spills(target, kernel):
+    return KNOWN_SPILLS.get((target, kernel.name, dict(kernel.defines).get("TOKENS")), 0)
 
 
 def kernels_for(target):
@@ -68,7 +75,7 @@ def test_every_kernel_compiles_without_spilling(target, record_property):
     spilling = {
         str(kernel): used[str(kernel)]
         for kernel in kernels
-        if used[str(kernel)].spilled_bytes > KNOWN_SPILLS.get((target, kernel.name), 0)
+        if used[str(kernel)].spilled_bytes > known_spills(target, kernel)
     }
     assert not spilling
 
