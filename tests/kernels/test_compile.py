@@ -22,11 +22,11 @@ KNOWN_SPILLS = {("sm_100", "linear_few", 8): 128}
 # With adapters the same norm exceeds them on sm_90 too.
 KNOWN_SPILLS |= {("sm_90", "linear_few", 8): 24}
 # Eight tokens of a slice of long rows are a quarter of a thread's registers.
-KNOWN_SPILLS |= {("sm_80", "linear_few", 8): 16}
+KNOWN_SPILLS |= {("sm_80", "linear_few", 8): 24}
 # 64 tokens' sums, and as many of a block, are half of a thread's registers, which pointers exceed.
 KNOWN_SPILLS |= {(target, "linear_some", 64): 192 for target in TARGETS}
 # Columns that chunks do not divide evenly, or the scales of two blocks of 32, take two more.
-KNOWN_SPILLS |= {("sm_90", "linear_groups", 32): 16, ("sm_80", "linear_some", 8): 8}
+KNOWN_SPILLS |= {("sm_90", "linear_groups", 32): 16, ("sm_90", "linear_some", 8): 8}
 
 
 def known_spills(target, kernel):
