@@ -126,10 +126,13 @@ def _counted_once(
     """The stored tensors that are parameters of the model, one of each tied pair."""
     if architecture is None:
         tied = bool(checkpoint.config.get("tie_word_embeddings"))
+        head = checkpoint.tensors.get("lm_head.weight")
+        shapes = [it.shape for name, it in checkpoint.tensors.items() if name not in statistics]
+        is_twice = tied and head is not None and shapes.count(head.shape) > 1
         return [
             name
             for name in checkpoint.tensors
-            if name not in statistics and not (tied and name == "lm_head.weight")
+            if name not in statistics and not (is_twice and name == "lm_head.weight")
         ]
     counted: dict[str, str] = {}
     for name in checkpoint.tensors:

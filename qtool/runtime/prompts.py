@@ -41,8 +41,25 @@ def refuse_system(why: Words) -> QtoolError:
     )
 
 
+def check_text(text: str, what: str = "the prompt") -> None:
+    """QtoolError for bytes that were no text: the command line and pipes let them through."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise QtoolError(
+            f"{what} is not UTF-8 at byte {len(text[: error.start].encode('utf-8'))}",
+            kind="usage",
+            hint="convert it to UTF-8",
+        ) from error
+
+
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of plain text, with the special tokens that the tokenizer puts first."""
+    """Tokens of plain text, with the special tokens that the tokenizer puts first.
+
+    Raises:
+        QtoolError: no text, or none that UTF-8 can have.
+    """
+    check_text(text)
     ids: list[int] = tokenizer(text)["input_ids"]
     if not ids:
         raise QtoolError("the prompt is empty", kind="usage", hint="give a PROMPT")
@@ -56,8 +73,12 @@ class Conversation:
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        check_text(self.system or "", "the system message")
+
     def ask(self, text: str) -> None:
-        """The user says something."""
+        """The user says something; QtoolError if it is no text."""
+        check_text(text)
         self.messages.append({"role": "user", "content": text})
 
     def answered(self, text: str) -> None:

@@ -104,6 +104,8 @@ def test_tied_weights_count_once_whichever_is_stored(tmp_path):
 
     both.config["model_type"] = both.config["architectures"] = None  # nothing but the flag
     assert inspect(both.write(tmp_path / "unknown")).parameters == expected
+    del both.shard_of("model.embed_tokens.weight")["model.embed_tokens.weight"]
+    assert inspect(both.write(tmp_path / "head")).parameters == expected
 
 
 def test_buffers_are_stored_but_no_parameters(tmp_path):

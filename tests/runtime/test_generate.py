@@ -343,3 +343,17 @@ def test_an_empty_prompt_is_refused(test_data: Path) -> None:
 
     with pytest.raises(QtoolError, match="the prompt is empty"):
         encode_text(Mute(), "")
+
+
+def test_what_is_no_text_is_refused_with_its_place(stories: LoadedModel) -> None:
+    """Bytes that are not UTF-8 come as half of a surrogate pair from the command line and pipes."""
+    bad = "naïve \udcff"
+    with pytest.raises(QtoolError, match="the prompt is not UTF-8 at byte 7") as refused:
+        encode_text(stories.tokenizer, bad)
+    assert refused.value.kind == "usage"
+    conversation = Conversation()
+    with pytest.raises(QtoolError, match="the prompt is not UTF-8"):
+        conversation.ask(bad)
+    assert conversation.messages == []
+    with pytest.raises(QtoolError, match="the system message is not UTF-8"):
+        Conversation(bad)
