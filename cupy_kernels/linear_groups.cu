@@ -590,7 +590,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS linear_grou
             if (lane == 0) {  // one after the other, all barriers would take as long as the table
                 if (warp == WARPS + 1) {
                     for (int i = BLOCKS; i < X_STAGES; i++) init_barrier(x_full + i, 1);
-                    init_barrier(map_filled, 3);
+                    init_barrier(map_filled, MapPart::FILLERS / WARP);
                 } else if (warp == WARPS + 2) {
                     for (int i = 0; i < X_STAGES; i++) init_barrier(x_empty + i, WARPS);
                 } else {

@@ -108,7 +108,6 @@ class LinearSome:
         self._max_tokens = max_tokens
         self._columns = kind.columns
         self._box = (plan.tuning.column_warps, plan.tokens) if plan.tuning.x_stages else None
-        self._mapped: tuple[int, int, int] | None = None
         self._told: Tokens | None = None
         self.sum_bytes = plan.sum_bytes
 
@@ -147,14 +146,12 @@ class LinearSome:
         self._told = tokens
 
     def _map(self, tokens: Tokens, box: tuple[int, int]) -> None:
+        target = self._launch.arguments.tokens
         place = tokens.x, tokens.x_stride, tokens.count
-        if place != self._mapped:
-            target = self._launch.arguments.tokens
-            if self._columns % _GROUP_CHUNK:
-                fill_map(target, *place, columns=self._columns, box=box[1])
-            else:
-                fill_map_of_chunks(target, *place, self._columns, chunk=_GROUP_CHUNK, box=box)
-            self._mapped = place
+        if self._columns % _GROUP_CHUNK:
+            fill_map(target, *place, columns=self._columns, box=box[1])
+        else:
+            fill_map_of_chunks(target, *place, self._columns, chunk=_GROUP_CHUNK, box=box)
 
 
 def compile_for(kind: LinearKind, rows: int, max_tokens: int) -> None:
@@ -163,7 +160,15 @@ def compile_for(kind: LinearKind, rows: int, max_tokens: int) -> None:
 
 
 def fills_in_clusters(kind: LinearKind, rows: int, max_tokens: int) -> bool:
-    """Whether clusters share the product, and keep most of the current GPU busy."""
+    """Whether clusters share a product, and keep most of the current GPU busy.
+
+    Args:
+        rows: of the layer.
+        max_tokens: up to 64.
+
+    Raises:
+        ValueError: more, or a kind that does not fit.
+    """
     plan = _plan(kind, rows, max_tokens)
     return plan.tuning.split > 1 and plan.num_blocks >= _FULL_SHARE * _multiprocessors()
 
@@ -223,26 +228,18 @@ TUNINGS: Final[dict[int, tuple[Tuning, ...]]] = {
 # Of GPUs with 99 KiB of shared memory.
 SMALL_TUNINGS: Final = (Tuning(4, 1, 2, 2), Tuning(4, 1, 1, 2))
 
+
+def _of_sixteen_warps(x_stages: int) -> tuple[Tuning, ...]:
+    """All 64 rows high but for the last, of 128; `x_stages` of four column warps."""
+    narrow = (Tuning(4, 4, 1, 3, x_stages=x_stages, split=split) for split in (1, 2, 4))
+    return *narrow, Tuning(8, 2, 1, 3, x_stages=2 * x_stages, split=2)
+
+
 # Where warps multiply in groups (Hopper), instead of the others.
 GROUP_TUNINGS: Final[dict[int, tuple[Tuning, ...]]] = {
-    8: (
-        Tuning(4, 4, 1, 3, x_stages=8),
-        Tuning(4, 4, 1, 3, x_stages=8, split=2),
-        Tuning(4, 4, 1, 3, x_stages=8, split=4),
-        Tuning(8, 2, 1, 3, x_stages=16, split=2),
-    ),
-    16: (
-        Tuning(4, 4, 1, 3, x_stages=8),
-        Tuning(4, 4, 1, 3, x_stages=8, split=2),
-        Tuning(4, 4, 1, 3, x_stages=8, split=4),
-        Tuning(8, 2, 1, 3, x_stages=16, split=2),
-    ),
-    32: (
-        Tuning(4, 4, 1, 3, x_stages=4),
-        Tuning(4, 4, 1, 3, x_stages=4, split=2),
-        Tuning(4, 4, 1, 3, x_stages=4, split=4),
-        Tuning(8, 2, 1, 3, x_stages=8, split=2),
-    ),
+    8: _of_sixteen_warps(8),
+    16: _of_sixteen_warps(8),
+    32: _of_sixteen_warps(4),
     64: (
         Tuning(4, 2, 1, 3, x_stages=4),
         Tuning(4, 2, 1, 3, x_stages=4, split=2),

@@ -182,6 +182,7 @@ def test_a_prompt_that_cannot_be_run_is_refused_at_once(model: Any) -> None:
         ({"seed": 1 << 63}, "seed=9223372036854775808"),
         ({"stop": 5}, "stop: expected text, found int"),
         ({"stop": ["a", 5]}, "stop: expected text, found int"),
+        ({"stop": ["a", ""]}, "stop='': expected a text, since the empty one"),
         ({"path": "fast"}, "path='fast': expected one of auto, fused, graph, eager"),
     ],
 )

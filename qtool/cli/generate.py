@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +11,13 @@ import typer
 from qtool.cli import options
 from qtool.cli.session import verb_session
 from qtool.cli.sizes import parse_threshold
-from qtool.defaults import LEAST_TEMPERATURE, MAX_SEED, PREFILL_CHUNK
+from qtool.defaults import (
+    LEAST_TEMPERATURE,
+    MAX_SEED,
+    PREFILL_CHUNK,
+    is_temperature,
+    is_top_p,
+)
 from qtool.errors import Option, QtoolError, Words, interruption
 from qtool.formats.precisions import ComputeDtype, QuantizedPrecision
 
@@ -30,14 +35,14 @@ EXAMPLES = (
 
 def _check_temperature(temperature: float) -> float:
     """A callback of typer's, whose ranges let through what is no number."""
-    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+    if not is_temperature(temperature):
         raise typer.BadParameter(f"{temperature} is neither 0 nor from {LEAST_TEMPERATURE:f} on")
     return temperature
 
 
 def _check_top_p(top_p: float | None) -> float | None:
     """The same for a probability."""
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not is_top_p(top_p):
         raise typer.BadParameter(f"{top_p} is not above 0 and at most 1")
     return top_p
 

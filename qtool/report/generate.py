@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from qtool.defaults import MAX_SEED
 from qtool.errors import Option, QtoolError, Terminated, Words, in_words
 from qtool.report.output import Output
 from qtool.report.units import format_bytes
@@ -28,7 +29,6 @@ COMMANDS = {
     CLEAR: "forget what was said",
     "/help": "show this",
 }
-NUM_SEEDS = 1 << 63
 STOP_WORDS = {
     "eos": "the text ended",
     "stop_string": "stop text met",
@@ -72,7 +72,7 @@ def _turns_of(request: Request) -> Iterator[Request]:
     """
     seed = request.sampling.seed
     for turn in itertools.count():
-        own = None if seed is None else (seed + turn) % NUM_SEEDS
+        own = None if seed is None else (seed + turn) % (MAX_SEED + 1)
         yield replace(request, sampling=replace(request.sampling, seed=own))
 
 

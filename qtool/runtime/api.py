@@ -10,7 +10,13 @@ from typing import Any, Final, get_args
 
 import torch
 
-from qtool.defaults import LEAST_TEMPERATURE, MAX_SEED, PREFILL_CHUNK
+from qtool.defaults import (
+    LEAST_TEMPERATURE,
+    MAX_SEED,
+    PREFILL_CHUNK,
+    is_temperature,
+    is_top_p,
+)
 from qtool.errors import Option, QtoolError
 from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantizedPrecision
 from qtool.runtime.adapters import fetch_adapter
@@ -137,6 +143,8 @@ def stream(
     _check_text("prompt", prompt)
     for text in stops:
         _check_text("stop", text)
+        if not text:
+            raise _usage(Option("stop", ""), "a text, since the empty one is everywhere")
     limits = Limits(max_new_tokens, max_context, stop_strings=stops)
     request = Request("", chat, system, sampling, limits, DecoderOptions(path, prefill_chunk))
     prompt_ids = encode_prompt(loaded, request, prompt)
@@ -225,11 +233,10 @@ def _check_at_least_1(**numbers: int | None) -> None:
 
 
 def _check_sampling(sampling: Sampling) -> None:
-    temperature = sampling.temperature
-    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+    if not is_temperature(sampling.temperature):
         expected = f"0, or a number from {LEAST_TEMPERATURE:f} on"
-        raise _usage(Option("temperature", temperature), expected)
-    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
+        raise _usage(Option("temperature", sampling.temperature), expected)
+    if sampling.top_p is not None and not is_top_p(sampling.top_p):
         raise _usage(Option("top_p", sampling.top_p), "above 0 and at most 1")
     if sampling.seed is not None and not 0 <= sampling.seed <= MAX_SEED:
         raise _usage(Option("seed", sampling.seed), f"0 to {MAX_SEED}")

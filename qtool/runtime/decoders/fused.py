@@ -11,7 +11,7 @@ compared with transformers' operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 
 import torch
@@ -262,7 +262,7 @@ class _Own:
     logits: list[Tensor]
     make_nudged: Callable[[], list[Tensor]]
     last_near: int | None = None
-    _nudged: list[Tensor] | None = None
+    _nudged: list[Tensor] | None = field(default=None, init=False)
 
     def may_be(self, found: Tensor, at: int) -> bool:
         """Whether nothing is wrong with logits found after token `at`."""
