@@ -16,6 +16,11 @@ __device__ inline void arrive(uint64* barrier) {
     }
 }
 
+// The same of one thread.
+__device__ inline void arrive_alone(uint64* barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(uint32(__cvta_generic_to_shared(barrier))) : "memory");
+}
+
 // The same if `arrives`, without a branch.
 __device__ inline void arrive_if(uint64* barrier, bool arrives) {
     __syncwarp();
@@ -74,4 +79,11 @@ __device__ inline void sleep_for_phase(uint64* barrier, uint32 phase) {
 template <int THREADS>
 __device__ inline void meet() {
     asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
+// Has others that meet there go on without waiting for them. By whole warps.
+template <int THREADS>
+__device__ inline void announce() {
+    __syncwarp();
+    asm volatile("bar.arrive 1, %0;" ::"n"(THREADS) : "memory");
 }

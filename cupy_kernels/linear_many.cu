@@ -7,10 +7,14 @@
 //
 // A tile is 128 rows of weights times TOKENS tokens. Two groups of four warps have 64 rows each: they make 16-bit
 // values of a block of 64 columns, all in registers, and give them to the tensor cores, which read the tokens from
-// shared memory; while these have one group's block the other group makes its next (they begin in turns). 4-bit
-// weights are looked up, scaled in float32 and rounded, as dequantizing does; INT8 codes are exact, and sums are
-// scaled at the end. Sums stay in registers. A third group gives up its registers; one of its threads has the copy
-// engine bring tokens and packed weights.
+// shared memory; while these have one group's block the other group makes its next. 4-bit weights are looked up, scaled
+// in float32 and rounded, as dequantizing does; INT8 codes are exact, and sums are scaled at the end. Sums stay in
+// registers. A third group gives up registers. One of its threads has the copy engine bring tokens and packed weights,
+// two warps load and decode absmax, and one thread has the copy engine store results that the other groups put into
+// shared memory.
+//
+// Groups begin in turns, and the next is let in only when most of the products before are through: tensor cores that
+// have both groups' products at once are slower.
 //
 // Thread blocks take every so many tiles, columns that SPLIT blocks of a cluster share: at the end each of them
 // gives the others the sums of their tokens, over shared memory, and adds up its own in a fixed order.
@@ -29,32 +33,46 @@
 
 constexpr int WARPS = 8;                        // that multiply
 constexpr int WORKERS = WARPS * WARP;
+constexpr int GROUPS = 2, GROUP_WARPS = WARPS / GROUPS;
 constexpr int THREADS = WORKERS + 4 * WARP;
-constexpr int WORKER_REGISTERS = 232, COPIER_REGISTERS = 40;
+constexpr int WORKER_REGISTERS = 224, OTHER_REGISTERS = 56;
 constexpr int ROWS = WARPS * FRAGMENT_ROWS;     // of a tile
+constexpr int GROUP_ROWS = ROWS / GROUPS;
 constexpr int TOKEN_TILES = TOKENS / 8;
 constexpr int DEPTH = TOKENS > 128 || IS_4BIT ? 1 : 2;  // chunks that the ring holds
 constexpr int STAGES = DEPTH * BLOCKS;
+constexpr int SCALERS = IS_4BIT ? 2 : 0;        // warps that load and decode absmax
+constexpr int COPIER = WARPS, STORER = WARPS + 3;  // warps of one thread each
+constexpr int SCALE_TURNS = 2;                  // chunks whose scales are there
+constexpr bool HANDS_OVER = TOKENS == 256 && SPLIT == 1;  // results to the copy engine, if it can store them
+constexpr bool HANDS_IN_RING = HANDS_OVER && IS_4BIT;     // where tokens were; INT8 has room besides
+static_assert(!HANDS_IN_RING || DEPTH == 1, "a tile's last blocks are in the ring's last places");
 constexpr int X_BYTES = TOKENS * BLOCK * 2;     // of a stage
+static_assert(GROUP_ROWS == BLOCK, "a group's results have the room of a stage's tokens");
 constexpr int LINE_BYTES = BLOCK * BITS / 8;    // of a row's block
 constexpr int PACKED_BYTES = ROWS * LINE_BYTES;
 constexpr int PART = TOKEN_TILES / SPLIT;       // of a block's sums, once they are merged
 static_assert((IS_4BIT || FORMAT == INT8) && UNIT == 64 && BLOCKS == 4, "what the copies and lookups are written for");
 
-// -- shared memory: the table of 4-bit pairs, a copy for each lane; the ring; barriers. The ring is also where sums
-// are merged.
+// -- shared memory: the table of 4-bit pairs, a copy for each lane; the ring; scales; results; barriers. The ring is also
+// where sums are merged.
 constexpr int VALUES_STRIDE = WARP * sizeof(float2);
 constexpr int X_AT = IS_4BIT ? 256 * VALUES_STRIDE : 0;
 constexpr int PACKED_AT = X_AT + STAGES * X_BYTES;
-constexpr int BARRIERS_AT = PACKED_AT + STAGES * PACKED_BYTES;
+constexpr int SCALES_AT = PACKED_AT + STAGES * PACKED_BYTES;
+constexpr int SCALES_BYTES = ROWS * BLOCKS * sizeof(float);  // of a chunk: [block][row]
+constexpr int RESULTS_AT = SCALES_AT + (IS_4BIT ? SCALE_TURNS * SCALES_BYTES : 0);
+constexpr int BARRIERS_AT = RESULTS_AT + (HANDS_OVER && !HANDS_IN_RING ? GROUPS * X_BYTES : 0);
 static_assert((SPLIT - 1) * PART * WARPS * WARP * sizeof(float4) <= STAGES * X_BYTES, "room for the sums of others");
 
 struct ManyArguments {
     TokenMap tokens;                 // boxes of TOKENS
     TokenMap packed[NUM_WEIGHTS];    // (rows, bytes of a row), in boxes of ROWS times LINE_BYTES
+    TokenMap outs[NUM_WEIGHTS];      // if `has_outs`: (tokens, rows), in boxes of TOKENS times GROUP_ROWS
     Arguments layers;                // tiles: of rows; the first_tile of a layer that is not there is behind all
     int token_tiles;
     int chunks;                      // of a row: columns / 256
+    int has_outs;                    // the copy engine can store all outputs
 };
 
 // Both values of the byte of `word` that `selected` names, for which the instruction has the table's address: the byte
@@ -76,14 +94,13 @@ __device__ inline void fill_values(uint8* shared) {
     }
 }
 
-// absmax of a lane's two rows in a chunk of 4-bit blocks, loaded one chunk ahead; lane `member` of a quad has those of
-// block `member`.
+// absmax of two rows in one of a chunk's 4-bit blocks.
 struct Scales {
     float values[2];  // absmax, or the nested absmax of it
     uint32 codes[2];
 
-    __device__ void load(const ManyArguments& args, const Weight& weight, int row, int chunk, int member) {
-        const uint32 column_block = chunk * BLOCKS + member, row_blocks = args.chunks * BLOCKS;
+    __device__ void load(const ManyArguments& args, const Weight& weight, int row, int chunk, int b) {
+        const uint32 column_block = chunk * BLOCKS + b, row_blocks = args.chunks * BLOCKS;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const uint32 block =
@@ -127,6 +144,10 @@ struct Work {
     __device__ int tiles_apart() const { return gridDim.x / SPLIT; }
     __device__ int first_chunk() const { return rank * args.chunks / SPLIT; }
     __device__ int end_chunk() const { return (rank + 1) * args.chunks / SPLIT; }
+    // Results of a tile, unless it is the last: then there is nothing to do meanwhile.
+    __device__ bool hands_over(int tile) const {
+        return HANDS_OVER && args.has_outs && tile + tiles_apart() < args.layers.num_tiles;
+    }
 };
 
 // A block of a chunk always has one of DEPTH places; chunks take these in turn.
@@ -147,27 +168,106 @@ struct Ring {
 
     __device__ uint64* full(int stage) const { return reinterpret_cast<uint64*>(shared + BARRIERS_AT) + stage; }
     __device__ uint64* empty(int stage) const { return full(STAGES + stage); }
+    __device__ uint64* scales_full(int turn) const { return full(2 * STAGES + turn); }
+    __device__ uint64* scales_empty(int turn) const { return scales_full(SCALE_TURNS + turn); }
+    __device__ uint32 scales(int turn, int b, int row) const {
+        return shared_address(shared) + SCALES_AT + turn * SCALES_BYTES + (b * ROWS + row) * uint32(sizeof(float));
+    }
+    // Of a group's results: they are there; they have been read.
+    __device__ uint64* handed(int group) const { return scales_empty(SCALE_TURNS + group); }
+    __device__ uint64* fetched(int group) const { return handed(GROUPS + group); }
+    __device__ static int stage_of_results(int group) { return STAGES - GROUPS + group; }
+    __device__ uint8* results(int group) const {
+        return HANDS_IN_RING ? tokens(stage_of_results(group)) : shared + RESULTS_AT + group * X_BYTES;
+    }
     __device__ uint8* tokens(int stage) const { return shared + X_AT + stage * X_BYTES; }
     __device__ uint8* packed(int stage) const { return shared + PACKED_AT + stage * PACKED_BYTES; }
 };
 
-// Brings what the tiles need, by one thread. `round` counts those of the ring, over all tiles.
-__device__ inline void bring_tile(const Work& work, Ring& ring, const Tile& tile, int& round) {
+// Brings what the tiles need, by one thread.
+struct Copier {
+    const Work& work;
+    Ring ring;
+    int round = 0;  // of the ring, over all tiles
+    int tiles = 0;
+
+    __device__ void bring_tile(const Tile& tile) {
 #pragma unroll 1
-    for (int chunk = work.first_chunk(); chunk < work.end_chunk(); chunk++) {
+        for (int chunk = work.first_chunk(); chunk < work.end_chunk(); chunk++) {
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            const int stage = ring.stage(b);
-            if (round > 0) sleep_for_phase(ring.empty(stage), (round - 1) % 2);
-            expect_bytes(ring.full(stage), X_BYTES + PACKED_BYTES);
-            const int column = chunk * CHUNK + b * BLOCK;
-            copy_box(ring.tokens(stage), &work.args.tokens, column, tile.token, ring.full(stage));
-            copy_box(ring.packed(stage), &work.args.packed[tile.which], column * BITS / 8, tile.row,
-                     ring.full(stage));
+            for (int b = 0; b < BLOCKS; b++) {
+                const int stage = ring.stage(b), group = b - ring.stage_of_results(0);
+                if (round > 0) sleep_for_phase(ring.empty(stage), (round - 1) % 2);
+                if (HANDS_IN_RING && group >= 0 && chunk == 0 && tiles > 0 && work.args.has_outs)
+                    sleep_for_phase(ring.fetched(group), (tiles - 1) % 2);
+                expect_bytes(ring.full(stage), X_BYTES + PACKED_BYTES);
+                const int column = chunk * CHUNK + b * BLOCK;
+                copy_box(ring.tokens(stage), &work.args.tokens, column, tile.token, ring.full(stage));
+                copy_box(ring.packed(stage), &work.args.packed[tile.which], column * BITS / 8, tile.row,
+                         ring.full(stage));
+            }
+            if (ring.advance()) round++;
         }
-        if (ring.advance()) round++;
+        tiles++;
     }
-}
+};
+
+// Stores the results that groups hand over, by one thread.
+struct Storer {
+    const Work& work;
+    Ring ring;
+
+    __device__ void store_tiles() const {
+        int phase = 0;
+#pragma unroll 1
+        for (int i = work.first_tile(); work.hands_over(i); i += work.tiles_apart(), phase ^= 1) {
+            const Tile tile(work.args, i);
+#pragma unroll 1
+            for (int group = 0; group < GROUPS; group++) {
+                sleep_for_phase(ring.handed(group), phase);
+                store_box(&work.args.outs[tile.which], ring.results(group),
+                          tile.row + group * GROUP_ROWS, tile.token);
+                wait_until_read();
+                arrive_alone(ring.fetched(group));
+            }
+        }
+        wait_until_written();
+    }
+};
+
+// A warp that loads and decodes the scales of half of a tile's rows, a chunk at a time: lane `member` of a quad those
+// of block `member`.
+struct Scaler {
+    static constexpr int PASSES = ROWS / (SCALERS > 0 ? SCALERS : 1) / FRAGMENT_ROWS;
+    const Work& work;
+    Ring ring;
+    int lane, half;
+    int turn = 0, round = 0;
+
+    __device__ void make_tile(const Tile& tile) {
+        const Weight& weight = work.args.layers.weights[tile.which];
+        const float offset = NESTED ? __ldg(weight.nested_offset) : 0.0f;
+#pragma unroll 1
+        for (int chunk = work.first_chunk(); chunk < work.end_chunk(); chunk++) {
+            Scales scales[PASSES];
+#pragma unroll
+            for (int i = 0; i < PASSES; i++)
+                scales[i].load(work.args, weight, tile.row + row_of(i), chunk, lane % 4);
+#pragma unroll
+            for (int i = 0; i < PASSES; i++) scales[i].decode(weight, offset);
+            if (round > 0) sleep_for_phase(ring.scales_empty(turn), (round - 1) % 2);
+#pragma unroll
+            for (int i = 0; i < PASSES; i++)
+                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(ring.scales(turn, lane % 4, row_of(i))),
+                             "f"(scales[i].values[0]), "f"(scales[i].values[1]) : "memory");
+            arrive(ring.scales_full(turn));
+            turn ^= 1;
+            if (turn == 0) round++;
+        }
+    }
+
+    __device__ int row_of(int i) const { return (half * PASSES + i) * FRAGMENT_ROWS + lane / 4 * 2; }
+};
 
 // A warp that multiplies, and its lane.
 struct Worker {
@@ -181,9 +281,11 @@ struct Worker {
     uint32 phase = 0;      // of the ring
     float sums[TOKEN_TILES][4];
     uint32 pairs[2][4][4];  // of the block that is multiplied and of the next: [16 columns][fragment's registers]
-    Scales scales, next;    // of a chunk and the one behind it
+    uint32 scales_turn = 0, scales_phase = 0, results_phase = 0;
     float scale[2];         // of the next block
+    uint32 always;          // not zero, which the compiler does not know
     bool is_there;          // the next block, for certain
+    float row_bias[2], row_scale[2];  // of the lane's rows
 
     __device__ Worker(const ManyArguments& args, const Work& work, Ring ring, int warp, int lane)
         : args(args), work(work), ring(ring), warp(warp), lane(lane) {
@@ -193,26 +295,38 @@ struct Worker {
         // An address in shared memory has the block's rank in the cluster in its uppermost byte.
         lane_offset = lane * sizeof(float2) | shared_address(ring.shared) >> 24 << 16;
         own_byte = 0x6504u | member << 4;
+        scale[0] = scale[1] = 0.0f;
+        always = args.layers.num_tiles;
     }
 
-    // The lane's values of block `b`, as pairs.
-    __device__ void make_pairs(int b) {
+    // The lane's values of block `b`, as pairs. `pass` is called when it is time for the other group's products; of INT8
+    // it has been time before.
+    template <class Pass>
+    __device__ void make_pairs(int b, Pass pass) {
         const int stage = ring.stage(b);
         if (!is_there) sleep_for_phase(ring.full(stage), phase);
         const uint32 line = shared_address(ring.packed(stage)) + own_row * LINE_BYTES;
         if constexpr (IS_4BIT) {
-            look_up_codes(line, pairs[b % 2]);
+            look_up_codes(line, pairs[b % 2], pass);
         } else {
             widen_codes(line, pairs[b % 2]);
         }
     }
 
     // The copy engine swaps both halves of a line in every other four lines.
-    __device__ void look_up_codes(uint32 line, uint32 (&into)[4][4]) const {
+    template <class Pass>
+    __device__ void look_up_codes(uint32 line, uint32 (&into)[4][4], Pass pass) const {
         line += own_row / 4 % 2 * 16;
+        uint4 lines[2][2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const uint4 first = load_words<0>(line ^ half * 16), second = load_words<LINE_BYTES>(line ^ half * 16);
+            lines[half][0] = load_words<0>(line ^ half * 16);
+            lines[half][1] = load_words<LINE_BYTES>(line ^ half * 16);
+        }
+        pass();
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const uint4 first = lines[half][0], second = lines[half][1];
             const uint32 words[2][4] = {{first.x, first.y, first.z, first.w},
                                         {second.x, second.y, second.z, second.w}};
 #pragma unroll
@@ -251,16 +365,14 @@ struct Worker {
     // The products of block `b`. A warp is held up before the third until the first has ended: what it does meanwhile
     // is free.
     template <class Meanwhile>
-    __device__ void begin_block(int b, Meanwhile meanwhile) {
+    __device__ void begin_block(int b, bool adds, Meanwhile meanwhile) {
         const uint32 tokens = describe_swizzled_tokens(ring.tokens(ring.stage(b)));
-#pragma unroll
-        for (int i = 0; i < 16; i++) settle(pairs[b % 2][i / 4][i % 4]);  // made before what follows
         begin_products();
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             if (k == 2) meanwhile();
             multiply_group<ACTIVATION>(sums, pairs[b % 2][k][0], pairs[b % 2][k][1], pairs[b % 2][k][2],
-                                       pairs[b % 2][k][3], swizzled_tokens(tokens + k * 2), 1);
+                                       pairs[b % 2][k][3], swizzled_tokens(tokens + k * 2), k > 0 || adds);
         }
         commit_products();
     }
@@ -275,53 +387,88 @@ struct Worker {
     // What is to be known of block `b` before its weights are read.
     __device__ void look_ahead(int b) {
         is_there = has_phase_ended(ring.full(ring.stage(b)), phase);
-        if constexpr (IS_4BIT) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) scale[i] = __shfl_sync(FULL_WARP, scales.values[i], group * 4 + b);
+    }
+
+    // The scales of block `b`. Since the load seems to depend on those before, these have been used when the next turn
+    // is awaited: the block before has been made.
+    __device__ void take_scales(int b, uint32 loads) {
+        asm volatile(
+            "{\n"
+            ".reg .pred loads;\n"
+            "setp.ne.b32 loads, %3, 0;\n"
+            "@loads ld.shared.v2.f32 {%0, %1}, [%2];\n"
+            "}"
+            : "+f"(scale[0]), "+f"(scale[1])
+            : "r"(ring.scales(scales_turn, b, own_row)), "r"(loads)
+            : "memory");
+    }
+
+    // Those of the block behind block `b` of the tile, unless that is its last.
+    __device__ void take_next_scales(int b, bool is_last) {
+        if (!IS_4BIT) return;
+        if (b < BLOCKS - 1) return take_scales(b + 1, always);
+        arrive(ring.scales_empty(scales_turn));
+        scales_turn ^= 1;
+        if (scales_turn == 0) scales_phase ^= 1;
+        if (!is_last) sleep_for_phase(ring.scales_full(scales_turn), scales_phase);
+        take_scales(0, !is_last);
+    }
+
+    __device__ void make_first_pairs() {
+        look_ahead(0);
+        if (IS_4BIT) {
+            sleep_for_phase(ring.scales_full(scales_turn), scales_phase);
+            take_scales(0, always);
         }
+        make_pairs(0, [] {});
     }
 
     __device__ void multiply_tile(const Tile& tile) {
-        const Weight& weight = args.layers.weights[tile.which];
-        const int row = tile.row + own_row;
-        const float offset = NESTED ? __ldg(weight.nested_offset) : 0.0f;
         const int first = work.first_chunk(), end = work.end_chunk();
+        if constexpr (SPLIT > 1) {  // of whose blocks some may have no products
 #pragma unroll
-        for (int i = 0; i < TOKEN_TILES * 4; i++) sums[i / 4][i % 4] = 0.0f;
-        if (first == end) return;
-        if constexpr (IS_4BIT) {
-            scales.load(args, weight, row, first, member);
-            next.load(args, weight, row, min(first + 1, end - 1), member);
-            scales.decode(weight, offset);
+            for (int i = 0; i < TOKEN_TILES * 4; i++) sums[i / 4][i % 4] = 0.0f;
+            if (first == end) return load_of_rows(tile);
         }
-        look_ahead(0);
+        make_first_pairs();
 #pragma unroll 1
         for (int chunk = first; chunk < end; chunk++) {
 #pragma unroll
             for (int b = 0; b < BLOCKS; b++) {
                 const int stage_before = ring.stage_before(b);
-                make_pairs(b);
+                const bool is_first = b == 0 && chunk == first, is_last = b == BLOCKS - 1 && chunk + 1 == end;
+                take_next_scales(b, is_last);
                 await_turn();
-                begin_block(b, [&] {
-                    if (b == BLOCKS - 1) {
-                        if (ring.advance()) phase ^= 1;
-                        if constexpr (IS_4BIT) {
-                            scales = next;
-                            scales.decode(weight, offset);
-                            next.load(args, weight, row, min(chunk + 2, end - 1), member);
-                        }
-                    }
+                begin_block(b, SPLIT > 1 || !is_first, [&] {
+                    if (b == BLOCKS - 1 && ring.advance()) phase ^= 1;
                     look_ahead((b + 1) % BLOCKS);
                 });
-                pass_turn();
+                if (!IS_4BIT) pass_turn();
                 wait_products<1>();
-                end_block_before(b, stage_before, b > 0 || chunk > first);
+                end_block_before(b, stage_before, !is_first);
+                if (!is_last) {
+                    make_pairs((b + 1) % BLOCKS, [&] { pass_turn(); });
+                } else if (IS_4BIT) {
+                    pass_turn();
+                }
             }
         }
+        load_of_rows(tile);
         wait_products();
         end_block_before(0, ring.stage_before(0), true);
 #pragma unroll
         for (int i = 0; i < TOKEN_TILES * 4; i++) settle(sums[i / 4][i % 4]);
+    }
+
+    // What results need besides sums.
+    __device__ void load_of_rows(const Tile& tile) {
+        const Weight& weight = args.layers.weights[tile.which];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = min(tile.row + own_row + i, weight.rows - 1);
+            row_bias[i] = weight.bias != nullptr ? ACTIVATION::widen(weight.bias[row]) : 0.0f;
+            if (FORMAT == INT8) row_scale[i] = weight.absmax[row] * INVERSE_127;
+        }
     }
 
     // -- sums of the cluster's blocks, of which each keeps those of a part of the tokens: [giver][warp][sums][lane]
@@ -358,89 +505,144 @@ struct Worker {
         }
     }
 
-    // Rows 2 * group and the next of a fragment, tokens 2 * member and the next of every eight.
+    // -- results: of rows own_row and the next, tokens 2 * member and the next of every eight
+
+    static constexpr int AT_ONCE = 8;  // residuals that are loaded before any is used: y may be where they are
+    static_assert(PART * 2 % AT_ONCE == 0, "whole groups of tokens");
+
+    __device__ static constexpr int token_of(int i) { return i / 2 * 8 + i % 2; }
+
+    // Both rows' result of a token, from sum number `i`; `residual` has both rows'.
     template <bool HAS_RESIDUAL>
-    __device__ void store_sums(const Tile& tile, int keeper) const {
-        constexpr int AT_ONCE = 8;  // residuals that are loaded before any is used: y may be where they are
-        static_assert(PART * 2 % AT_ONCE == 0, "whole groups of tokens");
+    __device__ uint32 make_result(int i, uint32 residual) const {
+        float first = sums[i / 2][i % 2], second = sums[i / 2][2 + i % 2];
+        if constexpr (FORMAT == INT8) {
+            first *= row_scale[0];
+            second *= row_scale[1];
+        }
+        first += row_bias[0];
+        second += row_bias[1];
+        if constexpr (HAS_RESIDUAL) {
+            first += ACTIVATION::widen(Bits(residual));
+            second += ACTIVATION::widen(Bits(residual >> 16));
+        }
+        return ACTIVATION::narrow_pair(first, second);
+    }
+
+    // IN_PAIRS: both rows' values are one word.
+    template <bool IN_PAIRS>
+    __device__ void load_residuals(uint32 (&residuals)[AT_ONCE], const Bits* residual, int some, int left,
+                                   bool has_second) const {
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            const int token = token_of(some + j);
+            residuals[j] = 0;
+            if (token >= left) continue;
+            const Bits* at = residual + token * args.layers.residual_stride;
+            if constexpr (IN_PAIRS) {
+                residuals[j] = __ldcg(reinterpret_cast<const uint32*>(at));
+            } else {
+                residuals[j] = __ldcg(at) | (has_second ? uint32(__ldcg(at + 1)) << 16 : 0);
+            }
+        }
+    }
+
+    template <bool HAS_RESIDUAL, bool IN_PAIRS>
+    __device__ void store_results(const Tile& tile, int keeper) const {
         const Weight& weight = args.layers.weights[tile.which];
         const int row = tile.row + own_row, first_token = tile.token + keeper * (PART * 8) + 2 * member;
         if (row >= weight.rows) return;
-        const bool has_second = row + 1 < weight.rows;
-        float bias[2] = {0.0f, 0.0f};
-        if (weight.bias != nullptr) {
-            bias[0] = ACTIVATION::widen(weight.bias[row]);
-            if (has_second) bias[1] = ACTIVATION::widen(weight.bias[row + 1]);
-        }
-        float scale[2] = {1.0f, 1.0f};
-        if constexpr (FORMAT == INT8) {
-            scale[0] = weight.absmax[row] * INVERSE_127;
-            if (has_second) scale[1] = weight.absmax[row + 1] * INVERSE_127;
-        }
-        const int64 residual_stride = HAS_RESIDUAL ? args.layers.residual_stride : 0;
-        const uint64 addresses =
-            reinterpret_cast<uint64>(weight.out) |
-            (HAS_RESIDUAL ? reinterpret_cast<uint64>(args.layers.residual) : 0);
-        const bool in_pairs =
-            ((weight.rows | int(weight.out_stride | residual_stride)) & 1) == 0 && (addresses & 3) == 0;
-        Bits* target = weight.out + first_token * weight.out_stride + row;
-        const Bits* residual = args.layers.residual + first_token * residual_stride + row;
+        const bool has_second = IN_PAIRS || row + 1 < weight.rows;
+        const int left = args.layers.num_tokens - first_token;
+        const Bits* residual = args.layers.residual + first_token * args.layers.residual_stride + row;
+        // Addresses follow from those before, lest the compiler make all of them first.
+        uint64 targets[2] = {reinterpret_cast<uint64>(weight.out + first_token * weight.out_stride + row)};
+        targets[1] = targets[0] + weight.out_stride * sizeof(Bits);
+        const uint64 apart = weight.out_stride * (8 * sizeof(Bits));
 #pragma unroll
         for (int some = 0; some < PART * 2; some += AT_ONCE) {
-            uint32 others[AT_ONCE];
-            if constexpr (HAS_RESIDUAL) {
-#pragma unroll
-                for (int j = 0; j < AT_ONCE; j++) {
-                    const int token = (some + j) / 2 * 8 + j % 2;
-                    const Bits* other = residual + token * residual_stride;
-                    others[j] = 0;
-                    if (first_token + token >= args.layers.num_tokens) continue;
-                    if (in_pairs) {
-                        others[j] = __ldcg(reinterpret_cast<const uint32*>(other));
-                    } else {
-                        others[j] = __ldcg(other) | (has_second ? uint32(__ldcg(other + 1)) << 16 : 0);
-                    }
-                }
-            }
+            uint32 residuals[AT_ONCE] = {};
+            if (HAS_RESIDUAL) load_residuals<IN_PAIRS>(residuals, residual, some, left, has_second);
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++) {
-                const int i = some + j, token = i / 2 * 8 + i % 2;
-                if (first_token + token >= args.layers.num_tokens) return;
-                const float(&own)[4] = sums[keeper * PART + i / 2];
-                float first = own[i % 2], second = own[2 + i % 2];
-                if constexpr (FORMAT == INT8) {
-                    first *= scale[0];
-                    second *= scale[1];
-                }
-                first += bias[0];
-                second += bias[1];
-                if constexpr (HAS_RESIDUAL) {
-                    first += ACTIVATION::widen(Bits(others[j]));
-                    second += ACTIVATION::widen(Bits(others[j] >> 16));
-                }
-                Bits* at = target + token * weight.out_stride;
-                if (in_pairs) {
-                    *reinterpret_cast<uint32*>(at) = ACTIVATION::narrow_pair(first, second);
+                const int i = some + j;
+                const uint32 both = make_result<HAS_RESIDUAL>(keeper * PART * 2 + i, residuals[j]);
+                Bits* at = reinterpret_cast<Bits*>(targets[i % 2]);
+                targets[i % 2] += apart;
+                settle(targets[i % 2]);
+                if (token_of(i) >= left) continue;
+                if constexpr (IN_PAIRS) {
+                    *reinterpret_cast<uint32*>(at) = both;
                 } else {
-                    at[0] = ACTIVATION::narrow(first);
-                    if (has_second) at[1] = ACTIVATION::narrow(second);
+                    at[0] = Bits(both);
+                    if (has_second) at[1] = Bits(both >> 16);
                 }
             }
         }
     }
 
-    __device__ void store(const Tile& tile, int keeper) const {
-        if (args.layers.residual != nullptr) {
-            store_sums<true>(tile, keeper);
+    // The same by the copy engine, out of a place of the ring: a token's results of the group in 128 bytes, whose
+    // 16-byte parts are swizzled by the token, so that a warp's words are in all banks.
+    template <bool HAS_RESIDUAL>
+    __device__ void hand_over(const Tile& tile) {
+        const int row = tile.row + own_row, token = tile.token + 2 * member, left = args.layers.num_tokens - token;
+        const Bits* residual = args.layers.residual + token * args.layers.residual_stride + row;
+        const int group = warp / GROUP_WARPS;
+        const uint32 line = shared_address(ring.results(group)) + 2 * member * 128 + own_row % 8 * 2;
+        const uint32 part = own_row % GROUP_ROWS / 8 ^ 2 * member;
+        const uint32 targets[2] = {line + part * 16, line + 128 + (part ^ 1) * 16};
+        if (HANDS_IN_RING) {  // no group needs the tokens that are there
+            sleep_for_phase(ring.empty(ring.stage_of_results(group)), phase ^ 1);
+        } else {  // the results before have been read, if there were any
+            sleep_for_phase(ring.fetched(group), results_phase ^ 1);
+        }
+        results_phase ^= 1;
+#pragma unroll
+        for (int some = 0; some < TOKEN_TILES * 2; some += AT_ONCE) {
+            uint32 residuals[AT_ONCE] = {};
+            if (HAS_RESIDUAL && row < args.layers.weights[tile.which].rows)
+                load_residuals<true>(residuals, residual, some, left, true);
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) {
+                const int i = some + j;
+                store_word(targets[i % 2] + i / 2 * (8 * 128), make_result<HAS_RESIDUAL>(i, residuals[j]));
+            }
+        }
+        publish_to_tensor_cores();  // or to the copy engine
+        arrive(ring.handed(group));
+    }
+
+    template <bool HAS_RESIDUAL>
+    __device__ void store_either(const Tile& tile, int keeper, bool hands_over) {
+        if constexpr (HANDS_OVER) {
+            if (hands_over) return hand_over<HAS_RESIDUAL>(tile);
+        }
+        const Weight& weight = args.layers.weights[tile.which];
+        int64 strides = weight.out_stride;
+        uint64 addresses = reinterpret_cast<uint64>(weight.out);
+        if (HAS_RESIDUAL) {
+            strides |= args.layers.residual_stride;
+            addresses |= reinterpret_cast<uint64>(args.layers.residual);
+        }
+        if (((weight.rows | int(strides)) & 1) == 0 && (addresses & 3) == 0) {
+            store_results<HAS_RESIDUAL, true>(tile, keeper);
         } else {
-            store_sums<false>(tile, keeper);
+            store_results<HAS_RESIDUAL, false>(tile, keeper);
+        }
+    }
+
+    __device__ void store(const Tile& tile, int keeper, bool hands_over) {
+        if (args.layers.residual != nullptr) {
+            store_either<true>(tile, keeper, hands_over);
+        } else {
+            store_either<false>(tile, keeper, hands_over);
         }
         __syncwarp();  // for what warps do together
     }
 
-    __device__ void finish_tile(const Tile& tile) {
+    __device__ void finish_tile(const Tile& tile, bool hands_over) {
         if constexpr (SPLIT == 1) {
-            store(tile, 0);
+            store(tile, 0, hands_over);
         } else {
             meet_cluster();  // all have multiplied, so that rings are free
             give();
@@ -451,11 +653,25 @@ struct Worker {
                 take(keeper);
                 publish_to_tensor_cores();
                 __syncthreads();  // the ring is free again, for the copy engine
-                store(tile, keeper);
+                store(tile, keeper, false);
             }
         }
     }
 };
+
+// What a warp that does not multiply does for each tile.
+template <class Serve>
+__device__ inline void serve_tiles(const Work& work, Serve serve) {
+    for (int i = work.first_tile(); i < work.args.layers.num_tiles; i += work.tiles_apart()) {
+        serve(Tile(work.args, i));
+        if constexpr (SPLIT > 1) {  // as `finish_tile`
+            __syncwarp();
+            meet_cluster();
+            meet_cluster();
+            __syncthreads();
+        }
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __attribute__((cluster_dims(SPLIT, 1, 1)))
 linear_many(const __grid_constant__ ManyArguments args) {
@@ -467,38 +683,53 @@ linear_many(const __grid_constant__ ManyArguments args) {
 
     // -- before the launch before has ended: all that does not depend on it
     start_dependents();
-    if (threadIdx.x == WORKERS) {
+    if (warp == COPIER && lane == 0) {
         for (int i = 0; i < STAGES; i++) {
             init_barrier(ring.full(i), 1);
             init_barrier(ring.empty(i), WARPS);
         }
+        for (int i = 0; i < (IS_4BIT ? SCALE_TURNS : 0); i++) {
+            init_barrier(ring.scales_full(i), SCALERS);
+            init_barrier(ring.scales_empty(i), WARPS);
+        }
+        for (int i = 0; i < GROUPS; i++) {
+            init_barrier(ring.handed(i), GROUP_WARPS);
+            init_barrier(ring.fetched(i), 1);
+        }
         publish_barriers();
     }
     if (IS_4BIT && warp < WARPS) fill_values(shared);
-    __syncthreads();
+    if (warp == COPIER) {  // which needs no table
+        announce<THREADS>();
+    } else {
+        meet<THREADS>();
+    }
 
     if (warp >= WARPS) {
-        release_registers<COPIER_REGISTERS>();
-        int round = 0;
-        if (threadIdx.x == WORKERS) wait_for_prerequisites();
-        for (int i = work.first_tile(); i < args.layers.num_tiles; i += work.tiles_apart()) {
-            if (threadIdx.x == WORKERS) bring_tile(work, ring, Tile(args, i), round);
-            if constexpr (SPLIT > 1) {
-                meet_cluster();
-                meet_cluster();
-                __syncthreads();
-            }
+        release_registers<OTHER_REGISTERS>();
+        if (warp == COPIER) {
+            Copier copier{work, ring};
+            wait_for_prerequisites();
+            serve_tiles(work, [&](const Tile& tile) {
+                if (lane == 0) copier.bring_tile(tile);
+            });
+        } else if (IS_4BIT && warp <= COPIER + SCALERS) {
+            Scaler scaler{work, ring, lane, warp - COPIER - 1};
+            serve_tiles(work, [&](const Tile& tile) { scaler.make_tile(tile); });
+        } else {
+            if (warp == STORER && lane == 0) Storer{work, ring}.store_tiles();
+            serve_tiles(work, [](const Tile&) {});
         }
     } else {
         take_registers<WORKER_REGISTERS>();
         wait_for_prerequisites();
         Worker worker(args, work, ring, warp, lane);
-        if (warp >= WARPS / 2) worker.pass_turn();
+        if (warp >= GROUP_WARPS) worker.pass_turn();
         for (int i = work.first_tile(); i < args.layers.num_tiles; i += work.tiles_apart()) {
             const Tile tile(args, i);
             worker.multiply_tile(tile);
-            worker.finish_tile(tile);
+            worker.finish_tile(tile, work.hands_over(i));
         }
-        if (warp < WARPS / 2) worker.await_turn();
+        if (warp < GROUP_WARPS) worker.await_turn();
     }
 }

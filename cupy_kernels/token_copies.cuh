@@ -40,6 +40,19 @@ __device__ inline void copy_box_of_chunks(void* target, const TokenMap* map, int
         : "memory");
 }
 
+// The other way: a box that lies as those of tokens do; what is outside is not written.
+__device__ inline void store_box(const TokenMap* map, const void* source, int column, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+        "cp.async.bulk.commit_group;" ::"l"(map),
+        "r"(column), "r"(row), "r"(shared_address(source))
+        : "memory");
+}
+
+// Until all that the thread has stored so has been read, or written.
+__device__ inline void wait_until_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ inline void wait_until_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // Where a block begins, for wgmma, which wants no rank in a cluster; 32 bytes further (2) are the next 16 columns.
 __device__ inline uint32 describe_swizzled_tokens(const void* block) {
     return (shared_address(block) & 0x3ffff) >> 4 | 1u << 16;
@@ -59,6 +72,10 @@ __device__ inline uint4 load_words(uint32 at) {
                  : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
                  : "r"(at), "n"(OFFSET));
     return words;
+}
+
+__device__ inline void store_word(uint32 at, uint32 word) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(word) : "memory");
 }
 
 __device__ inline uint32 load_word(uint32 at) {

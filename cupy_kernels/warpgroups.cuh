@@ -19,6 +19,7 @@ __device__ inline void wait_products() {
 // A register that products in flight use: neither read nor used again before this place.
 __device__ inline void settle(float& value) { asm volatile("" : "+f"(value)::"memory"); }
 __device__ inline void settle(uint32& value) { asm volatile("" : "+r"(value)::"memory"); }
+__device__ inline void settle(uint64& value) { asm volatile("" : "+l"(value)::"memory"); }
 
 // Registers of each thread from here on: what some groups release others take.
 template <int COUNT>

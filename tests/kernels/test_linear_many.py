@@ -10,8 +10,14 @@ import pytest
 from cupy_kernels import linear_many
 from cupy_kernels.inventory import SHARED_KIB
 from cupy_kernels.launch import Gpu
-from cupy_kernels.linear_few import LinearKind, LinearWeight
-from cupy_kernels.linear_many import SHAPES, LinearMany, choose_shape, estimate_clocks
+from cupy_kernels.linear_few import LinearKind, LinearWeight, Tokens
+from cupy_kernels.linear_many import (
+    SHAPES,
+    LinearMany,
+    can_be_handed_over,
+    choose_shape,
+    estimate_clocks,
+)
 
 KIND = LinearKind("nf4", 4096, "BF16", nested=True)
 H200 = Gpu(multiprocessors=132, can_overlap=True)
@@ -28,7 +34,12 @@ def test_shared_memory_is_what_the_source_lays_out_and_hopper_has_it():
         table_bytes = 256 * 32 * 8 if bits == 4 else 0
         x_bytes, packed_bytes = shape.tokens * 64 * 2, 128 * 64 * bits // 8
         stages = 8 if shape.tokens == 128 and bits == 8 else 4
-        end = table_bytes + stages * (x_bytes + packed_bytes) + 2 * stages * 8
+        ring_bytes = stages * (x_bytes + packed_bytes)
+        # Scales of two chunks; results of a tile, where they are not put into the ring.
+        scales_bytes = 2 * 128 * 4 * 4 if bits == 4 else 0
+        results_bytes = 128 * 256 * 2 if bits == 8 and shape.hands_over else 0
+        barriers = 2 * stages + 2 * 2 + 2 * 2
+        end = table_bytes + ring_bytes + scales_bytes + results_bytes + barriers * 8
         assert shape.shared_bytes(bits) == end <= SHARED_KIB["sm_90"][0] << 10
 
 
@@ -89,6 +100,19 @@ def test_layers_that_do_not_fit():
 def test_other_gpus_have_no_such_instructions(monkeypatch):
     monkeypatch.setattr(linear_many, "compiles_for", lambda target: target == "sm_100")
     assert not linear_many.fits(KIND)
+
+
+def test_only_whole_parts_of_16_bytes_are_handed_over():
+    fits = Tokens(100, 0, 64, (1024, 2048), (512, 520), residual=4, residual_stride=512)
+    assert can_be_handed_over((512, 8), fits)
+    assert not can_be_handed_over((512, 12), fits)
+    for other in (
+        {"outs": (1024, 2056)},
+        {"out_strides": (512, 524)},
+        {"residual": 2},
+        {"residual_stride": 513},
+    ):
+        assert not can_be_handed_over((512, 8), replace(fits, **other)), other
 
 
 @pytest.mark.parametrize("count", [0, 4])

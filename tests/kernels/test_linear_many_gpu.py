@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cupy_kernels.linear_few import LinearKind, Tokens
-from cupy_kernels.linear_many import SHAPES, LinearMany
+from cupy_kernels.linear_many import SHAPES, LinearMany, can_be_handed_over
 from cupy_kernels.loader import compiles_for
 from tests.kernels.layers_on_gpu import DEVICE, DTYPES, LARGEST_ERROR, make
 
@@ -142,6 +142,38 @@ def test_a_residual_is_added_before_rounding(shape, kind, rows):
         tokens_of(x, residual, residual=residual), stream()
     )
     error = (residual.double() - expected).norm() / expected.norm()
+    assert error < LARGEST_ERROR["BF16"]
+
+
+@pytest.mark.parametrize("residual", [None, "apart", "out"])
+@pytest.mark.parametrize("rows", [17_000, 5001, 5002])
+@pytest.mark.parametrize("kind", [KINDS[2][0], KINDS[5][0]])
+def test_results_are_the_same_however_they_are_stored(kind, rows, residual):
+    """By the copy engine, in pairs of rows, or one by one; thread blocks have several tiles."""
+    (shape,) = (shape for shape in SHAPES if shape.hands_over)
+    count = 1600
+    weight, dense, kept = make(kind, rows)
+    launch = LinearMany(kind, [weight], count, shape=shape)
+    x = activations(kind, count)
+    other = torch.randn(count, rows, dtype=x.dtype, device=DEVICE)
+    expected = x.double() @ dense.T + kept[1].double() + (0 if residual is None else other.double())
+    found = []
+    for skip, pad in ((0, 0), (8, 24), (2, 6), (1, 9)):  # values before the rows' first, and behind
+        stride = -(-rows // 8) * 8 + skip + pad
+        frame = torch.full((count + 1, stride), torch.nan, dtype=x.dtype, device=DEVICE)
+        out = frame[:count, skip : skip + rows]
+        given = {None: None, "apart": other, "out": out}[residual]
+        if residual == "out":
+            out.copy_(other)
+        tokens = tokens_of(x, out, residual=given)
+        assert can_be_handed_over((rows,), tokens) == (rows % 8 == 0 and skip % 8 == 0)
+        launch.queue(tokens, stream())
+        torch.cuda.synchronize()
+        found.append(out.clone())
+        frame[:count, skip : skip + rows] = torch.nan
+        assert frame.isnan().all()
+    assert all(torch.equal(found[0], again) for again in found[1:])
+    error = (found[0].double() - expected).norm() / expected.norm()
     assert error < LARGEST_ERROR["BF16"]
 
 
