@@ -85,6 +85,16 @@ __device__ inline float2 look_up_values(uint32 word, uint32 selected, uint32 lan
     return values;
 }
 
+__device__ inline float2 load_scales(uint32 at) {
+    float2 scales;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(scales.x), "=f"(scales.y) : "r"(at) : "memory");
+    return scales;
+}
+
+__device__ inline void store_scales(uint32 at, const float (&scales)[2]) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(scales[0]), "f"(scales[1]) : "memory");
+}
+
 __device__ inline void fill_values(uint8* shared) {
     const int lane = threadIdx.x % WARP;
     const float own = (FORMAT == FP4 ? fp4_code : nf4_code)[lane % 16];
@@ -258,8 +268,7 @@ struct Scaler {
             if (round > 0) sleep_for_phase(ring.scales_empty(turn), (round - 1) % 2);
 #pragma unroll
             for (int i = 0; i < PASSES; i++)
-                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(ring.scales(turn, lane % 4, row_of(i))),
-                             "f"(scales[i].values[0]), "f"(scales[i].values[1]) : "memory");
+                store_scales(ring.scales(turn, lane % 4, row_of(i)), scales[i].values);
             arrive(ring.scales_full(turn));
             turn ^= 1;
             if (turn == 0) round++;
@@ -282,8 +291,6 @@ struct Worker {
     float sums[TOKEN_TILES][4];
     uint32 pairs[2][4][4];  // of the block that is multiplied and of the next: [16 columns][fragment's registers]
     uint32 scales_turn = 0, scales_phase = 0, results_phase = 0;
-    float scale[2];         // of the next block
-    uint32 always;          // not zero, which the compiler does not know
     bool is_there;          // the next block, for certain
     float row_bias[2], row_scale[2];  // of the lane's rows
 
@@ -295,8 +302,6 @@ struct Worker {
         // An address in shared memory has the block's rank in the cluster in its uppermost byte.
         lane_offset = lane * sizeof(float2) | shared_address(ring.shared) >> 24 << 16;
         own_byte = 0x6504u | member << 4;
-        scale[0] = scale[1] = 0.0f;
-        always = args.layers.num_tiles;
     }
 
     // The lane's values of block `b`, as pairs. `pass` is called when it is time for the other group's products; of INT8
@@ -307,7 +312,14 @@ struct Worker {
         if (!is_there) sleep_for_phase(ring.full(stage), phase);
         const uint32 line = shared_address(ring.packed(stage)) + own_row * LINE_BYTES;
         if constexpr (IS_4BIT) {
-            look_up_codes(line, pairs[b % 2], pass);
+            if (b == 0) sleep_for_phase(ring.scales_full(scales_turn), scales_phase);
+            const float2 scales = load_scales(ring.scales(scales_turn, b, own_row));
+            look_up_codes(line, scales, pairs[b % 2], pass);
+            if (b == BLOCKS - 1) {
+                arrive(ring.scales_empty(scales_turn));
+                scales_turn ^= 1;
+                if (scales_turn == 0) scales_phase ^= 1;
+            }
         } else {
             widen_codes(line, pairs[b % 2]);
         }
@@ -315,7 +327,7 @@ struct Worker {
 
     // The copy engine swaps both halves of a line in every other four lines.
     template <class Pass>
-    __device__ void look_up_codes(uint32 line, uint32 (&into)[4][4], Pass pass) const {
+    __device__ void look_up_codes(uint32 line, float2 scales, uint32 (&into)[4][4], Pass pass) const {
         line += own_row / 4 % 2 * 16;
         uint4 lines[2][2];
 #pragma unroll
@@ -332,8 +344,9 @@ struct Worker {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const float2 values = look_up_values(words[i % 2][i / 2], own_byte, lane_offset);
-                into[2 * half + i / 4][i % 4] = ACTIVATION::narrow_pair(rounded_product(values.x, scale[i % 2]),
-                                                                        rounded_product(values.y, scale[i % 2]));
+                const float scale = i % 2 ? scales.y : scales.x;
+                into[2 * half + i / 4][i % 4] = ACTIVATION::narrow_pair(rounded_product(values.x, scale),
+                                                                        rounded_product(values.y, scale));
             }
         }
     }
@@ -389,40 +402,6 @@ struct Worker {
         is_there = has_phase_ended(ring.full(ring.stage(b)), phase);
     }
 
-    // The scales of block `b`. Since the load seems to depend on those before, these have been used when the next turn
-    // is awaited: the block before has been made.
-    __device__ void take_scales(int b, uint32 loads) {
-        asm volatile(
-            "{\n"
-            ".reg .pred loads;\n"
-            "setp.ne.b32 loads, %3, 0;\n"
-            "@loads ld.shared.v2.f32 {%0, %1}, [%2];\n"
-            "}"
-            : "+f"(scale[0]), "+f"(scale[1])
-            : "r"(ring.scales(scales_turn, b, own_row)), "r"(loads)
-            : "memory");
-    }
-
-    // Those of the block behind block `b` of the tile, unless that is its last.
-    __device__ void take_next_scales(int b, bool is_last) {
-        if (!IS_4BIT) return;
-        if (b < BLOCKS - 1) return take_scales(b + 1, always);
-        arrive(ring.scales_empty(scales_turn));
-        scales_turn ^= 1;
-        if (scales_turn == 0) scales_phase ^= 1;
-        if (!is_last) sleep_for_phase(ring.scales_full(scales_turn), scales_phase);
-        take_scales(0, !is_last);
-    }
-
-    __device__ void make_first_pairs() {
-        look_ahead(0);
-        if (IS_4BIT) {
-            sleep_for_phase(ring.scales_full(scales_turn), scales_phase);
-            take_scales(0, always);
-        }
-        make_pairs(0, [] {});
-    }
-
     __device__ void multiply_tile(const Tile& tile) {
         const int first = work.first_chunk(), end = work.end_chunk();
         if constexpr (SPLIT > 1) {  // of whose blocks some may have no products
@@ -430,14 +409,14 @@ struct Worker {
             for (int i = 0; i < TOKEN_TILES * 4; i++) sums[i / 4][i % 4] = 0.0f;
             if (first == end) return load_of_rows(tile);
         }
-        make_first_pairs();
+        look_ahead(0);
+        make_pairs(0, [] {});
 #pragma unroll 1
         for (int chunk = first; chunk < end; chunk++) {
 #pragma unroll
             for (int b = 0; b < BLOCKS; b++) {
                 const int stage_before = ring.stage_before(b);
                 const bool is_first = b == 0 && chunk == first, is_last = b == BLOCKS - 1 && chunk + 1 == end;
-                take_next_scales(b, is_last);
                 await_turn();
                 begin_block(b, SPLIT > 1 || !is_first, [&] {
                     if (b == BLOCKS - 1 && ring.advance()) phase ^= 1;
@@ -581,7 +560,7 @@ struct Worker {
         }
     }
 
-    // The same by the copy engine, out of a place of the ring: a token's results of the group in 128 bytes, whose
+    // The same by the copy engine: a token's results of the group are put into 128 bytes of shared memory, whose
     // 16-byte parts are swizzled by the token, so that a warp's words are in all banks.
     template <bool HAS_RESIDUAL>
     __device__ void hand_over(const Tile& tile) {
