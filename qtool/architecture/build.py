@@ -28,7 +28,7 @@ def build_architecture(values: Mapping[str, Any]) -> Architecture:
     config = Config(values)
     model_type = config.text("model_type")
     if model_type is None:
-        config.reject("model_type", None, f"one of {', '.join(KNOWN_MODEL_TYPES)}")
+        config.reject("model_type", None, "the name of a model type, such as 'llama'")
     family = FAMILIES.get(model_type) or _refuse_type(model_type)
     class_name = _class_name(config, model_type, family)
     body = family.read(config)
@@ -93,9 +93,10 @@ def _refuse_type(model_type: str) -> Family:
     from difflib import get_close_matches  # slow to import, and only this refusal needs it
 
     near = get_close_matches(model_type[:80], KNOWN_MODEL_TYPES, n=3)
+    nearest = f"; the nearest of them: {', '.join(near)}" if near else ""
     raise QtoolError(
-        f"config.json: model type {model_type[:80]!r} is not supported; known: "
-        + ", ".join(KNOWN_MODEL_TYPES),
+        f"config.json: model type {model_type[:80]!r} is not supported, {len(KNOWN_MODEL_TYPES)} "
+        f"others are{nearest}",
         kind="unsupported",
-        hint=f"nearest: {', '.join(near)}" if near else "use a checkpoint of one of these types",
+        hint="use a checkpoint of one of these types; `qtool doctor -v` lists all",
     )

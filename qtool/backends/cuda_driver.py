@@ -44,6 +44,15 @@ def cannot_run(asked: Option, reason: str, fix: str = SEE_DOCTOR) -> QtoolError:
     )
 
 
+def find_driver() -> None:
+    """Only whether there is one: starts nothing.
+
+    Raises:
+        NoCudaError: no driver.
+    """
+    _load_driver()
+
+
 def find_gpu() -> CudaDevice:
     """The first GPU that the driver sees, whatever it can do.
 

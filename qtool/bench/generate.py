@@ -12,8 +12,8 @@ import gc
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from qtool.bench.generate_summary import summarize
 from qtool.bench.interruption import gather, interruptible
 from qtool.bench.machine import describe_host, device_name, software_versions
 from qtool.bench.model_shapes import DEFAULT_SHAPE
-from qtool.bench.records import Engine
+from qtool.bench.records import Engine, Limit
 from qtool.bench.torch_device import measure_copy
 from qtool.errors import Option, QtoolError
 from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
@@ -40,7 +40,10 @@ from qtool.runtime.requirements import require_bitsandbytes
 
 Rival = Literal["bitsandbytes"]
 
+# Shape, new tokens and runs by "on a GPU": a CPU is not to take minutes for them.
+DEFAULTS: Final = {True: (DEFAULT_SHAPE, 256, 5), False: ("llama-3.2-1b", 64, 3)}
 LEAST_NEW_TOKENS: Final = 2  # the first one belongs to prefill
+LONG_S: Final = 5.0  # what takes longer is told before
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +52,52 @@ class GenerateBenchRequest:
 
     Without `model`, a model of the shape `shape` with random weights is made on the device (see
     `read_model_shape`). `precision` None is what MODEL is stored in if it is packed, else nf4-dq.
-    Every one of `batches` is measured with every one of `prompts`, numbers of tokens.
+    Every one of `batches` is measured with every one of `prompts`, numbers of tokens. None for
+    shape, new tokens or runs is what suits the device.
     """
 
     model: str | None = None
-    shape: str = DEFAULT_SHAPE
+    shape: str | None = None
     precision: Precision | None = None
     head_precision: Precision | None = None
     prompts: tuple[int, ...] = (128,)
-    new_tokens: int = 256
+    new_tokens: int | None = None
     batches: tuple[int, ...] = (1,)
-    repeats: int = 5
+    repeats: int | None = None
     against: Rival | None = None
     decoding: DecoderOptions = field(default_factory=DecoderOptions)
     device: str = "auto"
 
+    def sized_for(self, device: torch.device) -> Self:
+        """The same with a shape, new tokens and runs: of DEFAULTS where none were given."""
+        shape, new_tokens, repeats = DEFAULTS[device.type == "cuda"]
+        return replace(
+            self,
+            shape=self.shape or shape,
+            new_tokens=new_tokens if self.new_tokens is None else self.new_tokens,
+            repeats=repeats if self.repeats is None else self.repeats,
+        )
+
     @property
     def sizes(self) -> list[Size]:
-        """All combinations."""
+        """All combinations; of a request that is `sized_for` a device."""
+        assert self.new_tokens is not None
         return [
             Size(batch, prompt, self.new_tokens)
             for batch in self.batches
             for prompt in self.prompts
         ]
+
+    @property
+    def num_runs(self) -> int:
+        """That count, of each engine; the same."""
+        assert self.repeats is not None
+        return self.repeats
+
+    @property
+    def num_engines(self) -> int:
+        """That take turns."""
+        return 1 if self.against is None else 2
 
 
 def bench_generate(
@@ -83,16 +109,17 @@ def bench_generate(
         QtoolError: a model or shape that is not there or does not run, a size beyond its context,
             no such device, a rival that is not installed, or too little memory.
     """
-    if request.new_tokens < LEAST_NEW_TOKENS:
+    device = resolve_device(request.device)
+    request = request.sized_for(device)
+    if min(size.new_tokens for size in request.sizes) < LEAST_NEW_TOKENS:
         raise QtoolError(
             (Option("new", request.new_tokens), ": the first token belongs to the prompt"),
             kind="usage",
             hint=(Option("new", LEAST_NEW_TOKENS), " or more, better hundreds"),
         )
-    device = resolve_device(request.device)
     subject = choose_subject(
         model=request.model,
-        shape=request.shape,
+        shape=request.shape or DEFAULT_SHAPE,
         precision=request.precision,
         head_precision=request.head_precision,
         device=request.device,
@@ -102,9 +129,11 @@ def bench_generate(
     if request.against is not None and subject.quant in QUANTIZED_PRECISIONS:
         require_bitsandbytes()
     warnings: list[str] = []
+    on_event(Note(f"{subject.label} in {subject.quant} on {device}: {_task_text(request)}"))
     with interruptible():
         limit = measure_copy(device, on_event)
         _free_memory()
+    _announce_length(subject, request, limit, on_event)
     taken: list[tuple[Subject, Samples]] = []
     interruption = gather(_take_all(subject, request, warnings, on_event), taken)
     samples = [found for of, found in taken if of is subject]
@@ -125,6 +154,23 @@ def bench_generate(
         warnings=tuple(dict.fromkeys(warnings)),
         interruption=interruption,
     )
+
+
+def _task_text(request: GenerateBenchRequest) -> str:
+    sizes = "; ".join(size.text for size in request.sizes)
+    return f"{sizes}; a run to warm up and {request.num_runs} that count"
+
+
+def _announce_length(
+    subject: Subject, request: GenerateBenchRequest, limit: Limit, on_event: OnEvent
+) -> None:
+    """Say what the bytes alone will take, if that is long; from then on runs tell more."""
+    runs = (1 + request.num_runs) * request.num_engines
+    step_bytes = sum(subject.step_bytes(size) * size.new_tokens for size in request.sizes)
+    least_s = runs * step_bytes / limit.bytes_per_s
+    if least_s > LONG_S:
+        text = f"this takes at least {least_s:.0f} s: for new tokens, at the rate of a copy"
+        on_event(Note(f"{text}; prompts come on top"))
 
 
 def _take_all(
@@ -174,6 +220,8 @@ class _Player:
     engine: GenerateEngine
     allocated_peak_bytes: int
     timings: list[Timing] = field(default_factory=list)
+
+    warm_up_s: float = 0.0
 
     def play(self, ids: Tensor, new_tokens: int) -> None:
         """Run once and keep the time."""
@@ -238,12 +286,12 @@ class _Turns:
         stage = f"measure {self._subject.label}, batch {size.batch}, {size.prompt_tokens} tokens"
         num_engines = 1 if rival is None else 2
         run_bytes = self._subject.step_bytes(size) * size.new_tokens
-        on_event(Started(stage, (1 + self._request.repeats) * num_engines * run_bytes))
+        on_event(Started(stage, (1 + self._request.num_runs) * num_engines * run_bytes))
         ids = _random_prompts(loaded, size)
         with ExitStack() as closing, out_of_memory_as_error(f"running {size.text}"):
-            players = list(self._warm_up(loaded, rival, size, ids, closing))
-            on_event(Advanced(num_engines * run_bytes, "warm-up"))
-            for _ in range(self._request.repeats):
+            players = list(self._warm_up(loaded, rival, size, ids, closing, on_event))
+            self._announce_runs(players, on_event)
+            for _ in range(self._request.num_runs):
                 for player in random.sample(players, len(players)):
                     player.play(ids, size.new_tokens)
                     on_event(Advanced(run_bytes, player.engine.name))
@@ -258,19 +306,36 @@ class _Turns:
                 allocated_peak_bytes=player.allocated_peak_bytes,
             )
 
+    def _announce_runs(self, players: list[_Player], on_event: OnEvent) -> None:
+        """Say how long the runs that count will take, if that is long."""
+        left_s = self._request.num_runs * sum(player.warm_up_s for player in players)
+        if left_s > LONG_S:
+            each = " of each" if len(players) > 1 else ""
+            on_event(Note(f"{self._request.num_runs} runs{each} come, about {left_s:.0f} s"))
+
     def _warm_up(
-        self, loaded: LoadedModel, rival: Any | None, size: Size, ids: Tensor, closing: ExitStack
+        self,
+        loaded: LoadedModel,
+        rival: Any | None,
+        size: Size,
+        ids: Tensor,
+        closing: ExitStack,
+        on_event: OnEvent,
     ) -> Iterator[_Player]:
         """Each runs once, the rival first: then nothing of qtool's but the weights is there, and
         the peak of the memory is each one's own."""
-        rival_player = self._warm_up_rival(loaded, rival, size, ids) if rival is not None else None
+        step = Advanced(self._subject.step_bytes(size), "warm-up")
+        rival_player = None
+        if rival is not None:
+            rival_player = self._warm_up_rival(loaded, rival, size, ids)
+            on_event(step._replace(num_bytes=step.num_bytes * size.new_tokens))
         memory = DeviceMemory(loaded.device)
         own = QtoolEngine(
             loaded, capacity=size.context, batch=size.batch, options=self._request.decoding
         )
         closing.callback(own.close)
-        own.run(ids, size.new_tokens)
-        yield _Player(own, memory.allocated_peak_bytes())
+        timing = own.run(ids, size.new_tokens, on_token=lambda: on_event(step))
+        yield _Player(own, memory.allocated_peak_bytes(), warm_up_s=timing.seconds)
         if rival_player is not None:
             yield rival_player
 
@@ -282,12 +347,12 @@ class _Turns:
         engine = TransformersEngine(cast(Engine, name), network)
         memory = DeviceMemory(loaded.device)
         try:
-            engine.run(ids, size.new_tokens)
+            timing = engine.run(ids, size.new_tokens)
         except Exception as error:  # whatever it raises is its own affair
             first_line = str(error).strip().partition("\n")[0]
             self._warnings.append(f"{name} is not measured at {size.text}: {first_line}")
             return None
-        return _Player(engine, memory.allocated_peak_bytes())
+        return _Player(engine, memory.allocated_peak_bytes(), warm_up_s=timing.seconds)
 
 
 def _random_prompts(loaded: LoadedModel, size: Size) -> Tensor:

@@ -6,6 +6,7 @@ Both start from a prompt (batch, num_tokens) of random ids, and the first new to
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -57,14 +58,16 @@ class QtoolEngine:
         self.path: str | None = self._decoder.path
         self.path_reason: str | None = self._decoder.path_reason
 
-    def run(self, input_ids: Tensor, new_tokens: int) -> Timing:
-        """See `GenerateEngine.run`."""
+    def run(
+        self, input_ids: Tensor, new_tokens: int, on_token: Callable[[], None] | None = None
+    ) -> Timing:
+        """See `GenerateEngine.run`; `on_token` is called for each, in runs that do not count."""
         start_s = time.perf_counter()
         self._decoder.prefill(input_ids, 0)
         tokens = self._decoder.decode(Sampling(), new_tokens)
         next(tokens)
         first_s = time.perf_counter()
-        made = 1 + sum(1 for _ in tokens)
+        made = 1 + sum(1 for _ in (tokens if on_token is None else _telling(tokens, on_token)))
         end_s = time.perf_counter()
         if made != new_tokens:
             raise QtoolError(
@@ -77,6 +80,14 @@ class QtoolEngine:
     def close(self) -> None:
         """See `GenerateEngine.close`."""
         self._decoder.close()
+
+
+def _telling(tokens: Iterator[Any], on_token: Callable[[], None]) -> Iterator[Any]:
+    """The tokens; all but the first, which is there by now, are told when they come."""
+    on_token()
+    for token in tokens:
+        on_token()
+        yield token
 
 
 class TransformersEngine:

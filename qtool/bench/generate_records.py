@@ -42,6 +42,11 @@ class Timing:
     prefill_s: float
     decode_s: float
 
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return self.prefill_s + self.decode_s
+
 
 @dataclass(frozen=True, slots=True)
 class Samples:

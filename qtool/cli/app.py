@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from qtool import __version__
+from qtool.cli.help import MAX_COLUMNS, Program, VerbCommand, VerbGroup
 from qtool.cli.option_names import is_given, option_names, source_of
 from qtool.cli.session import as_qtool_error, report_error
 from qtool.errors import EXIT_NO_READER, Option, QtoolError, interruption
@@ -44,8 +45,9 @@ def build_command(verbs: tuple[str, ...] = VERBS) -> Any:
         name="qtool",
         help=HELP,
         epilog=EPILOG,
-        rich_markup_mode="rich",
-        context_settings={"help_option_names": ["-h", "--help"]},
+        cls=Program,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MAX_COLUMNS},
         pretty_exceptions_enable=False,
     )
     app.callback()(_root)
@@ -53,7 +55,6 @@ def build_command(verbs: tuple[str, ...] = VERBS) -> Any:
         _add_verb(app, verb)
     group: Any = typer.main.get_command(app)
     _bind_environment(group)
-    group.rich_markup_mode = None  # plain text loads no rich: the program's help appears at once
     return group
 
 
@@ -82,7 +83,9 @@ def _add_verb(app: typer.Typer, verb: str) -> None:
         _add_command(app, verb, getattr(module, verb), module.EXAMPLES)
         return
     text = _join_lines(getattr(module, verb).__doc__)
-    group = typer.Typer(help=text, epilog=_examples(module.EXAMPLES))
+    group = typer.Typer(
+        help=text, epilog="\n".join(module.EXAMPLES), cls=VerbGroup, rich_markup_mode=None
+    )
     for name in subverbs:
         examples = [line for line in module.EXAMPLES if line.startswith(f"qtool {verb} {name}")]
         _add_command(group, name, getattr(module, name), examples)
@@ -92,11 +95,8 @@ def _add_verb(app: typer.Typer, verb: str) -> None:
 def _add_command(
     app: typer.Typer, name: str, command: Callable[..., None], examples: Sequence[str]
 ) -> None:
-    app.command(name, help=_join_lines(command.__doc__ or ""), epilog=_examples(examples))(command)
-
-
-def _examples(lines: Sequence[str]) -> str:
-    return "\n".join(("[bold]Examples[/bold]", *lines))
+    text = _join_lines(command.__doc__ or "")
+    app.command(name, help=text, epilog="\n".join(examples), cls=VerbCommand)(command)
 
 
 def _join_lines(docstring: str) -> str:

@@ -19,6 +19,7 @@ from qtool.formats.precisions import Precision, QuantizedPrecision
 if TYPE_CHECKING:
     from qtool.report.output import Output
 
+LOADING = "loading PyTorch"
 SUBVERBS = ("quantize", "kernels", "generate", "finetune", "optimizers")
 EXAMPLES = (
     "qtool bench quantize",
@@ -29,7 +30,7 @@ EXAMPLES = (
     "qtool bench kernels --op linear --shape 4096x14336 --rows 1 --rows 8",
     "qtool bench kernels --backend cpu --output cpu.json",
     "qtool bench generate",
-    "qtool bench generate ./Llama-3.1-8B-nf4 --prompt 128 --prompt 2048 --batch 1 --batch 8",
+    "qtool bench generate ./Llama-3.1-8B-nf4 --prompt 2048 --batch 1 --batch 8",
     "qtool bench generate --shape llama-3.1-70b-4layers --against bitsandbytes",
     "qtool bench finetune --against bitsandbytes",
     "qtool bench finetune --shape llama-3.2-1b --batch 4 --length 1024",
@@ -38,6 +39,9 @@ EXAMPLES = (
 )
 
 Backend = Annotated[BackendChoice, typer.Option(help="Where to compute.")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+]
 OutputFile = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Write the JSON document here too."),
@@ -171,9 +175,7 @@ def kernels(
         ),
     ] = None,
     backend: Backend = "auto",
-    repeat: Annotated[
-        int, typer.Option(metavar="N", min=20, help="Samples of each, at least 20.")
-    ] = 20,
+    repeat: Annotated[int, typer.Option(metavar="N", min=20, help="Samples of each.")] = 20,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -230,13 +232,14 @@ def generate(
         ),
     ] = None,
     shape: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
             help="llama-3.1-8b, llama-3.2-1b, llama-3.1-70b-4layers, or the path of a "
             "config.json. Nothing is written; the weights are made on the device.",
+            show_default="llama-3.1-8b on a GPU, else llama-3.2-1b",
         ),
-    ] = "llama-3.1-8b",
+    ] = None,
     quant: Annotated[
         Precision | None,
         typer.Option(
@@ -257,12 +260,20 @@ def generate(
             metavar="N", min=1, help="Tokens of the prompt; repeatable.", show_default="128"
         ),
     ] = None,
-    new: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to make.")] = 256,
+    new: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=2, help="Tokens to make.", show_default="256 on a GPU, else 64"
+        ),
+    ] = None,
     batch: Annotated[
         list[int] | None,
         typer.Option(metavar="N", min=1, help="Sequences at a time; repeatable.", show_default="1"),
     ] = None,
-    repeat: Annotated[int, typer.Option(metavar="N", min=1, help="Runs of each.")] = 5,
+    repeat: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Runs of each.", show_default="5 on a GPU, else 3"),
+    ] = None,
     against: Annotated[
         Literal["bitsandbytes"] | None,
         typer.Option(
@@ -277,7 +288,7 @@ def generate(
     prefill_chunk: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens that go through the model at a time.")
     ] = PREFILL_CHUNK,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     output: OutputFile = None,
     config: options.ConfigFile = None,
     json_output: options.Json = False,
@@ -296,12 +307,10 @@ def generate(
         ctx, "bench generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
         _warn_of_shape(ctx, show, model, "shape")
-        from qtool.report.bench import check_output, report_generate
-        from qtool.runtime.requirements import require_run_extra
-
-        require_run_extra()
-        check_output(output)
+        _check_torch_bench(output, device, shape=shape, model=model)
+        show.note(LOADING)
         from qtool.bench.generate import GenerateBenchRequest, bench_generate
+        from qtool.report.bench import report_generate
         from qtool.runtime.decoders.choose import DecoderOptions
 
         request = GenerateBenchRequest(
@@ -352,7 +361,7 @@ def finetune(
         Literal["bitsandbytes"] | None,
         typer.Option(help="Train with PEFT + bitsandbytes too.", show_default=False),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     output: OutputFile = None,
     config: options.ConfigFile = None,
     json_output: options.Json = False,
@@ -369,12 +378,11 @@ def finetune(
     with verb_session(
         ctx, "bench finetune", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
-        from qtool.report.bench import check_output
-        from qtool.runtime.requirements import require_peft, require_run_extra
+        from qtool.runtime.requirements import require_peft
 
-        require_run_extra()
+        _check_torch_bench(output, device, shape=shape)
         require_peft()
-        check_output(output)
+        show.note(LOADING)
         from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 
         with quiet_bitsandbytes():  # PEFT imports it where it is installed
@@ -409,11 +417,9 @@ def optimizers(
             show_default="both on a GPU, else lora",
         ),
     ] = None,
-    repeat: Annotated[
-        int, typer.Option(metavar="N", min=20, help="Steps of each, at least 20.")
-    ] = 20,
+    repeat: Annotated[int, typer.Option(metavar="N", min=20, help="Steps of each.")] = 20,
     rival: Annotated[bool, typer.Option(help="Measure torch and bitsandbytes too.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     output: OutputFile = None,
     config: options.ConfigFile = None,
     json_output: options.Json = False,
@@ -429,12 +435,10 @@ def optimizers(
     with verb_session(
         ctx, "bench optimizers", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
-        from qtool.report.bench import check_output, report_optimizers
-        from qtool.runtime.requirements import require_run_extra
-
-        require_run_extra()
-        check_output(output)
+        _check_torch_bench(output, device)
+        show.note(LOADING)
         from qtool.bench.optimizers import OptimizerRequest, bench_optimizers
+        from qtool.report.bench import report_optimizers
 
         request = OptimizerRequest(
             cases=tuple(case or ()), device=device, repeats=repeat, with_rivals=rival
@@ -442,6 +446,24 @@ def optimizers(
         with show.progress() as on_event:
             result = bench_optimizers(request, on_event)
         report_optimizers(show, result, output)
+
+
+def _check_torch_bench(
+    output: Path | None, device: str, *, shape: str | None = None, model: str | None = None
+) -> None:
+    """Refuse what can be told before PyTorch is loaded."""
+    from qtool.bench.model_shapes import read_model_shape
+    from qtool.checkpoint.open import locate_model
+    from qtool.report.bench import check_output
+    from qtool.runtime.requirements import require_device, require_run_extra
+
+    require_run_extra()
+    check_output(output)
+    require_device(device)
+    if model is not None:
+        locate_model(model)
+    elif shape is not None:
+        read_model_shape(shape, option="shape")
 
 
 def _warn_of_shape(ctx: typer.Context, show: Output, model: str | None, name: str) -> None:

@@ -35,7 +35,7 @@ def demo(
     r"""Run the verbs on a small model that ships with qtool.
 
     Shows estimate, quantize, inspect, generate and sizing. Works offline and takes some seconds.
-    The text before and after needs the \[run] extra.
+    The text before and after needs the [run] extra.
     """
     with verb_session(
         ctx, "demo", json_output=json_output, quiet=quiet, verbose=verbose, color=color

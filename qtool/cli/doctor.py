@@ -42,8 +42,12 @@ def doctor(
     with verb_session(
         ctx, "doctor", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as output:
+        from qtool.architecture import KNOWN_MODEL_TYPES
         from qtool.doctor import run_checks
         from qtool.report.doctor import report_checks
 
-        if not report_checks(output, run_checks(model)):
+        is_ready = report_checks(output, run_checks(model))
+        known = ", ".join(KNOWN_MODEL_TYPES)
+        output.detail(f"{len(KNOWN_MODEL_TYPES)} model types are known by name: {known}")
+        if not is_ready:
             raise typer.Exit(1)

@@ -25,12 +25,12 @@ ADAPTER_PANEL = "Adapters"
 STEPS_PANEL = "Steps"
 EXAMPLES = (
     "qtool finetune Qwen/Qwen3-8B chats.jsonl -o lora",
-    "qtool finetune ./Llama-3.1-8B-nf4 notes.txt -o lora --max-length 2048 --epochs 3",
-    "qtool finetune Qwen/Qwen3-8B trl-lib/Capybara -o lora --max-steps 500 --packing",
-    "qtool finetune ./model rows.parquet -o lora --lora-r 64 --optimizer paged-adamw-8bit",
+    "qtool finetune ./Llama-3.1-8B-nf4 notes.txt -o lora --max-length 2048",
+    "qtool finetune Qwen/Qwen3-8B trl-lib/Capybara -o lora --packing",
+    "qtool finetune ./model rows.parquet -o lora --optimizer paged-adamw-8bit",
     "qtool finetune ./model rows.jsonl -o out --method full --optimizer adamw-8bit",
     "qtool finetune Qwen/Qwen3-8B chats.jsonl -o lora --resume",
-    "accelerate launch --num_processes 2 -m qtool finetune ./model rows.jsonl -o lora",
+    "accelerate launch --num_processes 2 -m qtool finetune ./model a.jsonl -o lora",
 )
 LORA_OPTIONS = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "adapter_dtype")
 
@@ -147,7 +147,14 @@ def finetune(
     ] = 32,
     lora_dropout: Annotated[
         float,
-        typer.Option("--lora-dropout", min=0, max=1, metavar="X", rich_help_panel=ADAPTER_PANEL),
+        typer.Option(
+            "--lora-dropout",
+            min=0,
+            max=1,
+            metavar="X",
+            rich_help_panel=ADAPTER_PANEL,
+            help="The share of their inputs that is dropped.",
+        ),
     ] = 0.05,
     lora_targets: Annotated[
         str | None,
@@ -221,7 +228,13 @@ def finetune(
         ),
     ] = "adamw",
     weight_decay: Annotated[
-        float, typer.Option(metavar="X", min=0, rich_help_panel=STEPS_PANEL)
+        float,
+        typer.Option(
+            metavar="X",
+            min=0,
+            rich_help_panel=STEPS_PANEL,
+            help="Weights shrink by lr times X a step.",
+        ),
     ] = 0.0,
     gradient_checkpointing: Annotated[
         bool,
@@ -291,7 +304,7 @@ def finetune(
     with verb_session(
         ctx, "finetune", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
-        from qtool.runtime.requirements import require_finetune_extra
+        from qtool.runtime.requirements import require_device, require_finetune_extra
 
         if resume and restart:
             raise QtoolError(
@@ -300,6 +313,7 @@ def finetune(
                 hint="give one of them",
             )
         require_finetune_extra()
+        require_device(device)
         _warn_without_effect(ctx, show, method)
         from qtool.finetune.records import (
             DataOptions,

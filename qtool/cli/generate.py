@@ -210,10 +210,12 @@ def generate(
     with verb_session(
         ctx, "generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
+        from qtool.checkpoint.open import locate_model
         from qtool.runtime import head_start
         from qtool.runtime.lean_imports import lean_imports
+        from qtool.runtime.memory_limits import parse_max_memory
         from qtool.runtime.prompts import SAID_NO, refuse_system
-        from qtool.runtime.requirements import require_run_extra
+        from qtool.runtime.requirements import require_device, require_run_extra
 
         text = _read_prompt(prompt, prompt_file)
         if text is None and json_output:
@@ -225,9 +227,13 @@ def generate(
                 if value is not None:
                     show.warn((Option(name), " changes nothing at ", Option("temperature", 0)))
         require_run_extra()
+        require_device(device)
+        locate_model(model)
+        if max_memory is not None:
+            parse_max_memory(max_memory)
         head_start.begin(device)
         with lean_imports():
-            from qtool.report.generate import converse, report_result
+            from qtool.report.generate import converse, report_loaded, report_result
             from qtool.runtime.adapters import fetch_adapter
             from qtool.runtime.answers import Request, answer, check_request
             from qtool.runtime.decoders.choose import DecoderOptions
@@ -250,6 +256,7 @@ def generate(
                 check=lambda preview: check_request(preview, request, text),
             )
         with loaded:
+            report_loaded(show, loaded)
             if text is None:
                 converse(show, loaded, request)
                 return

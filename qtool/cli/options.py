@@ -56,6 +56,7 @@ Restart = Annotated[bool, typer.Option("--restart", help="Begin anew instead of 
 Workers = Annotated[
     int | None,
     typer.Option(
+        metavar="N",
         min=1,
         max=MAX_THREADS,
         rich_help_panel=TUNING_PANEL,
@@ -82,11 +83,21 @@ Json = Annotated[
 ]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", help="The answer only.", rich_help_panel=OUTPUT_PANEL),
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="The answer only: no notes and no progress on stderr.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
 ]
 Verbose = Annotated[
     bool,
-    typer.Option("--verbose", "-v", help="Say more while working.", rich_help_panel=OUTPUT_PANEL),
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Say more: what each stage took, lists in full.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
 ]
 Color = Annotated[
     ColorChoice,

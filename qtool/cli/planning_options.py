@@ -119,9 +119,18 @@ LoraTargets = Annotated[
 ]
 LoraDropout = Annotated[
     float,
-    typer.Option(min=0, max=1, metavar="X", rich_help_panel=TRAINING_PANEL),
+    typer.Option(
+        min=0,
+        max=1,
+        metavar="X",
+        rich_help_panel=TRAINING_PANEL,
+        help="The share of their inputs that is dropped.",
+    ),
 ]
-AdapterDtype = Annotated[AdapterDtypeName, typer.Option(rich_help_panel=TRAINING_PANEL)]
+AdapterDtype = Annotated[
+    AdapterDtypeName,
+    typer.Option(rich_help_panel=TRAINING_PANEL, help="What adapters are held in."),
+]
 Optimizer = Annotated[
     str,
     typer.Option(

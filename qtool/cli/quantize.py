@@ -17,7 +17,7 @@ EXAMPLES = (
     "qtool quantize ./Llama-3.1-8B -o ./Llama-3.1-8B-nf4",
     "qtool quantize Qwen/Qwen3-8B -o out --quant int8",
     "qtool quantize ./model --dry-run",
-    "qtool quantize ./model -o out --quant nf4 --blocksize 128 --skip model.layers.0",
+    "qtool quantize ./model -o out --blocksize 128 --skip model.layers.0",
     "qtool quantize ./model -o out --config nf4-dq --json",
 )
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qtool.backends.protocol import Backend
 from qtool.checkpoint.records import Checkpoint, TensorInfo
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 from qtool.events import Advanced, Finished, OnEvent, Started, ignore_events
 from qtool.formats.bitsandbytes import QuantizedWeight, find_quantized, stray_statistics
 from qtool.formats.floats import widen
@@ -33,6 +33,10 @@ Result = LayerError | Difference | None
 
 MAX_WORKERS: Final = 8  # each holds some 30 MB: tiles of both sides
 CHUNK_BYTES: Final = 8 << 20  # of each of two files, when bytes are compared
+GIVE_ORIGINAL: Final = (
+    "give the full-precision model that it was made from after ",
+    Option("against", verb="inspect"),
+)
 SUM_ELEMENTS: Final = 1 << 14  # float64 temporaries of this length stay in the cache
 
 
@@ -47,7 +51,8 @@ def compare_checkpoints(
     Both must have been opened with need="files".
 
     Raises:
-        QtoolError: `original` is quantized itself or shares no tensor with `quantized`.
+        QtoolError: `original` is quantized itself, or nothing can be compared: no name is in both,
+            or none of its tensors has there the shape it has here.
     """
     weights = find_quantized(quantized.tensors)
     pairs = _Pairs(quantized, original)
@@ -63,12 +68,13 @@ def compare_checkpoints(
         ]
         results = _in_parallel(tasks)
     on_event(Finished("compare"))
+    errors = tuple(result for result in results if isinstance(result, LayerError))
+    differences = tuple(result for result in results if isinstance(result, Difference))
+    is_alike = not weights and any(_is_alike(tensor, pairs) for tensor in copied)
+    if differences and not (errors or is_alike):  # with layers, equal norms alone tell nothing
+        raise _nothing_to_compare(quantized, original, differences[0])
     missing = (Difference(name, "in the original only") for name in pairs.missing_here())
-    return Comparison(
-        errors=tuple(result for result in results if isinstance(result, LayerError)),
-        num_equal=results.count(None),
-        differences=(*(r for r in results if isinstance(r, Difference)), *missing),
-    )
+    return Comparison(errors, results.count(None), (*differences, *missing))
 
 
 def _in_parallel(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
@@ -205,12 +211,8 @@ class _PairReader:
         """Why a copied tensor is not the original's; None if it is, byte for byte."""
         if original is None:
             return "not in the original"
-        for what, found, expected in (
-            ("dtype", tensor.dtype, original.dtype),
-            ("shape", list(tensor.shape), list(original.shape)),
-        ):
-            if found != expected:
-                return f"{what} {found}, in the original {expected}"
+        if (reason := _other_format(tensor, original)) is not None:
+            return reason
         num_different = sum(self._differing_bytes(tensor, original))
         return f"{num_different:,} of {tensor.num_bytes:,} bytes differ" if num_different else None
 
@@ -257,6 +259,23 @@ def _compare_copy(tensor: TensorInfo, pairs: _Pairs, reader: _PairReader) -> Dif
     return None if reason is None else Difference(tensor.name, reason)
 
 
+def _is_alike(tensor: TensorInfo, pairs: _Pairs) -> bool:
+    """Whether the original has bytes to compare the tensor's with."""
+    original = pairs.original_of(tensor.name)
+    return original is not None and _other_format(tensor, original) is None
+
+
+def _other_format(tensor: TensorInfo, original: TensorInfo) -> str | None:
+    """What keeps their bytes from being compared."""
+    for what, found, expected in (
+        ("dtype", tensor.dtype, original.dtype),
+        ("shape", list(tensor.shape), list(original.shape)),
+    ):
+        if found != expected:
+            return f"{what} {found}, in the original {expected}"
+    return None
+
+
 def _shape_of(weight: QuantizedWeight, files: TensorFiles) -> tuple[int, ...]:
     is_int8 = weight.precision == "int8"
     return weight.weight.shape if is_int8 else read_quant_state(weight, files).shape
@@ -271,17 +290,29 @@ def _copied_tensors(
 
 
 def _refuse_unrelated(quantized: Checkpoint, original: Checkpoint, pairs: _Pairs) -> None:
-    hint = "give the full-precision model that it was made from after --against"
     if packed := find_quantized(original.tensors):
         raise QtoolError(
             f"{original.id} is quantized itself ({next(iter(packed))} is packed)",
             kind="usage",
-            hint=hint,
+            hint=GIVE_ORIGINAL,
         )
     if not any(pairs.original_of(name) for name in quantized.tensors):
         raise QtoolError(
-            f"{original.id} and {quantized.id} have no tensor in common", kind="usage", hint=hint
+            f"{original.id} and {quantized.id} have no tensor in common",
+            kind="usage",
+            hint=GIVE_ORIGINAL,
         )
+
+
+def _nothing_to_compare(
+    quantized: Checkpoint, original: Checkpoint, first: Difference
+) -> QtoolError:
+    return QtoolError(
+        f"nothing in {quantized.id} can be compared with {original.id}: "
+        f"{first.name}: {first.reason}",
+        kind="usage",
+        hint=GIVE_ORIGINAL,
+    )
 
 
 def _open_files(checkpoint: Checkpoint) -> TensorFiles:

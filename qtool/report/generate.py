@@ -19,6 +19,7 @@ from qtool.runtime.generate import GenerateResult, PromptTooLong
 from qtool.runtime.linear import LinearInt8
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.memory import DevicePeak
+from qtool.runtime.placement import weights_by_device
 from qtool.runtime.prompts import Conversation
 
 PROMPT = ">>> "
@@ -36,12 +37,23 @@ STOP_WORDS = {
 }
 
 
+def report_loaded(output: Output, loaded: LoadedModel) -> None:
+    """With --verbose say where the weights went."""
+    if not output.verbose:
+        return
+    places = weights_by_device(loaded.model, loaded.device).items()
+    where = ", ".join(f"{format_bytes(num_bytes)} on {place}" for place, num_bytes in places)
+    packed = f", {loaded.num_packed_layers} packed layers" if loaded.num_packed_layers else ""
+    output.detail(f"weights: {where}{packed}")
+
+
 def report_result(output: Output, loaded: LoadedModel, result: GenerateResult) -> None:
     """End the streamed text, then say how fast it came and what it took."""
     if not result.text.endswith("\n"):
         output.write_text("\n")
     for line in _statistics(output, loaded, result):
         output.note(line)
+    output.detail(f"seconds: {_phases(loaded, result)}")
     output.document(_document(loaded, result))
 
 
@@ -163,6 +175,20 @@ def _statistics(output: Output, loaded: LoadedModel, result: GenerateResult) -> 
         + _memory_words(loaded.memory.device_peak()),
         f"{loaded.devices} · {result.path}: {result.path_reason}{rounded}",
     ]
+
+
+def _phases(loaded: LoadedModel, result: GenerateResult) -> str:
+    """What the time went to, from the start of the process."""
+    phases = [
+        ("loading", loaded.load_s),
+        (f"{result.path} path", result.prepare_s),
+        ("prompt", result.prefill_s),
+        ("new tokens", result.decode_s),
+    ]
+    if result.first_token_s is not None:
+        known_s = loaded.load_s + result.prepare_s + result.prefill_s
+        phases.insert(0, ("Python and packages", max(0.0, result.first_token_s - known_s)))
+    return " · ".join(f"{name} {seconds:.2f}" for name, seconds in phases)
 
 
 def _memory_words(peak: DevicePeak) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 NUM_WORST_LAYERS: Final = 5
 NUM_PROBLEMS_SHOWN: Final = 20
+UNRELATED_ERROR: Final = 0.5  # four bits cost a tenth, and weights of another model more than all
 
 
 def report_inspection(output: Output, result: InspectionResult, *, tensors: bool) -> None:
@@ -211,6 +212,11 @@ def _report_comparison(
     output.answer("", Text.assemble(("error against ", "bold"), against))
     errors = sorted(comparison.errors, key=_badness, reverse=True)
     if errors:
+        if all(error.relative_error > UNRELATED_ERROR for error in errors):
+            least = f"{100 * errors[-1].relative_error:.0f} %"
+            output.warn(
+                f"the error is {least} or more in every layer: {against} is hardly the original"
+            )
         output.answer(_kind_table(errors), "")
         shown = errors if in_full else errors[:NUM_WORST_LAYERS]
         title = "layer" if len(shown) == len(errors) else f"worst {len(shown)} of {len(errors)}"

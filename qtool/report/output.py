@@ -169,8 +169,8 @@ class Output:
             self._say(text, soft_wrap=not self.stderr.is_terminal)
 
     def detail(self, text: str) -> None:
-        """A sentence for --verbose."""
-        if self.verbose and not self.json_mode:
+        """A sentence for --verbose; silent as a note is."""
+        if self.verbose and not self.is_silent:
             self._say(text, style="dim")
 
     def warn(self, words: Words) -> None:

@@ -1,7 +1,9 @@
 """Progress of byte-counted work: one bar with bytes, GB/s and time left, or plain lines.
 
 The bar appears only when stderr is a terminal; elsewhere each stage that takes
-a second or more prints one line when it ends.
+a second or more prints one line when it ends, and a long one says now and then
+how far it is. With --verbose all stages have their line, and long ones say so
+sooner, and what is in work; names are not listed one by one.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 REFRESHES_PER_S = 8
 WORTH_A_LINE_S = 1.0  # quicker stages are not worth a line in a log
+# When a stage first says how far it is; then after twice as long, and so on: logs stay short.
+FIRST_LINE_S = {False: 10.0, True: 2.0}  # by --verbose
 
 
 @contextmanager
@@ -60,33 +64,45 @@ class _BarEvents:
 
 
 class _LineEvents:
-    """Prints one line per finished stage; with --verbose one per item."""
+    """Prints one line per finished stage, and few while it lasts."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
+        self._stage = Started("", 0)
         self._start_s = 0.0
+        self._next_line_s = 0.0
         self._done_bytes = 0
-        self._item = ""
 
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
+                self._stage = event
                 self._start_s, self._done_bytes = time.perf_counter(), 0
+                self._next_line_s = FIRST_LINE_S[self._output.verbose]
             case Advanced(num_bytes, item):
                 self._done_bytes += num_bytes
-                if item and item != self._item:
-                    self._output.detail(f"{item}")
-                    self._item = item
+                self._say_how_far(item, time.perf_counter() - self._start_s)
             case Finished(stage):
                 self._report(stage, time.perf_counter() - self._start_s)
             case Note():
                 self._output.on_note(event)
 
+    def _say_how_far(self, item: str, seconds: float) -> None:
+        if seconds < self._next_line_s:
+            return
+        self._next_line_s = 2 * seconds
+        total = format_bytes(self._stage.total_bytes)
+        in_work = f", {item}" if item and self._output.verbose else ""
+        line = f"{self._stage.stage}: {format_bytes(self._done_bytes)} of {total}"
+        self._output.note(f"{line} after {seconds:.0f} s{in_work}")
+
     def _report(self, stage: str, seconds: float) -> None:
+        rate = format_rate(self._done_bytes, seconds)
+        line = f"{stage}: {format_bytes(self._done_bytes)} in {seconds:.1f} s ({rate})"
         if seconds >= WORTH_A_LINE_S:
-            rate = format_rate(self._done_bytes, seconds)
-            done = format_bytes(self._done_bytes)
-            self._output.note(f"{stage}: {done} in {seconds:.1f} s ({rate})")
+            self._output.note(line)
+        else:
+            self._output.detail(line)
 
 
 def _bar(console: Console) -> Progress:

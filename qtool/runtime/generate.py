@@ -67,6 +67,7 @@ class GenerateResult:
     token_ids: tuple[int, ...]
     prefill_s: float
     decode_s: float
+    prepare_s: float  # until the decoder was there: its cache, its graph, its check
     first_token_s: float | None  # since the process started; None if there was none
     stop_reason: StopReason
     path: str
@@ -157,6 +158,7 @@ class Generation:
         self._clock = _TokenClock()
         self._token_ids: list[int] = []
         self._decoder: Decoder | None = None
+        self._prepare_s = 0.0
 
     def pieces(self) -> Iterator[str]:
         """The text as it is made, up to its end; to be iterated once.
@@ -165,7 +167,9 @@ class Generation:
             QtoolError: memory runs out.
         """
         with out_of_memory_as_error("generating"):
+            start_s = time.perf_counter()
             self._decoder = self._history.decoder_for(len(self._prompt_ids) + self._num_tokens)
+            self._prepare_s = time.perf_counter() - start_s
             self._clock.start()
             tokens = self._history.answer(self._prompt_ids, self._sampling, self._num_tokens)
             with closing(tokens):
@@ -191,6 +195,7 @@ class Generation:
             token_ids=tuple(self._token_ids),
             prefill_s=self._clock.prefill_s,
             decode_s=self._clock.decode_s,
+            prepare_s=self._prepare_s,
             first_token_s=self._clock.first_token_s,
             stop_reason=stop_reason,
             path=self._decoder.path if self._decoder else "",

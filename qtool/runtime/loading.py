@@ -55,6 +55,7 @@ from qtool.runtime.placement import (
     describe_devices,
     read_limits,
     resolve_device,
+    why_no_gpu,
 )
 from qtool.runtime.weights import WeightSource, open_stored_weights
 
@@ -151,6 +152,8 @@ def load_model(
     if options.adapter is not None:
         check_adapter(options.adapter)
     device = resolve_device(options.device)
+    if options.device == "auto" and device.type == "cpu":
+        on_event(Note(f"{device}: {why_no_gpu()[0]}", level="detail"))
     if options.max_memory is not None:
         read_limits(options.max_memory, device)
     checkpoint = open_checkpoint(model, need="files", on_event=on_event)
@@ -166,6 +169,8 @@ def load_model(
         tokenizer = load_tokenizer(checkpoint)
         max_context = getattr(config.get_text_config(), "max_position_embeddings", None)
         check(Preview(tokenizer, max_context, device))
+        seconds = time.perf_counter() - start_s
+        on_event(Note(f"headers, config and tokenizer: {seconds:.1f} s", level="detail"))
         with _open_weights(checkpoint, options, on_event) as source, ExitStack() as offloaded:
             threshold = None
             if options.int8_threshold is not None:
@@ -187,7 +192,10 @@ def load_model(
             network = _build_model(
                 checkpoint, config, source, placement, dtypes, offload_folder, on_event
             )
+            loaded_s = time.perf_counter()
             _wait_for_kernels(compiling, on_event)
+            seconds = time.perf_counter() - loaded_s
+            on_event(Note(f"kernels: ready {seconds:.1f} s after the weights", level="detail"))
             if threshold is not None:
                 _set_int8_threshold(network, threshold, placement, dtypes, on_event)
             if options.head_quant is not None:

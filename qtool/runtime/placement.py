@@ -6,7 +6,7 @@ memory and disk, and moves what does not lie on a GPU there for each forward pas
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,12 +15,12 @@ import torch
 
 from qtool.backends.cuda_driver import SEE_DOCTOR, NoCudaError, cannot_run, find_gpu
 from qtool.errors import Option, QtoolError
+from qtool.runtime.memory_limits import parse_max_memory
+from qtool.runtime.requirements import gpu_index
 
 # Free GPU memory that is left for the KV cache, activations and one dequantized layer when the
 # weights are placed without a word from the user.
 RESERVED_BYTES: Final = 1 << 30
-SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
-MAX_MEMORY_EXAMPLE: Final = "0=6GiB,cpu=20GiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,28 +96,6 @@ def read_limits(max_memory: str, chosen: torch.device) -> dict[int | str, int]:
     return limits
 
 
-def parse_max_memory(text: str) -> dict[int | str, int]:
-    """ "0=6GiB,cpu=20GiB" -> {0: 6 * 2**30, "cpu": 20 * 2**30}; GB is 10^9, GiB 2^30."""
-    limits: dict[int | str, int] = {}
-    for entry in text.split(","):
-        place, equals, size = entry.partition("=")
-        place = place.strip().removeprefix("cuda:")
-        match = SIZE.fullmatch(size)
-        if not equals or not match or not (place == "cpu" or place.isdecimal()):
-            raise QtoolError(
-                (
-                    Option("max_memory", text),
-                    f": {entry!r} is not of the form GPU=SIZE or cpu=SIZE",
-                ),
-                kind="usage",
-                hint=("for example ", Option("max_memory", MAX_MEMORY_EXAMPLE)),
-            )
-        number, unit, binary = match.groups()
-        scale = (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
-        limits[int(place) if place != "cpu" else "cpu"] = int(float(number) * scale)
-    return limits
-
-
 def resolve_device(device: str) -> torch.device:
     """The device of that name; makes no CUDA context.
 
@@ -129,16 +107,9 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda", 0) if num_gpus else torch.device("cpu")
     if device == "cpu":
         return torch.device("cpu")
-    match = re.fullmatch(r"cuda(?::(\d+))?", device)
-    if match is None:
-        raise QtoolError(
-            (Option("device", device), ": there is no such device"),
-            kind="usage",
-            hint="use auto, cpu, cuda or cuda:N",
-        )
-    index = int(match.group(1) or 0)
+    index = gpu_index(device)
     if not num_gpus:
-        raise cannot_run(Option("device", device), *_why_no_gpu())
+        raise cannot_run(Option("device", device), *why_no_gpu())
     if index >= num_gpus:
         raise QtoolError(
             (Option("device", device), f": PyTorch finds {num_gpus} GPU{'s' * (num_gpus != 1)}"),
@@ -148,7 +119,7 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _why_no_gpu() -> tuple[str, str]:
+def why_no_gpu() -> tuple[str, str]:
     """Why PyTorch has no GPU, and what helps."""
     try:
         name = find_gpu().name
@@ -159,8 +130,26 @@ def _why_no_gpu() -> tuple[str, str]:
     return f"{name} is there, PyTorch cannot use it", SEE_DOCTOR
 
 
+def weights_by_device(model: Any, device: torch.device) -> dict[str, int]:
+    """Bytes of the model's tensors by where they lie: "cuda:0", "cpu" or "disk"; `device` is where
+    those of a model that is not spread do.
+    """
+    device_map = getattr(model, "hf_device_map", None) or {"": device}
+    num_bytes: Counter[str] = Counter()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        parts = name.split(".")
+        modules = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
+        place = next((device_map[it] for it in modules if it in device_map), device)
+        num_bytes[_device_name(place)] += tensor.nbytes
+    return dict(num_bytes)
+
+
 def describe_devices(model: Any, placement: Placement) -> str:
     """ "cuda:0", or where the layers of a spread model went: "cuda:0 + cpu"."""
     device_map = getattr(model, "hf_device_map", None) or {"": placement.device}
-    names = [f"cuda:{d}" if isinstance(d, int) else str(d) for d in device_map.values()]
+    names = [_device_name(place) for place in device_map.values()]
     return " + ".join(sorted(set(names), key=names.index))
+
+
+def _device_name(place: object) -> str:
+    return f"cuda:{place}" if isinstance(place, int) else str(place)

@@ -1,4 +1,7 @@
-"""What must be installed before a model can run, said in one sentence if it is not."""
+"""What must be there before a model can run, said in one sentence if it is not.
+
+Imports nothing heavy: what is missing is told at once.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
+from qtool.backends.cuda_driver import NoCudaError, cannot_run, find_driver
 from qtool.errors import Option, QtoolError
 
 RUN_PACKAGES: Final = ("torch", "transformers", "accelerate")
@@ -33,6 +37,33 @@ def require_run_extra() -> None:
             kind="unsupported",
             hint='pip install --upgrade "qtool[run]"',
         )
+
+
+def require_device(device: str) -> None:
+    """The same for a device: a name that is none, a GPU without a driver. PyTorch knows the rest.
+
+    Raises:
+        QtoolError: usage, or unsupported.
+    """
+    if device in ("auto", "cpu"):
+        return
+    gpu_index(device)
+    try:
+        find_driver()
+    except NoCudaError as error:
+        raise cannot_run(Option("device", device), error.reason, error.fix) from error
+
+
+def gpu_index(device: str) -> int:
+    """The N of cuda:N, 0 for cuda; QtoolError (usage) for other names."""
+    match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if match is None:
+        raise QtoolError(
+            (Option("device", device), ": there is no such device"),
+            kind="usage",
+            hint="use auto, cpu, cuda or cuda:N",
+        )
+    return int(match.group(1) or 0)
 
 
 def require_finetune_extra() -> None:

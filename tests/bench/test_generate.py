@@ -12,8 +12,9 @@ from qtool.bench.generate import GenerateBenchRequest, bench_generate
 from qtool.bench.generate_engines import QtoolEngine
 from qtool.bench.generate_records import Timing, decode_ratio
 from qtool.bench.model_shapes import FULL_LAYERS, MODEL_SHAPES
+from qtool.bench.records import Limit
 from qtool.errors import QtoolError
-from qtool.events import Advanced, Finished, Started
+from qtool.events import Advanced, Finished, Note, Started
 from qtool.resources import demo_model_path
 from qtool.runtime.decoders.choose import DecoderOptions
 from tests.bench.tiny_shape import CONFIG, COPY_BYTES, shrink_sizes, write_tiny_shape
@@ -39,7 +40,7 @@ def slow_layers(monkeypatch):
     monkeypatch.setitem(MODEL_SHAPES, "tiny-4layers", {**CONFIG, "num_hidden_layers": 4})
     monkeypatch.setitem(FULL_LAYERS, "tiny-4layers", 32)
 
-    def pretend(engine, input_ids, new_tokens):
+    def pretend(engine, input_ids, new_tokens, on_token=None):
         step_s = 2.0 + engine.num_layers
         return Timing(prefill_s=10 * step_s, decode_s=step_s * (new_tokens - 1))
 
@@ -158,10 +159,10 @@ def test_a_shape_of_few_layers_is_kept_when_its_half_is_interrupted(
 ):
     pretend = QtoolEngine.run
 
-    def run(engine, input_ids, new_tokens):
+    def run(engine, *arguments, **options):
         if engine.num_layers == 2:
             raise KeyboardInterrupt
-        return pretend(engine, input_ids, new_tokens)
+        return pretend(engine, *arguments, **options)
 
     monkeypatch.setattr(QtoolEngine, "run", run)
     result = bench(shape="tiny-4layers")
@@ -195,7 +196,7 @@ def test_few_layers_tell_what_many_would_take(bench, slow_layers):
 
 
 def test_layers_that_take_no_time_are_told(bench, slow_layers, monkeypatch):
-    monkeypatch.setattr(QtoolEngine, "run", lambda engine, ids, new_tokens: Timing(1.0, 1.0))
+    monkeypatch.setattr(QtoolEngine, "run", lambda *_, **__: Timing(1.0, 1.0))
     result = bench(shape="tiny-4layers")
     assert result.runs[0].scaled is None and "took no more time" in result.warnings[0]
 
@@ -217,8 +218,8 @@ def test_layers_on_another_path_tell_nothing(bench, slow_layers, monkeypatch):
 def test_prompts_that_wait_for_the_host_leave_the_rest_told(bench, slow_layers, monkeypatch):
     run = QtoolEngine.run
 
-    def run_with_a_prompt_of_one_second(engine, ids, new_tokens):
-        return replace(run(engine, ids, new_tokens), prefill_s=1.0)
+    def run_with_a_prompt_of_one_second(*arguments, **options):
+        return replace(run(*arguments, **options), prefill_s=1.0)
 
     monkeypatch.setattr(QtoolEngine, "run", run_with_a_prompt_of_one_second)
     result = bench(shape="tiny-4layers", batches=(3,))
@@ -257,6 +258,38 @@ def test_progress_adds_up(bench):
     assert len(started) == 3  # the copy, and two sizes
     assert advanced == sum(event.total_bytes for event in started)
     assert sum(isinstance(event, Finished) for event in events) == 3
+
+
+def test_a_cpu_gets_a_model_that_it_runs_in_seconds():
+    cpu, gpu = (GenerateBenchRequest().sized_for(torch.device(name)) for name in ("cpu", "cuda"))
+    assert (cpu.shape, cpu.new_tokens, cpu.repeats) == ("llama-3.2-1b", 64, 3)
+    assert (gpu.shape, gpu.new_tokens, gpu.repeats) == ("llama-3.1-8b", 256, 5)
+    asked = GenerateBenchRequest(shape="x", new_tokens=0, repeats=7)
+    assert asked.sized_for(torch.device("cpu")) == asked
+
+
+def test_what_runs_is_told_before_it_begins_and_how_long_it_may_take(
+    bench, slow_layers, monkeypatch
+):
+    slow = Limit(bytes=1, seconds_median=1.0, bytes_per_s=1e3)
+    monkeypatch.setattr("qtool.bench.generate.measure_copy", lambda device, on_event: slow)
+    events = []
+    bench(on_event=events.append, shape="tiny-4layers", prompts=(6, 3))
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert events[0] == Note(
+        "tiny-4layers in nf4-dq on cpu: batch 1, 6 + 4 tokens; batch 1, 3 + 4 tokens; a run to "
+        "warm up and 2 that count"
+    )
+    assert notes[1].startswith("this takes at least ") and "rate of a copy" in notes[1]
+    # 4 layers take 6 s a step, so 10 for the prompt and 3 for the tokens make 78 s.
+    assert notes.count("2 runs come, about 156 s") == 2
+
+
+def test_a_warm_up_moves_with_each_token(bench):
+    events = []
+    bench(on_event=events.append, new_tokens=9)
+    warm_up = [event for event in events if isinstance(event, Advanced) and event.item == "warm-up"]
+    assert len(warm_up) == 9
 
 
 @pytest.mark.parametrize(

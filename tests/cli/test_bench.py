@@ -105,6 +105,15 @@ def test_products_have_an_error_in_the_json(monkeypatch):
     assert all(0 < row["relative_error"] < 0.01 for row in own)
 
 
+def test_generate_says_what_it_does_before_it_takes_long(generate):
+    ran = run(*generate)
+    assert ran.exit_code == 0
+    first, second, *_ = ran.stderr.splitlines()
+    assert first == "loading PyTorch"
+    assert second.startswith("tiny in nf4-dq on cpu: batch 1, 5 + 4 tokens; ")
+    assert run(*generate, "-q").stderr == ""
+
+
 def test_generate_json_is_one_document_and_the_file_the_same(generate, tmp_path):
     ran = run(*generate, "--batch", "1", "--batch", "2", "--json", "--output", tmp_path / "g.json")
     assert ran.exit_code == 0 and ran.stderr == ""

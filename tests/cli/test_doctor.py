@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qtool.architecture import KNOWN_MODEL_TYPES
 from qtool.doctor import machine
 from tests.cli.running import run
 from tests.tiny_models import write_llama
@@ -33,6 +34,14 @@ def test_json_lists_the_checks():
         check.keys() == {"name", "status", "found", "fix"} for check in ran.document["checks"]
     )
     assert {check["status"] for check in ran.document["checks"]} <= {"ok", "info", "warn", "fail"}
+
+
+def test_verbose_lists_the_model_types_that_are_known():
+    ran = run("doctor", "-v")
+    known = " ".join(ran.stderr.split())
+    assert known == f"{len(KNOWN_MODEL_TYPES)} model types are known by name: " + ", ".join(
+        KNOWN_MODEL_TYPES
+    )
 
 
 def test_words_end_with_a_verdict():

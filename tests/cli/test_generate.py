@@ -78,6 +78,23 @@ def test_quiet_says_the_text_only(stories: Path) -> None:
     assert ran.stderr == ""
 
 
+def test_verbose_tells_phases_and_where_the_weights_went_and_lists_no_tensors(
+    stories: Path,
+) -> None:
+    arguments = ("generate", stories, PROMPT, "--max-new-tokens", 6, "--device", "cpu")
+    ran = run(*arguments, "--quant", "int8", "-v")
+    said = " ".join(ran.stderr.split())
+    assert ".weight" not in said and len(ran.stderr.splitlines()) < 15
+    assert re.search(r"headers, config and tokenizer: [\d.]+ s", said)
+    assert re.search(r"loading: [\d.,]+ \wiB in [\d.]+ s", said)
+    assert re.search(r"weights: [\d.,]+ \wiB on cpu, 35 packed layers", said)
+    phases = r"packages [\d.]+ · loading [\d.]+ · eager path [\d.]+ · prompt [\d.]+ · new tokens"
+    assert re.search(phases, said)
+    assert "cpu · eager: " in said
+    assert "weights:" not in run(*arguments).stderr
+    assert run(*arguments, "-v", "-q").stderr == ""
+
+
 def test_json_is_one_document_with_the_contracts_fields(stories: Path) -> None:
     ran = run("generate", stories, PROMPT, "--max-new-tokens", 20, "--json", "--device", "cpu")
     assert ran.stderr == ""

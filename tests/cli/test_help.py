@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 
 from qtool.cli.app import VERBS, build_command
+from qtool.cli.help import MAX_COLUMNS
 from tests.cli.running import run
 
 PATHS = [
@@ -27,14 +31,58 @@ def texts(command: Any) -> Iterator[str]:
     yield from (param.help for param in command.params if getattr(param, "help", None))
 
 
-@pytest.mark.parametrize("path", PATHS, ids=" ".join)
-def test_help_loses_no_word(path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "400")  # no text is wrapped
+def find_command(path: tuple[str, ...]) -> Any:
     command = build_command()
     for name in path:
         command = command.commands[name]
+    return command
+
+
+@pytest.mark.parametrize("path", [(), *PATHS], ids=" ".join)
+@pytest.mark.parametrize("columns", [60, 80, 140])
+def test_help_is_whole_at_any_width(
+    path: tuple[str, ...], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     shown = run(*path, "--help").stdout
-    words = {word for text in texts(command) for word in text.replace("\\[", "[").split()}
+    before, _, examples = shown.partition("Examples:")
+    assert max(map(len, before.splitlines())) <= min(columns, MAX_COLUMNS)
+    several = r"adafactor, \.\.\.|\[MODEL\]\.\.\.|\[ARGS\]\.\.\."
+    assert "…" not in shown and "..." not in re.sub(several, "", before)
+    assert columns < 80 or max(map(len, examples.splitlines() or [""])) <= 80
+    words = set(re.findall(r"[\w-]+", before))
+    for param in find_command(path).params:
+        names = (*param.opts, *param.secondary_opts)
+        assert {name for name in names if name.startswith("-")} <= words
+
+
+def test_an_option_says_what_it_takes_and_what_it_is_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = run("finetune", "--help").stdout
+    assert re.search(r"^  --device DEVICE +auto, cpu, cuda.*\[default: auto\]$", shown, re.M)
+    assert re.search(r"^  -o, --output OUT .*\[required\]$", shown, re.M)
+    assert "--completion-only / --no-completion-only" in shown
+    shown = run("estimate", "--help").stdout
+    assert "[default: 0.05; 0<=x<=1]" in shown and "[default: 0; 0<=x<=99]" in shown
+
+
+def test_help_loads_no_rich() -> None:
+    program = (
+        "import sys; from qtool.cli import main\ntry: main()\nfinally: print('rich' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, "estimate", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=" ".join)
+def test_help_loses_no_word(path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # no text is wrapped
+    command = find_command(path)
+    shown = run(*path, "--help").stdout
+    words = {word for text in texts(command) for word in text.split()}
     assert len(words) > 20
     missing = [word for word in words if word not in shown]
     assert not missing

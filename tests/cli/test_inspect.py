@@ -143,6 +143,27 @@ def test_differences_are_grouped_by_reason_and_listed_with_verbose(tmp_path):
     assert full.count("layernorm.weight") == 4
 
 
+def test_another_model_of_the_same_shapes_is_a_warning(folders, tmp_path):
+    quantized, original = folders
+    _, other = quantized_llama(QuantFormat("nf4"))
+    for shard in other.shards.values():
+        for name, (dtype, values) in shard.items():
+            shard[name] = (dtype, values[::-1])
+    unrelated = other.write(tmp_path / "other")
+    ran = run("inspect", quantized, "--against", unrelated)
+    assert ran.exit_code == 0
+    assert "or more in every layer" in ran.stderr and "hardly the original" in ran.stderr
+    assert run("inspect", quantized, "--against", unrelated, "--json").document["warnings"]
+    assert run("inspect", quantized, "--against", original, "--json").document["warnings"] == []
+
+
+def test_a_model_of_other_shapes_is_no_success(folders, tmp_path):
+    _, wider = quantized_llama(QuantFormat("nf4"), hidden=24, heads=3, mlp=33, vocab=40)
+    ran = run("inspect", folders[0], "--against", wider.write(tmp_path / "wider"), "--json")
+    assert ran.exit_code == 2 and ran.stdout == ""
+    assert "original [24, 24]" in ran.error["message"] and "--against" in ran.error["hint"]
+
+
 def test_a_single_file_is_described_but_not_verified(folders):
     shard = folders[0] / "model-00001-of-00002.safetensors"
     assert run("inspect", shard, "--json").document["quant"] == "nf4-dq"

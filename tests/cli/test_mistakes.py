@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from qtool.backends.cuda_driver import NoCudaError
 from qtool.errors import EXIT_CODES, ErrorKind
 from tests.cli.running import run
 from tests.merge.adapters import linear_layers, lora_tensors, write_adapter
+from tests.test_structure import loaded_modules
 
 DEMO = Path(__file__).parent.parent.parent / "qtool/demo_model"
 
@@ -138,6 +140,9 @@ WHOLE: dict[str, Callable[[Places], Arguments]] = {
 }
 COMPUTES = ("generate", "finetune", "bench generate", "bench finetune", "bench optimizers")
 PACKS = ("quantize", "merge", "bench quantize", "bench kernels")
+WITHOUT_DRIVER = pytest.mark.skipif(
+    ctypes.util.find_library("cuda") is not None, reason="needs a machine without a driver"
+)
 UNQUANTIZED = {"bench kernels", "bench optimizers"}
 
 
@@ -246,6 +251,29 @@ def test_a_gpu_that_is_not_there(
     error = run(*arguments, "--json").error
     assert error["message"] == f"{option} cuda cannot run here: no NVIDIA driver was found"
     assert error["hint"].endswith(f", or use {option} cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [
+        *((name, ("--device", "gpu")) for name in COMPUTES),
+        pytest.param("generate", ("--device", "cuda"), marks=WITHOUT_DRIVER),
+        ("generate", ("--max-memory", "all")),
+        ("bench generate", ("-o", "none/at/all.json")),
+        ("bench finetune", ("--shape", "nothing")),
+    ],
+)
+def test_what_can_be_told_at_once_loads_no_torch(
+    name: str, mistake: Arguments, places: Places
+) -> None:
+    arguments = (*WHOLE[name](places), *mistake)
+    assert run(*arguments).exit_code in (1, 2)
+    assert "torch" not in loaded_modules(*map(str, arguments))
+
+
+@pytest.mark.parametrize("command", [("generate", "./none", "Hi"), ("bench", "generate", "./none")])
+def test_a_model_that_is_not_there_loads_no_torch(command: tuple[str, ...]) -> None:
+    assert "torch" not in loaded_modules(*command)
 
 
 def _no_driver() -> NoReturn:

@@ -92,6 +92,16 @@ def test_a_full_disk_is_an_error(name: str, is_json: bool, folder: Path) -> None
     assert not (folder / "never").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["estimate", "sizing", "inspect", *(it for it in COMMANDS if it.endswith("--dry-run"))]
+)
+def test_quiet_is_the_whole_answer_and_nothing_else(name: str, folder: Path) -> None:
+    arguments = [folder / str(a)[1:] if str(a)[:1] == "@" else a for a in COMMANDS[name]]
+    quiet, usual = run(*arguments, "--quiet"), run(*arguments)
+    assert quiet.stderr == "" and quiet.stdout == usual.stdout != ""
+    assert name not in ("estimate", "quantize --dry-run") or usual.stderr != ""
+
+
 def test_what_was_measured_is_kept_where_stdout_takes_nothing(tmp_path: Path) -> None:
     kept = tmp_path / "kernels.json"
     assert into("/dev/full", *KERNELS, *SMALL, "--output", kept).returncode == 5

@@ -136,12 +136,35 @@ def test_either_of_two_tied_weights_may_be_the_stored_one(tmp_path):
 
 
 def test_another_shape_is_a_difference(tmp_path):
+    parts, original = quantized_llama(QuantFormat("nf4"))
+    original[Q] = ("BF16", np.zeros((24, 21), np.uint16))
+    found = compare_folders(parts.write(tmp_path / "q"), original.write(tmp_path / "o"))
+    reasons = {difference.name: difference.reason for difference in found.differences}
+    assert reasons == {Q: "shape [21, 21], in the original [24, 21]"}
+    assert len(found.errors) == 13
+
+
+@pytest.mark.parametrize("norms", [24, 21], ids=["nothing alike", "norms alike"])
+def test_layers_that_all_have_other_shapes_are_no_comparison(norms, tmp_path):
     parts, _ = quantized_llama(QuantFormat("nf4"))
     _, wider = quantized_llama(QuantFormat("nf4"), hidden=24, heads=3, mlp=33, vocab=40)
-    found = compare_folders(parts.write(tmp_path / "q"), wider.write(tmp_path / "o"))
-    reasons = {difference.name: difference.reason for difference in found.differences}
-    assert found.errors == ()
-    assert reasons[Q] == "shape [21, 21], in the original [24, 24]"
+    for shard in wider.shards.values():
+        for name, (dtype, values) in shard.items():
+            if "norm" in name:
+                shard[name] = (dtype, values[:norms])
+    with pytest.raises(QtoolError, match=r"nothing in .*proj.weight: shape \[21, ") as caught:
+        compare_folders(parts.write(tmp_path / "q"), wider.write(tmp_path / "o"))
+    assert caught.value.kind == "usage" and "made from" in caught.value.hint
+
+
+def test_folders_without_packed_layers_have_to_share_one_shape(tmp_path):
+    _, ours = quantized_llama(QuantFormat("nf4"))
+    _, wider = quantized_llama(QuantFormat("nf4"), hidden=24, heads=3, mlp=35, vocab=41)
+    with pytest.raises(QtoolError, match=r"nothing in .* can be compared with"):
+        compare_folders(ours.write(tmp_path / "q"), wider.write(tmp_path / "o"))
+    wider[NORM] = ("BF16", np.zeros(21, np.uint16))
+    found = compare_folders(ours.write(tmp_path / "q2"), wider.write(tmp_path / "o2"))
+    assert {d.name for d in found.differences if "bytes differ" in d.reason} == {NORM}
 
 
 def test_a_quantized_original_is_refused(tmp_path):

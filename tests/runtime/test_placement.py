@@ -13,7 +13,8 @@ from qtool.runtime import placement
 from qtool.runtime.generate import Limits, Sampling, generate
 from qtool.runtime.linear import Linear4bit, LinearInt8
 from qtool.runtime.loading import LoadOptions, load_model
-from qtool.runtime.placement import choose_placement, parse_max_memory
+from qtool.runtime.memory_limits import parse_max_memory
+from qtool.runtime.placement import choose_placement, weights_by_device
 from tests.runtime.folders import PackedFolders
 
 
@@ -102,3 +103,12 @@ def test_layers_on_disk_give_the_same_tokens(
         assert any(offload_folder.iterdir())
     assert found == expected
     assert not offload_folder.exists()
+
+
+def test_weights_are_counted_where_they_lie() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False), torch.nn.Linear(2, 8))
+    model[1].register_buffer("scales", torch.zeros(3, dtype=torch.uint8))
+    assert weights_by_device(model, torch.device("cpu")) == {"cpu": 4 * (8 + 16 + 8) + 3}
+    model.hf_device_map = {"0": 1, "1": "cpu", "1.scales": "disk"}
+    found = weights_by_device(model, torch.device("cuda", 1))
+    assert found == {"cuda:1": 32, "cpu": 96, "disk": 3}
