@@ -33,7 +33,7 @@ class Requirement:
 
 # pyproject.toml says the same; a test compares the two.
 REQUIREMENTS: Final = (
-    Requirement("typer", "0.15"),
+    Requirement("typer", "0.26"),
     Requirement("rich", "13.7"),
     Requirement("numpy", "1.26"),
     Requirement("numba", "0.60"),
