@@ -220,7 +220,6 @@ class _Player:
     engine: GenerateEngine
     allocated_peak_bytes: int
     timings: list[Timing] = field(default_factory=list)
-
     warm_up_s: float = 0.0
 
     def play(self, ids: Tensor, new_tokens: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from qtool.planner.lora import ALL_LINEAR, HEADS, target_layers
 from qtool.planner.model import PlannedModel, describe_model
 from qtool.planner.optimizers import find_optimizer
 from qtool.planner.records import Estimate, MemoryPlan, Tuning, Workload
+from qtool.runtime.requirements import gpu_index
 
 DEFAULT_QUANT: Final = "nf4-dq"
 DRIVER: Final = "libcuda.so.1"
@@ -216,14 +216,9 @@ def _check_device(request: FinetuneRequest) -> None:
             cannot do what is asked, or that all processes of a launch would share.
     """
     device, optimizer = request.device, request.training.optimizer
-    asked = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
-    if asked is None:
-        raise QtoolError(
-            (Option("device", device), ": there is no such device"),
-            kind="usage",
-            hint="use auto, cpu, cuda or cuda:N",
-        )
-    if asked[1] is not None and num_processes() > 1:
+    if device not in ("auto", "cpu"):
+        gpu_index(device)
+    if ":" in device and num_processes() > 1:
         raise QtoolError(
             (Option("device", device), f": each of {num_processes()} processes takes its own GPU"),
             kind="usage",
