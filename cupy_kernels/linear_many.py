@@ -32,8 +32,8 @@ _BLOCK: Final = 64
 CHUNK: Final = 256  # columns of a row, a multiple of it
 _THREADS: Final = 384
 _CHUNK_STAGES: Final = CHUNK // _BLOCK
-_TABLE_BYTES: Final = 1 << 16
-_SCALES_BYTES: Final = 2 * _TILE_ROWS * _CHUNK_STAGES * 4  # of two chunks
+_VALUES_BYTES: Final = _TILE_ROWS * 16 * 2  # of 4-bit codes, of a stage
+_MAPS_BYTES: Final = MAX_WEIGHTS * 256 * 4
 _BARRIER_BYTES: Final = 8
 _BITS: Final = {"nf4": 4, "fp4": 4, "int8": 8}
 _NO_TILE: Final = (1 << 31) - 1
@@ -48,6 +48,7 @@ class _Arguments(ctypes.Structure):
         ("token_tiles", ctypes.c_int),
         ("chunks", ctypes.c_int),
         ("has_outs", ctypes.c_int),
+        ("shared_from", ctypes.c_int),
         ("padding", ctypes.c_byte * 64),  # to a multiple of 64, at least
     )
 
@@ -58,43 +59,46 @@ class Shape:
 
     Attributes:
         tokens: of a tile of 128 rows.
-        split: thread blocks that share a tile's columns.
+        split: thread blocks that share the last tiles: they have half of the columns each. 1: none.
         block_clocks: for 64 columns of a tile.
         tile_clocks: for what a tile takes besides.
+        shared_tile_clocks: for what a shared tile takes besides.
     """
 
     tokens: int
     split: int
     block_clocks: int
     tile_clocks: int
+    shared_tile_clocks: int = 0
 
     def shared_bytes(self, bits: int) -> int:
-        """Table, ring, scales, results and barriers, for weights of so many bits."""
+        """Ring, maps, results and barriers, for weights of so many bits."""
         stage = _BLOCK * (self.tokens * 16 + _TILE_ROWS * bits) // 8
-        stages = _CHUNK_STAGES * (1 if self.tokens > 128 or bits == 4 else 2)
-        barriers = 2 * stages + 8
-        table_and_scales = _TABLE_BYTES + _SCALES_BYTES if bits == 4 else 0
-        results = _TILE_ROWS * self.tokens * 2 if self.hands_over and bits == 8 else 0
-        return table_and_scales + stages * stage + results + barriers * _BARRIER_BYTES
+        stages = _CHUNK_STAGES * (1 if self.tokens > 128 else 2)
+        barriers = (2 * stages + 4) * _BARRIER_BYTES
+        if bits == 4:
+            return stages * (stage + _VALUES_BYTES) + _MAPS_BYTES + barriers
+        results = _TILE_ROWS * self.tokens * 2 if self.hands_over else 0
+        return stages * stage + results + barriers
 
     @property
     def hands_over(self) -> bool:
         """Whether the copy engine stores results, where it can: all but those of last tiles."""
-        return self.tokens == 256 and self.split == 1
+        return self.tokens == 256
 
 
 # Clocks as measured on an H200 (docs/kernels.md).
 SHAPES: Final = (
-    Shape(128, 1, 720, 3000),
-    Shape(128, 2, 800, 4400),
-    Shape(192, 1, 930, 1400),
-    Shape(192, 2, 960, 5800),
-    Shape(256, 1, 1110, 3400),
-    Shape(256, 2, 1145, 6400),
+    Shape(128, 1, 730, 2200),
+    Shape(128, 2, 730, 2200, 5500),
+    Shape(192, 1, 895, 1650),
+    Shape(192, 2, 895, 1650, 7200),
+    Shape(256, 1, 1060, 1650),
+    Shape(256, 2, 1060, 1650, 7700),
 )
 
 # INT8 codes are not looked up.
-_RELATIVE_CLOCKS: Final = {"int8": 0.95}
+_RELATIVE_CLOCKS: Final = {"int8": 0.97}
 
 # The other way, on the same card and by each multiprocessor: weights that are dequantized, weights
 # that PyTorch's product reads, and products that it makes; what two launches take besides.
@@ -121,41 +125,73 @@ def is_faster(kind: LinearKind, rows: Sequence[int], tokens: int) -> bool:
     """Whether it should be faster than to dequantize the layers, of so many rows, and multiply."""
     columns = kind.columns
     multiprocessors = current_gpu().multiprocessors
-    shape = shape_on(tuple(rows), columns, tokens)
-    clocks = estimate_clocks(shape, rows, columns, tokens, multiprocessors)
-    clocks *= _RELATIVE_CLOCKS.get(kind.format, 1.0)
+    plan = choose_plan(tuple(rows), columns, tokens, multiprocessors)
+    clocks = plan.clocks * _RELATIVE_CLOCKS.get(kind.format, 1.0)
     weights = sum(rows) * columns / multiprocessors
     product = weights * max(tokens / _PRODUCTS_PER_CLOCK, 1 / _READ_PER_CLOCK)
     return clocks < weights / _DEQUANTIZED_PER_CLOCK + product + _LAUNCH_CLOCKS
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a product is cut.
+
+    Attributes:
+        shape: of all tiles.
+        num_tiles: of the product.
+        num_shared: tiles, the last, that are shared.
+        clocks: of the busiest thread block, as a model has it that was fitted to measurements.
+    """
+
+    shape: Shape
+    num_tiles: int
+    num_shared: int
+    clocks: int
+
+
 def shape_on(rows: tuple[int, ...], columns: int, tokens: int) -> Shape:
-    """`choose_shape` for the current device."""
-    return choose_shape(rows, columns, tokens, current_gpu().multiprocessors)
+    """`choose_plan`'s for the current device."""
+    return choose_plan(rows, columns, tokens, current_gpu().multiprocessors).shape
 
 
 @lru_cache(maxsize=4096)  # of as many lengths of prompts
-def choose_shape(rows: tuple[int, ...], columns: int, tokens: int, multiprocessors: int) -> Shape:
-    """The one that should take least time."""
-    return min(
-        SHAPES, key=lambda shape: estimate_clocks(shape, rows, columns, tokens, multiprocessors)
-    )
-
-
-def estimate_clocks(
-    shape: Shape, rows: Sequence[int], columns: int, tokens: int, multiprocessors: int
-) -> float:
-    """Of the busiest thread block, as a model has it that was fitted to measurements.
+def choose_plan(
+    rows: tuple[int, ...],
+    columns: int,
+    tokens: int,
+    num_blocks: int,
+    shapes: tuple[Shape, ...] = SHAPES,
+) -> Plan:
+    """The one that should take least time.
 
     Args:
         rows: of each layer.
         tokens: of the launch, not of a tile.
+        num_blocks: thread blocks that run at once.
     """
-    tiles = _row_tiles(rows) * ceil_div(tokens, shape.tokens)
-    clusters = multiprocessors // shape.split
-    chunks = ceil_div(columns // CHUNK, shape.split)
-    tile_clocks = chunks * (CHUNK // _BLOCK) * shape.block_clocks + shape.tile_clocks
-    return ceil_div(tiles, clusters) * tile_clocks
+    plans = []
+    for shape in shapes:
+        num_tiles = _row_tiles(rows) * ceil_div(tokens, shape.tokens)
+        for num_shared in _shares(shape, columns, num_tiles, num_blocks):
+            clocks = _clocks(shape, columns, num_tiles - num_shared, num_shared, num_blocks)
+            plans.append(Plan(shape, num_tiles, num_shared, clocks))
+    return min(plans, key=lambda plan: plan.clocks)
+
+
+def _shares(shape: Shape, columns: int, num_tiles: int, num_blocks: int) -> list[int]:
+    """How many of the last tiles may be shared: none; those of the last round, or all."""
+    if shape.split == 1 or columns < shape.split * CHUNK:
+        return [0]
+    return [num_tiles % num_blocks, num_tiles]
+
+
+def _clocks(shape: Shape, columns: int, num_alone: int, num_shared: int, num_blocks: int) -> int:
+    chunks = columns // CHUNK
+    alone = chunks * _CHUNK_STAGES * shape.block_clocks + shape.tile_clocks
+    shared_chunks = ceil_div(chunks, shape.split)
+    shared = shared_chunks * _CHUNK_STAGES * shape.block_clocks + shape.shared_tile_clocks
+    pairs = num_blocks // shape.split
+    return ceil_div(num_alone, num_blocks) * alone + ceil_div(num_shared, pairs) * shared
 
 
 def _row_tiles(rows: Sequence[int]) -> int:
@@ -170,7 +206,8 @@ class LinearMany:
         weights: one to three.
         num_tokens: that the shape of tiles is chosen for.
         overlap: begin while the launch before still runs (see `Launch`).
-        shape: another one than `choose_shape` makes.
+        shape: another one than is chosen.
+        num_shared: how many of the last tiles are shared, instead of what is chosen.
 
     Attributes:
         shape: of its tiles.
@@ -188,6 +225,7 @@ class LinearMany:
         *,
         overlap: bool = True,
         shape: Shape | None = None,
+        num_shared: int | None = None,
     ) -> None:
         if not 1 <= len(weights) <= MAX_WEIGHTS:
             raise ValueError(f"{len(weights)} layers, a launch takes 1 to {MAX_WEIGHTS}")
@@ -206,7 +244,8 @@ class LinearMany:
             arguments,
             overlap=overlap,
         )
-        self._clusters = self._launch.count_clusters(self.shape.split)
+        self._num_blocks = self._launch.count_clusters(self.shape.split) * self.shape.split
+        self._num_shared = num_shared
         self._mapped: tuple[int, int, int] | None = None
         self._told: Tokens | None = None
         self.set_weights(weights)
@@ -268,9 +307,12 @@ class LinearMany:
         arguments, shape = self._launch.arguments, self.shape
         fill_map(arguments.tokens, *place, columns=self._columns, box=shape.tokens)
         arguments.token_tiles = ceil_div(tokens.count, shape.tokens)
-        num_tiles = self._row_tiles * arguments.token_tiles
-        arguments.layers.num_tiles = num_tiles
-        self._launch.set_grid(min(num_tiles, self._clusters) * shape.split)
+        plan = choose_plan(self._rows, self._columns, tokens.count, self._num_blocks, (shape,))
+        num_shared = plan.num_shared if self._num_shared is None else self._num_shared
+        num_alone = plan.num_tiles - num_shared
+        arguments.layers.num_tiles, arguments.shared_from = plan.num_tiles, num_alone
+        wanted = max(ceil_div(num_alone, shape.split), num_shared) * shape.split
+        self._launch.set_grid(min(wanted, self._num_blocks))
         self._mapped = place
 
     def _map_outs(self, tokens: Tokens) -> None:

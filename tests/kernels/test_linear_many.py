@@ -15,8 +15,7 @@ from cupy_kernels.linear_many import (
     SHAPES,
     LinearMany,
     can_be_handed_over,
-    choose_shape,
-    estimate_clocks,
+    choose_plan,
 )
 
 KIND = LinearKind("nf4", 4096, "BF16", nested=True)
@@ -31,26 +30,34 @@ def on_hopper(monkeypatch):
 
 def test_shared_memory_is_what_the_source_lays_out_and_hopper_has_it():
     for shape, bits in itertools.product(SHAPES, (4, 8)):
-        table_bytes = 256 * 32 * 8 if bits == 4 else 0
-        x_bytes, packed_bytes = shape.tokens * 64 * 2, 128 * 64 * bits // 8
-        stages = 8 if shape.tokens == 128 and bits == 8 else 4
-        ring_bytes = stages * (x_bytes + packed_bytes)
-        # Scales of two chunks; results of a tile, where they are not put into the ring.
-        scales_bytes = 2 * 128 * 4 * 4 if bits == 4 else 0
+        stages = 8 if shape.tokens == 128 else 4
+        # Tokens and packed weights; with 4 bit 16 values of each row, and maps of three layers.
+        stage_bytes = (
+            shape.tokens * 64 * 2 + 128 * 64 * bits // 8 + (128 * 16 * 2 if bits == 4 else 0)
+        )
+        maps_bytes = 3 * 256 * 4 if bits == 4 else 0
+        # Results of a tile, where they are not put into the ring.
         results_bytes = 128 * 256 * 2 if bits == 8 and shape.hands_over else 0
-        barriers = 2 * stages + 2 * 2 + 2 * 2
-        end = table_bytes + ring_bytes + scales_bytes + results_bytes + barriers * 8
+        barriers = 2 * stages + 2 * 2
+        end = stages * stage_bytes + maps_bytes + results_bytes + barriers * 8
         assert shape.shared_bytes(bits) == end <= SHARED_KIB["sm_90"][0] << 10
 
 
 def test_the_shape_that_fills_the_gpu_is_chosen():
     # 64 tiles of 256 tokens would leave half of the thread blocks idle: they share columns.
-    assert (choose_shape((4096,), 4096, 512, 132).tokens) == 256
-    assert (choose_shape((4096,), 4096, 512, 132).split) == 2
-    # Enough tiles for all: none is shared.
-    assert choose_shape((28672,), 4096, 2048, 132).split == 1
+    plan = choose_plan((4096,), 4096, 512, 132)
+    assert (plan.shape.tokens, plan.num_tiles, plan.num_shared) == (256, 64, 64)
+    # 448 are three for each, and 52, of which each is one for two.
+    plan = choose_plan((28672,), 4096, 512, 132)
+    assert (plan.shape.tokens, plan.num_tiles, plan.num_shared) == (256, 448, 52)
+    # 13 for each, and 76, which 66 pairs would not have at once.
+    assert choose_plan((28672,), 4096, 2048, 132).num_shared == 0
     # A hundred tokens do not fill tiles of 256.
-    assert choose_shape((28672,), 4096, 100, 132).tokens == 128
+    assert choose_plan((28672,), 4096, 100, 132).shape.tokens == 128
+
+
+def test_one_chunk_of_columns_is_not_shared():
+    assert choose_plan((4096,), 256, 512, 132).num_shared == 0
 
 
 @pytest.mark.parametrize("multiprocessors", [114, 132])
@@ -58,9 +65,9 @@ def test_the_least_time_is_chosen(multiprocessors):
     for rows, columns, tokens in itertools.product(
         ((4096,), (4096, 1024, 1024), (14336, 14336)), (256, 4096, 14336), (65, 512, 4096)
     ):
-        times = [estimate_clocks(shape, rows, columns, tokens, multiprocessors) for shape in SHAPES]
-        chosen = choose_shape(rows, columns, tokens, multiprocessors)
-        assert estimate_clocks(chosen, rows, columns, tokens, multiprocessors) == min(times)
+        plans = [choose_plan(rows, columns, tokens, multiprocessors, (shape,)) for shape in SHAPES]
+        chosen = choose_plan(rows, columns, tokens, multiprocessors)
+        assert chosen in plans and chosen.clocks == min(plan.clocks for plan in plans)
 
 
 @pytest.mark.usefixtures("on_hopper")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cupy_kernels.linear_few import LinearKind, Tokens
-from cupy_kernels.linear_many import SHAPES, LinearMany, can_be_handed_over
+from cupy_kernels.linear_many import CHUNK, SHAPES, LinearMany, can_be_handed_over
 from cupy_kernels.loader import compiles_for
 from tests.kernels.layers_on_gpu import DEVICE, DTYPES, LARGEST_ERROR, make
 
@@ -21,6 +23,15 @@ KINDS = (
     (LinearKind("int8", 256, "F16"), 131),
     (LinearKind("int8", 1536, "BF16"), 1000),
 )
+
+
+# Tokens of a tile, and how many of the last tiles are shared: none, all, or those behind the first.
+CUTS = [
+    (shape, shared)
+    for shape in SHAPES
+    for shared in (("none",) if shape.split == 1 else ("all", "some"))
+]
+ALIKE = [cut for cut in CUTS if cut[1] != "some"]
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +56,25 @@ def tokens_of(x, *outs, residual=None):
     )
 
 
+def launch_of(cut, kind, weights, count):
+    shape, shared = cut
+    num_tiles = sum(-(-weight.rows // 128) for weight in weights) * -(-count // shape.tokens)
+    if kind.columns < shape.split * CHUNK:
+        shared = "none"
+    num_shared = {"none": 0, "all": num_tiles, "some": num_tiles - 1 - num_tiles // 3}[shared]
+    return LinearMany(kind, weights, count, shape=shape, num_shared=num_shared)
+
+
 def activations(kind, count):
     return torch.randn(count, kind.columns + 8, device=DEVICE).to(DTYPES[kind.dtype])[:, :-8]
 
 
 @pytest.mark.parametrize("count", [1, 65, 128, 200, 520])
 @pytest.mark.parametrize(("kind", "rows"), KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_near_float64_and_the_same_every_time(shape, kind, rows, count):
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[0].tokens}-{cut[1]}")
+def test_products_are_near_float64_and_the_same_every_time(cut, kind, rows, count):
     weight, dense, kept = make(kind, rows)
-    launch = LinearMany(kind, [weight], count, shape=shape)
+    launch = launch_of(cut, kind, [weight], count)
     x = activations(kind, count)
     expected = x.double() @ dense.T + kept[1].double()
     found = []
@@ -69,10 +89,10 @@ def test_products_are_near_float64_and_the_same_every_time(shape, kind, rows, co
     assert error < LARGEST_ERROR[kind.dtype]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[0].tokens}-{cut[1]}")
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_weights_are_those_of_dequantizing(quant_type, dtype, shape):
+def test_weights_are_those_of_dequantizing(quant_type, dtype, cut):
     """One-hot tokens bring each weight as it was multiplied."""
     from cupy_kernels.dequantize_4bit import NestedAbsmax, dequantize_4bit
 
@@ -95,65 +115,104 @@ def test_weights_are_those_of_dequantizing(quant_type, dtype, shape):
     )
     x = torch.eye(512, dtype=DTYPES[dtype], device=DEVICE)
     out = torch.empty(512, 200, dtype=DTYPES[dtype], device=DEVICE)
-    LinearMany(kind, [weight], 512, shape=shape).queue(tokens_of(x, out), stream())
+    launch_of(cut, kind, [weight], 512).queue(tokens_of(x, out), stream())
     assert torch.equal(out.T, expected)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_int8_codes_are_exact(shape):
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [64, 128])
+def test_weights_of_any_size_are_those_of_dequantizing(blocksize, quant_type, dtype):
+    """Each code's value is looked up by its bytes, so that every bit of them has to count."""
+    from cupy_kernels.dequantize_4bit import dequantize_4bit
+
+    kind = LinearKind(quant_type, 1024, dtype, blocksize=blocksize)
+    weight, _, kept = make(kind, 200)
+    _, bias, absmax = kept
+    bias.zero_()
+    largest = 60.0 if dtype == "BF16" else 14.0
+    absmax.copy_(torch.exp2(torch.empty_like(absmax).uniform_(-largest, largest)))
+    expected = torch.empty(200, 1024, dtype=DTYPES[dtype], device=DEVICE)
+    arguments = quant_type, kind.blocksize, dtype, expected.data_ptr(), stream()
+    dequantize_4bit(weight.weight, expected.numel(), weight.absmax, *arguments)
+    x = torch.eye(1024, dtype=DTYPES[dtype], device=DEVICE)
+    out = torch.empty(1024, 200, dtype=DTYPES[dtype], device=DEVICE)
+    LinearMany(kind, [weight], 1024).queue(tokens_of(x, out), stream())
+    assert torch.equal(out.T, expected)
+
+
+@pytest.mark.parametrize("blocksize", [64, 128])
+def test_nested_absmax_may_begin_anywhere(blocksize):
+    kind = LinearKind("nf4", 1280, "BF16", blocksize=blocksize, nested=True)
+    weight, _, kept = make(kind, 130)
+    codes = kept[2]
+    elsewhere = torch.cat((codes[:1], codes))[1:]
+    x = activations(kind, 100)
+    found = []
+    for address in (codes.data_ptr(), elsewhere.data_ptr()):
+        out = torch.empty(100, 130, dtype=x.dtype, device=DEVICE)
+        launch = LinearMany(kind, [replace(weight, absmax_codes=address)], 100)
+        launch.queue(tokens_of(x, out), stream())
+        found.append(out)
+    assert elsewhere.data_ptr() % 4 == 1
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[0].tokens}-{cut[1]}")
+def test_int8_codes_are_exact(cut):
     """One-hot tokens bring each code times its row's scale, rounded once."""
     kind = LinearKind("int8", 512, "BF16")
     weight, dense, kept = make(kind, 200)
     kept[1].zero_()
     x = torch.eye(512, dtype=torch.bfloat16, device=DEVICE)
     out = torch.empty(512, 200, dtype=torch.bfloat16, device=DEVICE)
-    LinearMany(kind, [weight], 512, shape=shape).queue(tokens_of(x, out), stream())
+    launch_of(cut, kind, [weight], 512).queue(tokens_of(x, out), stream())
     # SCB / 127 is rounded before, so that a value in the middle of two may go the other way.
     step = torch.finfo(torch.bfloat16).eps
     assert ((out.T.double() - dense).abs() <= dense.abs() * step * 0.5001).all()
 
 
 @pytest.mark.parametrize("kind", [KINDS[2][0], KINDS[5][0]])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_layers_of_one_launch_are_those_of_three(shape, kind):
+@pytest.mark.parametrize("cut", ALIKE, ids=lambda cut: f"{cut[0].tokens}-{cut[1]}")
+def test_layers_of_one_launch_are_those_of_three(cut, kind):
     rows = (300, 128, 130)
     made = [make(kind, count) for count in rows]
     weights = [weight for weight, _, _ in made]
     x = activations(kind, 333)
     together = torch.full((333, sum(rows) + 2), torch.nan, dtype=x.dtype, device=DEVICE)
     outs = torch.split(together[:, :-2], rows, dim=1)
-    LinearMany(kind, weights, 333, shape=shape).queue(tokens_of(x, *outs), stream())
+    launch_of(cut, kind, weights, 333).queue(tokens_of(x, *outs), stream())
     assert together[:, -2:].isnan().all()
     for weight, out in zip(weights, outs, strict=True):
         alone = torch.empty(333, weight.rows, dtype=x.dtype, device=DEVICE)
-        LinearMany(kind, [weight], 333, shape=shape).queue(tokens_of(x, alone), stream())
+        launch_of(cut, kind, [weight], 333).queue(tokens_of(x, alone), stream())
         assert torch.equal(out, alone)
 
 
 @pytest.mark.parametrize("kind", [KINDS[2][0], KINDS[5][0]])
 @pytest.mark.parametrize("rows", [1000, 333])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_residual_is_added_before_rounding(shape, kind, rows):
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[0].tokens}-{cut[1]}")
+def test_a_residual_is_added_before_rounding(cut, kind, rows):
     weight, dense, kept = make(kind, rows)
     x = activations(kind, 150)
     residual = torch.randn(150, rows, dtype=x.dtype, device=DEVICE) * 10
     expected = x.double() @ dense.T + kept[1].double() + residual.double()
-    LinearMany(kind, [weight], 150, shape=shape).queue(
-        tokens_of(x, residual, residual=residual), stream()
-    )
+    launch_of(cut, kind, [weight], 150).queue(tokens_of(x, residual, residual=residual), stream())
     error = (residual.double() - expected).norm() / expected.norm()
     assert error < LARGEST_ERROR["BF16"]
 
 
 @pytest.mark.parametrize("residual", [None, "apart", "out"])
 @pytest.mark.parametrize("rows", [17_000, 5001, 5002])
+@pytest.mark.parametrize("num_shared", [0, 52])
 @pytest.mark.parametrize("kind", [KINDS[2][0], KINDS[5][0]])
-def test_results_are_the_same_however_they_are_stored(kind, rows, residual):
+def test_results_are_the_same_however_they_are_stored(kind, num_shared, rows, residual):
     """By the copy engine, in pairs of rows, or one by one; thread blocks have several tiles."""
-    (shape,) = (shape for shape in SHAPES if shape.hands_over)
+    split = 1 if num_shared == 0 else 2
+    (shape,) = (shape for shape in SHAPES if shape.hands_over and shape.split == split)
     count = 1600
     weight, dense, kept = make(kind, rows)
-    launch = LinearMany(kind, [weight], count, shape=shape)
+    launch = LinearMany(kind, [weight], count, shape=shape, num_shared=num_shared)
     x = activations(kind, count)
     other = torch.randn(count, rows, dtype=x.dtype, device=DEVICE)
     expected = x.double() @ dense.T + kept[1].double() + (0 if residual is None else other.double())
@@ -202,8 +261,8 @@ def test_a_launch_takes_other_layers_and_other_tokens_in_a_graph():
     assert (out.double() - expected).norm() / expected.norm() < LARGEST_ERROR["BF16"]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_layers_have_maps_of_their_own(shape):
+@pytest.mark.parametrize("cut", ALIKE, ids=lambda cut: f"{cut[0].tokens}-{cut[1]}")
+def test_layers_have_maps_of_their_own(cut):
     kind = LinearKind("nf4", 512, "BF16", nested=True)
     made = [make(kind, 130) for _ in range(3)]
     for factor, (_, _, kept) in enumerate(made, 1):
@@ -211,10 +270,10 @@ def test_layers_have_maps_of_their_own(shape):
     x = activations(kind, 140)
     outs = [torch.empty(140, 130, dtype=x.dtype, device=DEVICE) for _ in made]
     weights = [weight for weight, _, _ in made]
-    LinearMany(kind, weights, 140, shape=shape).queue(tokens_of(x, *outs), stream())
+    launch_of(cut, kind, weights, 140).queue(tokens_of(x, *outs), stream())
     for weight, out in zip(weights, outs, strict=True):
         alone = torch.empty_like(out)
-        LinearMany(kind, [weight], 140, shape=shape).queue(tokens_of(x, alone), stream())
+        launch_of(cut, kind, [weight], 140).queue(tokens_of(x, alone), stream())
         assert torch.equal(out, alone)
     assert not torch.equal(outs[0], outs[1])
 
