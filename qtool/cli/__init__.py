@@ -19,15 +19,12 @@ __all__ = ["main"]
 def main() -> None:
     """Run qtool and exit with the contract's code."""
     _open_missing_streams()
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is signal.default_int_handler:  # else whoever began the program wants another
+    # Else whoever began the program wants another; it stays, for what Python does at its end.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
-    try:
-        from qtool.cli import app
+    from qtool.cli import app
 
-        app.main()
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    app.main()
 
 
 def _open_missing_streams() -> None:
@@ -38,5 +35,5 @@ def _open_missing_streams() -> None:
 
 
 def _end_at_once(signum: int, frame: FrameType | None) -> NoReturn:
-    """Ctrl-C before a verb begins, which then has a handler of its own: no traceback."""
+    """Ctrl-C before a verb begins, which has a handler of its own, or after it: no traceback."""
     os._exit(EXIT_CODES["interrupted"])

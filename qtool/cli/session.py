@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import math
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -17,15 +17,19 @@ from typing import Final
 
 import typer
 
-from qtool.cli.option_names import option_names
+from qtool.cli.option_names import IDLE_CONFIG, option_names
 from qtool.errors import Option, QtoolError, Terminated, interruption
 from qtool.report.output import AnswerLost, ColorChoice, Output, ReaderGone, flush_stdout
 
 Hint = tuple[str | Option, ...]
 AGAIN_AFTER_S: Final = 0.05  # by then a destructor is over, or it meets the next one
 MAX_POSTPONED: Final = 20  # a second: Ctrl-C has to be answered
+SAME_S: Final = 0.03  # `timeout` signals a process, and then the group that it belongs to
 JUST_NOW_S: Final = 3.0
-IMPORTING: Final = "<frozen importlib._bootstrap>"
+IMPORTING: Final = "importlib._bootstrap"
+LOCKING: Final = ("threading", "concurrent.futures._base", "concurrent.futures.thread")
+STARTING: Final = ("threading", "start")
+WAITING: Final = [("threading", name) for name in ("wait", "join", "_wait_for_tstate_lock")]
 RUN_AGAIN: Final[Hint] = ("run the command again",)
 CONTINUING: Final = ("quantize", "merge")  # they go on with what is in OUT, if told nothing
 
@@ -52,6 +56,8 @@ def verb_session(
     again = _how_again(ctx, command)
     try:
         with _raising_signals() as signals, _no_interruption_lost(), _whole_answer():
+            if IDLE_CONFIG in ctx.meta:
+                output.warn(ctx.meta[IDLE_CONFIG])
             yield output
     except (typer.Exit, typer.Abort, ReaderGone):
         raise
@@ -94,31 +100,44 @@ def _no_interruption_lost() -> Iterator[None]:
 
 
 class _Signals:
-    """The handler of SIGINT and SIGTERM: raises KeyboardInterrupt or Terminated, but rather not in
-    an import.
+    """The handler of SIGINT and SIGTERM: raises KeyboardInterrupt or Terminated, once for both that
+    `timeout` sends, and rather not midway through an import or what threads share.
 
     Modules catch what fails in an import of theirs, and with it KeyboardInterrupt, or fail on what
-    was imported halfway.
+    was imported halfway. A future's lock that is taken and left to nobody keeps its thread waiting
+    for ever, and so the end of the program.
     """
 
     def __init__(self) -> None:
         self._raised: KeyboardInterrupt | None = None
+        self._raised_for = 0
         self._raised_at_s = -math.inf
         self._num_postponed = 0
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if _is_importing(frame) and self._num_postponed < MAX_POSTPONED:
+        if signum == self._raised_for and self._age_s < SAME_S:
+            return
+        if _is_midway(frame) and self._num_postponed < MAX_POSTPONED:
             self._num_postponed += 1
             _send_later(signum)
             return
         self._raised = KeyboardInterrupt() if signum == signal.SIGINT else Terminated()
-        self._raised_at_s = time.monotonic()
+        self._raised_for, self._raised_at_s = signum, time.monotonic()
+        self._num_postponed = 0
         raise self._raised
+
+    @property
+    def _age_s(self) -> float:
+        return time.monotonic() - self._raised_at_s
+
+    def outlast_the_same(self) -> None:
+        """Return when no second one can come that belongs to what was raised."""
+        time.sleep(max(0.0, SAME_S - self._age_s))
 
     @property
     def just_raised(self) -> KeyboardInterrupt | None:
         """What an error now may come from; a chat goes on after those that end an answer."""
-        return self._raised if time.monotonic() - self._raised_at_s < JUST_NOW_S else None
+        return self._raised if self._age_s < JUST_NOW_S else None
 
 
 @contextmanager
@@ -132,20 +151,32 @@ def _raising_signals() -> Iterator[_Signals]:
     try:
         yield signals
     finally:
+        signals.outlast_the_same()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename != IMPORTING:
+def _is_midway(frame: FrameType | None) -> bool:
+    """Whether what runs is an import, the start of a thread, or anything of threads and futures
+    but their waiting for others, which leaves things as it found them."""
+    stack = []
+    while frame is not None:
+        stack.append((frame.f_globals.get("__name__"), frame.f_code.co_name))
         frame = frame.f_back
-    return frame is not None
+    modules = {module for module, _ in stack}
+    if IMPORTING in modules or STARTING in stack:
+        return True
+    return not modules.isdisjoint(LOCKING) and stack[0] not in WAITING
 
 
 def _send_later(signum: int) -> None:
-    timer = threading.Timer(AGAIN_AFTER_S, os.kill, [os.getpid(), signum])
-    timer.daemon = True
-    timer.start()
+    # No threading.Timer: what was interrupted may hold the lock that starting one takes.
+    _thread.start_new_thread(_send_again, (signum,))
+
+
+def _send_again(signum: int) -> None:
+    time.sleep(AGAIN_AFTER_S)
+    os.kill(os.getpid(), signum)
 
 
 def report_error(output: Output, error: BaseException, told: QtoolError) -> None:

@@ -34,7 +34,7 @@ class Ran:
 def run(*arguments: object) -> Ran:
     """Run `qtool ARGUMENTS` and return what came out."""
     stdout, stderr = io.StringIO(), io.StringIO()
-    previous = signal.getsignal(signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     code = 0
     with (
         mock.patch.object(sys, "argv", ["qtool", *map(str, arguments)]),
@@ -46,5 +46,6 @@ def run(*arguments: object) -> Ran:
         except SystemExit as done:
             code = int(done.code or 0)
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     return Ran(code, stdout.getvalue(), stderr.getvalue())

@@ -45,6 +45,68 @@ def test_a_signal_during_a_destructor_still_ends_the_verb(name: str, exit_code: 
     assert done.stderr.startswith("error: ")
 
 
+WITH_A_POOL = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+
+POOL = ThreadPoolExecutor(1)
+
+def signal_after(function, caller):
+    def trace(frame, event, _):
+        if event == "return" and frame.f_back.f_code.co_name == caller:
+            sys.settrace(None)
+            signal.raise_signal(signal.{name})
+        return trace if frame.f_code is function.__code__ else None
+    sys.settrace(trace)
+"""
+
+
+def run_verb(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "caller"),
+    [
+        ("threading.Condition.__enter__", "result"),  # would leave a future's lock to nobody
+        ("threading.Thread.start", "_adjust_thread_count"),  # a thread that its pool knows not
+    ],
+)
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_leaves_no_thread_waiting_for_ever(
+    function: str, caller: str, name: str, exit_code: int
+) -> None:
+    body = f"signal_after({function}, '{caller}')\n        POOL.submit(time.sleep, 1).result()\n"
+    program = (WITH_A_POOL + VERB.replace("Destroyed()\n", body)).format(name=name)
+    done = run_verb(program)
+    assert (done.returncode, done.stdout) == (exit_code, "")
+
+
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_that_is_sent_twice_is_one(name: str, exit_code: int) -> None:
+    """As `timeout` does; whoever cleans up after the first must not be stopped by the second."""
+    body = (
+        "try:\n            signal.raise_signal(signal.{name})\n"
+        "        finally:\n            signal.raise_signal(signal.{name})\n"
+        "            print('cleaned up')\n"
+    )
+    done = run_verb(VERB.replace("Destroyed()\n", body).format(name=name))
+    assert (done.returncode, done.stdout) == (exit_code, "cleaned up\n")
+    assert done.stderr.startswith("error: ")
+
+
+def test_another_signal_is_heard_while_the_first_is_answered() -> None:
+    body = (
+        "try:\n            signal.raise_signal(signal.{name})\n"
+        "        finally:\n            time.sleep(0.1)\n"
+        "            signal.raise_signal(signal.{name})\n            print('cleaned up')\n"
+    )
+    done = run_verb(VERB.replace("Destroyed()\n", body).format(name="SIGINT"))
+    assert (done.returncode, done.stdout) == (130, "")
+
+
 CONTINUES = "; it continues where it stopped"
 IMPORTED = """
 import signal, time
@@ -171,3 +233,18 @@ def test_an_interruption_before_any_verb_shows_no_traceback(tmp_path: Path) -> N
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_an_interruption_after_the_verb_shows_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, signal\natexit.register(signal.raise_signal, signal.SIGINT)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "qtool", "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    assert (done.returncode, done.stderr) == (130, "")
