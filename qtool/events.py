@@ -7,14 +7,20 @@ Capability packages never print: they take an `on_event` callable and pass it th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from qtool.errors import Words
 
 
 class Started(NamedTuple):
-    """A stage begins; `total_bytes` is what its `Advanced` events will add up to."""
+    """A stage begins; `total_bytes` is what `done_bytes`, there from an earlier run, and its
+    `Advanced` events will add up to. If it is no transfer, bytes only weigh its parts."""
 
     stage: str
     total_bytes: int
+    done_bytes: int = 0
+    is_transfer: bool = True
 
 
 class Advanced(NamedTuple):
@@ -33,7 +39,7 @@ class Finished(NamedTuple):
 class Note(NamedTuple):
     """A sentence for the user; `level` "detail" is shown with -v only."""
 
-    text: str
+    text: Words
     level: str = "info"  # detail | info | warning
 
 

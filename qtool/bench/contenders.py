@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from qtool.bench.duration import announce
 from qtool.bench.records import Engine, Moved
 from qtool.errors import Option, QtoolError
 from qtool.events import Advanced, Finished, OnEvent, Started
@@ -89,9 +91,10 @@ def measure(
     """Take `repeats` samples of each, in turns; the order changes from turn to turn."""
     rounds = NUM_WARM_UPS + repeats
     round_bytes = clock.runs_per_sample * sum(contender.moved.num_bytes for contender in contenders)
-    on_event(Started(stage, rounds * round_bytes))
+    on_event(Started(stage, rounds * round_bytes, is_transfer=False))
     samples: list[list[Sample]] = [[] for _ in contenders]
     for number in range(rounds):
+        start_s = time.perf_counter()
         for index in random.sample(range(len(contenders)), len(contenders)):
             contender = contenders[index]
             sample = clock.time(contender.run, number * clock.runs_per_sample)
@@ -99,6 +102,8 @@ def measure(
                 samples[index].append(sample)
             item = f"{contender.op} ({contender.engine})"
             on_event(Advanced(clock.runs_per_sample * contender.moved.num_bytes, item))
+        if number == NUM_WARM_UPS - 1:
+            announce(f"{repeats} rounds", repeats * (time.perf_counter() - start_s), on_event)
     on_event(Finished(stage))
     return [
         Measured(contender.op, contender.engine, contender.moved, tuple(taken))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qtool.bench.bitsandbytes_layers import share_network
+from qtool.bench.duration import announce
 from qtool.bench.interruption import gather
 from qtool.bench.machine import describe_host, device_name, software_versions
 from qtool.bench.model_shapes import DEFAULT_SHAPE, read_model_shape
@@ -137,6 +138,7 @@ def bench_finetune(
         )
     if request.against is not None:
         require_bitsandbytes()
+    on_event(Note(f"{label} in {request.quant} on {device}: {_task_text(request, length)}"))
     on_event(Note(f"making random weights of {label} on the device"))
     loaded = build_random_model(config, request.quant, device=str(device), model_id=label)
     warnings: list[str] = []
@@ -155,6 +157,14 @@ def bench_finetune(
         runs=tuple(runs),
         warnings=tuple(warnings),
         interruption=interruption,
+    )
+
+
+def _task_text(request: FinetuneBenchRequest, length: int) -> str:
+    each = " of each engine" if request.against else ""
+    return (
+        f"steps of {request.batch} x {length} tokens; {WARM_UPS} to warm up and {request.steps} "
+        f"that count{each}"
     )
 
 
@@ -224,8 +234,9 @@ class _Measurement:
                 self._wait()
                 times.append(time.perf_counter() - start_s)
                 if number == 0:
-                    left = WARM_UPS + request.steps - 1
-                    on_event(Note(f"{engine}: the first step took {times[0]:.1f} s; {left} more"))
+                    on_event(Note(f"{engine}: the first step took {times[0]:.1f} s"))
+                if number == WARM_UPS - 1:
+                    announce(f"{request.steps} steps", request.steps * times[-1], on_event)
             median = statistics.median(times[WARM_UPS:])
             run = FinetuneRun(
                 engine=engine,

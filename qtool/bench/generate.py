@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qtool.bench.bitsandbytes_layers import share_network
+from qtool.bench.duration import LONG_S, announce
 from qtool.bench.generate_engines import GenerateEngine, QtoolEngine, TransformersEngine
 from qtool.bench.generate_records import GenerateBenchResult, GenerateRun, Samples, Size, Timing
 from qtool.bench.generate_subject import Subject, choose_subject
@@ -43,7 +44,6 @@ Rival = Literal["bitsandbytes"]
 # Shape, new tokens and runs by "on a GPU": a CPU is not to take minutes for them.
 DEFAULTS: Final = {True: (DEFAULT_SHAPE, 256, 5), False: ("llama-3.2-1b", 64, 3)}
 LEAST_NEW_TOKENS: Final = 2  # the first one belongs to prefill
-LONG_S: Final = 5.0  # what takes longer is told before
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +285,8 @@ class _Turns:
         stage = f"measure {self._subject.label}, batch {size.batch}, {size.prompt_tokens} tokens"
         num_engines = 1 if rival is None else 2
         run_bytes = self._subject.step_bytes(size) * size.new_tokens
-        on_event(Started(stage, (1 + self._request.num_runs) * num_engines * run_bytes))
+        total_bytes = (1 + self._request.num_runs) * num_engines * run_bytes
+        on_event(Started(stage, total_bytes, is_transfer=False))
         ids = _random_prompts(loaded, size)
         with ExitStack() as closing, out_of_memory_as_error(f"running {size.text}"):
             players = list(self._warm_up(loaded, rival, size, ids, closing, on_event))
@@ -307,10 +308,9 @@ class _Turns:
 
     def _announce_runs(self, players: list[_Player], on_event: OnEvent) -> None:
         """Say how long the runs that count will take, if that is long."""
-        left_s = self._request.num_runs * sum(player.warm_up_s for player in players)
-        if left_s > LONG_S:
-            each = " of each" if len(players) > 1 else ""
-            on_event(Note(f"{self._request.num_runs} runs{each} come, about {left_s:.0f} s"))
+        num_runs, each = self._request.num_runs, " of each" if len(players) > 1 else ""
+        left_s = num_runs * sum(player.warm_up_s for player in players)
+        announce(f"{num_runs} runs{each}", left_s, on_event)
 
     def _warm_up(
         self,

@@ -19,7 +19,14 @@ from typing import Any, Final
 from qtool.backends import BackendChoice, choose_backend
 from qtool.backends.cpu import num_usable_cores
 from qtool.bench.bitsandbytes_kernels import Bitsandbytes, NoRivalError
-from qtool.bench.contenders import MIN_REPEATS, Contender, Measured, check_repeats, measure
+from qtool.bench.contenders import (
+    MIN_REPEATS,
+    NUM_WARM_UPS,
+    Contender,
+    Measured,
+    check_repeats,
+    measure,
+)
 from qtool.bench.devices import Device
 from qtool.bench.interruption import gather
 from qtool.bench.machine import describe_host, device_name, software_versions
@@ -94,6 +101,7 @@ def bench_kernels(request: KernelRequest, on_event: OnEvent = ignore_events) -> 
     rival = _find_rival(request, warnings, on_gpu=on_gpu, num_threads=num_threads)
     groups = _Groups(request, operations, products, rival, on_gpu, num_threads, on_event)
     measured: list[list[Row]] = []
+    on_event(Note(groups.task_text))
     with _open_device(on_gpu, num_threads) as device:
         name = device_name(num_threads, on_gpu=on_gpu)
         interruption = gather(groups.measure(device, warnings), measured)
@@ -154,11 +162,31 @@ class _Groups:
     num_threads: int
     on_event: OnEvent
 
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Of the weights."""
+        return self.request.shapes or (CUDA_SHAPE if self.on_gpu else CPU_SHAPE,)
+
+    @property
+    def dtypes(self) -> tuple[SourceDtype, ...]:
+        """Of the weights."""
+        return self.request.dtypes or (CUDA_DTYPES if self.on_gpu else CPU_DTYPES)
+
+    @property
+    def task_text(self) -> str:
+        """What is going to be done."""
+        numbers = ((len(self.operations), "operation"), (len(self.products), "product"))
+        what = " and ".join(f"{n} {name}{'s' * (n > 1)}" for n, name in numbers if n)
+        shapes = ", ".join(map(shape_text, self.shapes))
+        dtypes = ", ".join(DTYPE_WORDS[dtype] for dtype in self.dtypes)
+        return (
+            f"{what} on weights of {shapes} in {dtypes}: {NUM_WARM_UPS} rounds to warm up and "
+            f"{self.request.repeats} that count"
+        )
+
     def measure(self, device: Device, warnings: list[str]) -> Iterator[list[Row]]:
         """The rows of each; what has to be said of them is added to `warnings`."""
-        shapes = self.request.shapes or (CUDA_SHAPE if self.on_gpu else CPU_SHAPE,)
-        dtypes = self.request.dtypes or (CUDA_DTYPES if self.on_gpu else CPU_DTYPES)
-        for shape, dtype in product(shapes, dtypes):
+        for shape, dtype in product(self.shapes, self.dtypes):
             if self.operations:
                 group = _Group(device, self.rival, shape, dtype, self.operations)
                 measured = group.measure(self.request.repeats, self.on_event)
@@ -193,6 +221,7 @@ class _Group:
         return f"{DTYPE_WORDS[self.dtype]} {shape_text(self.shape)}"
 
     def measure(self, repeats: int, on_event: OnEvent) -> list[Measured]:
+        on_event(Note(f"{self.label}: making weights and comparing results"))
         weights = self.device.make_weights(self.shape, self.dtype, self.operations)
         contenders = [self._copy(weights), *self._own(weights)]
         if self.rival is not None:

@@ -22,6 +22,7 @@ from qtool.architecture import build_architecture
 from qtool.backends.cpu import num_usable_cores
 from qtool.bench.contenders import (
     MIN_REPEATS,
+    NUM_WARM_UPS,
     Contender,
     Run,
     Sample,
@@ -34,7 +35,7 @@ from qtool.bench.model_shapes import DEFAULT_SHAPE, MODEL_SHAPES
 from qtool.bench.records import BenchResult, Engine, Limit, Moved, Row, make_row
 from qtool.bench.torch_device import COPY, measure_copy
 from qtool.errors import Option, QtoolError
-from qtool.events import OnEvent, ignore_events
+from qtool.events import Note, OnEvent, ignore_events
 from qtool.optim import AdamW8bit, Lion8bit, SGD8bit
 from qtool.planner.lora import ALL_LINEAR, features, target_layers
 from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
@@ -103,6 +104,9 @@ def bench_optimizers(request: OptimizerRequest, on_event: OnEvent = ignore_event
     chosen = [make_case(name) for name in request.cases or (CASES if on_gpu else CASES[:1])]
     warnings: list[str] = []
     kinds = list(_kinds(with_rivals=request.with_rivals, warnings=warnings))
+    labels = "; ".join(case.label for case in chosen)
+    rounds = f"{NUM_WARM_UPS} rounds to warm up and {request.repeats} that count"
+    on_event(Note(f"{labels} on {device}: {rounds}"))
     limit = measure_copy(device, on_event)
     cases: list[_Measured] = []
     measured = (_measure(case, kinds, device, limit, request.repeats, on_event) for case in chosen)

@@ -28,7 +28,7 @@ from qtool.bench.operations import (
 from qtool.bench.records import Engine, Moved
 from qtool.bench.torch_device import copy_contender, make_clock
 from qtool.errors import QtoolError
-from qtool.events import OnEvent
+from qtool.events import Note, OnEvent
 from qtool.formats.tensors import SourceDtype
 from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.runtime.linear import Linear4bit, LinearInt8, build_linear
@@ -80,6 +80,7 @@ class ProductGroup:
         Raises:
             QtoolError: qtool's product is wrong, or there is too little memory.
         """
+        on_event(Note(f"{self.label}: making weights and comparing results"))
         with torch.inference_mode(), quiet_bitsandbytes(), out_of_memory_as_error(self.label):
             x = self._activations()
             errors: Errors = {}

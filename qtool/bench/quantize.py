@@ -14,6 +14,7 @@ import json
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from typing import Any, Final, cast
 
 from qtool.backends import BackendChoice, ChosenBackend, choose_backend, cpu, cuda
 from qtool.backends.cpu import num_usable_cores
+from qtool.bench.duration import announce
 from qtool.bench.interruption import interruptible
 from qtool.bench.machine import describe_host, device_name, software_versions
 from qtool.bench.model_shapes import DEFAULT_SHAPE, read_model_shape
@@ -188,6 +190,7 @@ def _open_source(
         needed = sum(_output_sizes(plan).values())
         with open_work_folder(request.work_dir, needed) as folder:
             label = Path(checkpoint.id).resolve().name
+            on_event(Note(_task_text(request, label, folder)))
             yield _Source(label, checkpoint, plan, folder)
         return
     label, config = read_model_shape(request.shape)
@@ -195,9 +198,18 @@ def _open_source(
     plan = build_plan(files.as_checkpoint(), recipe)
     needed = files.file_bytes + sum(_output_sizes(plan).values())
     with open_work_folder(request.work_dir, needed) as folder:
+        on_event(Note(_task_text(request, label, folder)))
         write_checkpoint(files, folder / "source", transfer.num_threads, on_event)
         checkpoint = open_checkpoint(str(folder / "source"), need="files")
         yield _Source(label, checkpoint, build_plan(checkpoint, recipe), folder)
+
+
+def _task_text(request: QuantizeBenchRequest, label: str, folder: Path) -> str:
+    rival = "; transformers + bitsandbytes in {} of them" if request.rival_repeats else ""
+    return (
+        f"{label} to {request.precision}, in {folder.parent}: a round to warm up and "
+        f"{request.repeats} that count{rival.format(request.rival_repeats)}"
+    )
 
 
 # -- taking turns ---------------------------------------------------------------------------------
@@ -227,8 +239,9 @@ class _Turns:
         rounds = request.repeats + 1
         stage = "measure"
         total = rounds * 2 * moved.num_bytes + request.rival_repeats * moved.num_bytes
-        on_event(Started(stage, total))
+        on_event(Started(stage, total, is_transfer=False))
         for number in range(rounds):
+            start_s = time.perf_counter()
             if number == 1:
                 self._samples = Samples()
             self._samples.read_seconds.append(self._read())
@@ -237,6 +250,9 @@ class _Turns:
             on_event(Advanced(moved.output_bytes, RAW_WRITE))
             self._samples.runs.append(self._run_qtool())
             on_event(Advanced(moved.num_bytes, "qtool quantize"))
+            if number == 0:
+                left_s = request.repeats * (time.perf_counter() - start_s)
+                announce(f"{request.repeats} rounds", left_s, on_event)
             if 0 < number <= request.rival_repeats and not self._samples.warnings:
                 self._run_rival()
                 on_event(Advanced(moved.num_bytes, "transformers + bitsandbytes"))

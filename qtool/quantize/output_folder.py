@@ -228,14 +228,10 @@ def read_finished_manifest(path: Path) -> dict[str, Any] | None:
 def require_same(found: Mapping[str, Any], identity: RunIdentity, path: Path) -> None:
     """Raise QtoolError(differs) naming the options or source in which `found` differs."""
     wanted: Mapping[str, Any] = identity.as_journal_head()
-    differences = []
+    differences: list[str] = []
     for part in ("options", "source", *(("source_state",) if identity.source_state else ())):
         old, new = found.get(part, wanted[part]), wanted[part]
-        differences += [
-            f"{key} is {json.dumps(old.get(key))} there, {json.dumps(new.get(key))} now"
-            for key in sorted({*old, *new})
-            if old.get(key) != new.get(key)
-        ]
+        differences += _differences(part, old, new)
     if differences:
         raise QtoolError(
             f"{path} was made with other settings: {'; '.join(differences[:4])}",
@@ -247,6 +243,41 @@ def require_same(found: Mapping[str, Any], identity: RunIdentity, path: Path) ->
                 Option("output"),
             ),
         )
+
+
+def _differences(part: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """What differs in a part of an identity, in words; of files no sizes, times and checksums."""
+    keys = _changed(old, new)
+    if part == "options":  # those that only quantizing has say no more than that it is done
+        keys = [key for key in keys if key == "quant" or (key in old and key in new)] or keys
+    else:  # another model has other files
+        keys = [key for key in keys if key != "files"] or keys
+    for key in keys:
+        before, now = old.get(key), new.get(key)
+        if part == "source_state":
+            yield f"{key} has changed since"
+        elif isinstance(before, Mapping) and isinstance(now, Mapping) and _same_name(before, now):
+            files, others = (side.get("sha256", side) for side in (before, now))
+            yield from (f"{name} is another one now" for name in _changed(files, others) or [key])
+        else:
+            yield f"{key} is {_in_words(before)} there, {_in_words(now)} now"
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
+def _same_name(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two adapters are called alike; lists of files have no names."""
+    return bool(before.get("name") == now.get("name"))
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(value.get("name", "another"))
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def encode_manifest(identity: RunIdentity, files: Mapping[str, FileRecord]) -> bytes:

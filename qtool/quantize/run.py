@@ -24,7 +24,7 @@ from qtool.checkpoint.reading import OpenTensors, open_shards
 from qtool.checkpoint.records import Checkpoint
 from qtool.checkpoint.safetensors_header import EncodedHeader, encode_header
 from qtool.errors import QtoolError
-from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
+from qtool.events import Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import QuantFormat
 from qtool.formats.tensors import SourceDtype
 from qtool.quantize.memory import PeakMemory
@@ -230,10 +230,9 @@ def _write_shards(folder: OutputFolder, job: _Job) -> int:
     headers = {shard.file_name: _encode(shard) for shard in shards}
     missing = [shard for shard in shards if shard.file_name not in folder.finished]
     folder.require_space(sum(headers[shard.file_name].file_bytes for shard in missing))
-    job.on_event(Started(job.plan.stage, sum(shard.input_bytes for shard in shards)))
-    for shard in shards:
-        if shard not in missing:
-            job.on_event(Advanced(shard.input_bytes, shard.file_name))
+    total_bytes = sum(shard.input_bytes for shard in shards)
+    missing_bytes = sum(shard.input_bytes for shard in missing)
+    job.on_event(Started(job.plan.stage, total_bytes, total_bytes - missing_bytes))
     with ThreadPoolExecutor(OPEN_SHARDS, thread_name_prefix="shard") as pool:
         try:
             _follow(
@@ -248,7 +247,7 @@ def _write_shards(folder: OutputFolder, job: _Job) -> int:
             job.workers.stop(error)
             raise
     job.on_event(Finished(job.plan.stage))
-    return sum(shard.input_bytes for shard in missing)
+    return missing_bytes
 
 
 def _write_shard(folder: OutputFolder, job: _Job, shard: ShardPlan, header: EncodedHeader) -> None:

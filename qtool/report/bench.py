@@ -30,7 +30,7 @@ ENGINE_NAMES: Final = {
 UNITS: Final = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 KERNEL_FOOTNOTE: Final = (
     "time: median ± median absolute deviation of {n} samples; GB/s: 10^9 bytes read and written "
-    "per second; of limit: share of the copy's rate; vs qtool: time over qtool's"
+    "per second; of limit: share of the copy's rate"
 )
 PRODUCT_FOOTNOTE: Final = (
     "linear: activations times weights; torch: its own product, with weights that are not packed; "
@@ -39,20 +39,25 @@ PRODUCT_FOOTNOTE: Final = (
 GENERATE_FOOTNOTE: Final = (
     "mean ± standard deviation of {n} runs after one that does not count, tokens of all sequences "
     "added up; of limit: bytes that a step must read, as fast as the device copies ({limit:,.0f} "
-    "GB/s, read and written); vs qtool: time of decoding over qtool's"
+    "GB/s, read and written)"
 )
 OPTIMIZER_FOOTNOTE: Final = (
     "time of a step, host included: median ± median absolute deviation of {n}; GB/s: 10^9 bytes of "
     "parameters, gradients and states per second; of limit: share of a copy's rate ({limit:,.0f} "
-    "GB/s); vs qtool: time over qtool's; torch: its fused AdamW, with states of the parameters' "
-    "dtype; all others with states in 8 bit"
+    "GB/s); torch: its fused AdamW, with states of the parameters' dtype; all others with states "
+    "in 8 bit"
 )
 MEMORY_FOOTNOTE: Final = "memory: the most that was allocated on the GPU, weights included"
 
 QUANTIZE_FOOTNOTE: Final = (
     "time: median ± median absolute deviation of {n} runs; GB/s: 10^9 bytes read and written per "
-    "second; of limit: the slower one of raw read and raw write, over the time; vs qtool: time "
-    "over qtool's; source: {source}; output: {output}"
+    "second; of limit: the slower one of raw read and raw write, over the time; source: {source}; "
+    "output: {output}"
+)
+VS_QTOOL: Final = "; vs qtool: time over qtool's"
+VS_QTOOL_DECODING: Final = "; vs qtool: time of decoding over qtool's"
+BEYOND_THE_LIMIT: Final = (
+    "; more than 100 %: a step reads and hardly writes, which can be faster than a copy"
 )
 
 
@@ -84,7 +89,8 @@ def report_kernels(output: Output, result: BenchResult, path: Path | None) -> No
                 f"{ratio['op']} takes {ratio['seconds_ratio']:.2f}x the time of "
                 f"{ratio['op'].removesuffix('-dq')} ({', '.join(where)})"
             )
-    output.answer(dim_text(KERNEL_FOOTNOTE.format(n=result.rows[0].n)))
+    footnote = KERNEL_FOOTNOTE.format(n=result.rows[0].n)
+    output.answer(dim_text(footnote + VS_QTOOL * _has_rivals(result.rows)))
     if any(row.tokens is not None for row in result.rows):
         output.answer(dim_text(PRODUCT_FOOTNOTE))
     finish_bench(output, document, path, result.interruption)
@@ -98,7 +104,8 @@ def report_quantize(output: Output, result: BenchResult, path: Path | None) -> N
     for line in _quantize_lines(result):
         output.answer(line)
     n = next(row.n for row in result.rows if row.engine == "qtool")
-    output.answer(dim_text(QUANTIZE_FOOTNOTE.format(n=n, **result.details["storage"])))
+    footnote = QUANTIZE_FOOTNOTE.format(n=n, **result.details["storage"])
+    output.answer(dim_text(footnote + VS_QTOOL * _has_rivals(result.rows)))
     finish_bench(output, document, path)
 
 
@@ -114,7 +121,8 @@ def report_optimizers(output: Output, result: BenchResult, path: Path | None) ->
                 "states per parameter"
             )
     limit = result.limits["copy"].bytes_per_s / 1e9
-    output.answer(dim_text(OPTIMIZER_FOOTNOTE.format(n=result.rows[0].n, limit=limit)))
+    footnote = OPTIMIZER_FOOTNOTE.format(n=result.rows[0].n, limit=limit)
+    output.answer(dim_text(footnote + VS_QTOOL * _has_rivals(result.rows)))
     finish_bench(output, document, path, result.interruption)
 
 
@@ -133,7 +141,11 @@ def report_generate(output: Output, result: GenerateBenchResult, path: Path | No
     for text in dict.fromkeys(_generate_lines(result.runs)):
         output.answer(text)
     limit = result.limit.bytes_per_s / 1e9
-    output.answer(dim_text(GENERATE_FOOTNOTE.format(n=result.runs[0].n, limit=limit)))
+    footnote = GENERATE_FOOTNOTE.format(n=result.runs[0].n, limit=limit)
+    if any(run.bandwidth_share > 1 for run in result.runs):
+        footnote += BEYOND_THE_LIMIT
+    has_rival = any(run.engine != "qtool" for run in result.runs)
+    output.answer(dim_text(footnote + VS_QTOOL_DECODING * has_rival))
     if any(run.allocated_peak_bytes for run in result.runs):
         output.answer(dim_text(MEMORY_FOOTNOTE))
     finish_bench(output, document, path, result.interruption)
@@ -142,19 +154,20 @@ def report_generate(output: Output, result: GenerateBenchResult, path: Path | No
 def _generate_table(runs: Sequence[GenerateRun]) -> Table:
     table = new_table()
     table.add_column("engine", no_wrap=True)
-    for name in ("prefill tok/s", "decode tok/s", "of limit", "vs qtool"):
-        table.add_column(name, justify="right", no_wrap=True)
+    has_rival = any(run.engine != "qtool" for run in runs)
     on_gpu = any(run.allocated_peak_bytes for run in runs)
-    if on_gpu:
-        table.add_column("memory", justify="right", no_wrap=True)
+    figures = ("prefill tok/s", "decode tok/s", "of limit")
+    for name in (*figures, *("vs qtool",) * has_rival, *("memory",) * on_gpu):
+        table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         ratio = decode_ratio(run, runs)
+        ratio_text = f"{ratio:.2f}x" if ratio and run.engine != "qtool" else ""
         table.add_row(
             ENGINE_NAMES.get(run.engine, run.engine),
             _rate_text(run.prefill_tok_s, run.prefill_tok_s_sd),
             _rate_text(run.decode_tok_s, run.decode_tok_s_sd),
             f"{run.bandwidth_share:.1%}",
-            f"{ratio:.2f}x" if ratio and run.engine != "qtool" else "",
+            *[ratio_text] * has_rival,
             *[format_bytes(run.allocated_peak_bytes)] * on_gpu,
             style="bold" if run.engine == "qtool" else None,
         )
@@ -312,25 +325,31 @@ def _table(rows: Sequence[Row]) -> Table:
     table = new_table()
     table.add_column("operation", no_wrap=True)
     table.add_column("engine", no_wrap=True)
-    for name in ("time", "GB/s", "of limit", "vs qtool"):
-        table.add_column(name, justify="right", no_wrap=True)
+    has_rivals = _has_rivals(rows)
     with_errors = any(row.relative_error is not None for row in rows)
-    if with_errors:
-        table.add_column("error", justify="right", no_wrap=True)
+    figures = ("time", "GB/s", "of limit")
+    for name in (*figures, *("vs qtool",) * has_rivals, *("error",) * with_errors):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         errors = ["" if row.relative_error is None else f"{row.relative_error:.1e}"] * with_errors
         ratio = time_ratio(row, rows)
+        ratio_text = f"{ratio:.2f}x" if ratio and row.engine != "qtool" else ""
         table.add_row(
             _op_text(row.op),
             ENGINE_NAMES.get(row.engine, row.engine),
             time_text(row.seconds_median, row.seconds_mad if row.n > 1 else None),
             f"{row.bytes_per_s / 1e9:,.{_digits(row.bytes_per_s / 1e9)}f}",
             f"{row.share_of_limit:.1%}" if row.engine != "limit" else "",
-            f"{ratio:.2f}x" if ratio and row.engine != "qtool" else "",
+            *[ratio_text] * has_rivals,
             *errors,
             style="bold" if row.engine == "qtool" else None,
         )
     return table
+
+
+def _has_rivals(rows: Iterable[Row]) -> bool:
+    """Whether there is anything to compare qtool with."""
+    return any(row.engine not in ("qtool", "limit") for row in rows)
 
 
 def _op_text(op: str) -> str:

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qtool.bench.finetune import FinetuneBenchResult, FinetuneRun
-from qtool.report.bench import dim_text, finish_bench, head_lines, keep_document, time_text
+from qtool.report.bench import (
+    VS_QTOOL,
+    dim_text,
+    finish_bench,
+    head_lines,
+    keep_document,
+    time_text,
+)
 from qtool.report.estimate import new_table
 from qtool.report.output import Output
 from qtool.report.units import format_bytes
@@ -17,10 +24,7 @@ from qtool.report.units import format_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-FOOTNOTE: Final = (
-    "step: median ± median absolute deviation of {n}, after two that do not count; vs qtool: time "
-    "over qtool's"
-)
+FOOTNOTE: Final = "step: median ± median absolute deviation of {n}, after two that do not count"
 MEMORY_FOOTNOTE: Final = (
     "memory: the most that PyTorch handed out; plan: what `estimate --mode qlora` says of it"
 )
@@ -40,7 +44,8 @@ def report_finetune(output: Output, result: FinetuneBenchResult, path: Path | No
         "",
         _table(result.runs),
     )
-    output.answer(dim_text(FOOTNOTE.format(n=result.runs[0].n)))
+    footnote = FOOTNOTE.format(n=result.runs[0].n)
+    output.answer(dim_text(footnote + VS_QTOOL * (len(result.runs) > 1)))
     if _on_gpu(result.runs):
         output.answer(dim_text(MEMORY_FOOTNOTE))
     finish_bench(output, document, path, result.interruption)
@@ -50,10 +55,13 @@ def _table(runs: tuple[FinetuneRun, ...]) -> Table:
     table = new_table()
     table.add_column("engine", no_wrap=True)
     on_gpu = _on_gpu(runs)
-    for name in ("step", "tokens/s", "vs qtool", *(("memory", "plan") if on_gpu else ())):
+    has_rival = len(runs) > 1
+    memory = ("memory", "plan") if on_gpu else ()
+    for name in ("step", "tokens/s", *("vs qtool",) * has_rival, *memory):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        cells = [*_cells(run, runs[0]), *(_memory_cells(run) if on_gpu else ())]
+        cells = [*_cells(run), *_ratio_cells(run, runs[0]) * has_rival]
+        cells += _memory_cells(run) if on_gpu else ()
         table.add_row(*cells, style="bold" if run is runs[0] else None)
     return table
 
@@ -62,11 +70,14 @@ def _on_gpu(runs: tuple[FinetuneRun, ...]) -> bool:
     return any(run.allocated_peak_bytes for run in runs)
 
 
-def _cells(run: FinetuneRun, own: FinetuneRun) -> Iterator[str]:
+def _cells(run: FinetuneRun) -> Iterator[str]:
     yield run.engine.replace("bitsandbytes", "bnb")
     yield time_text(run.step_seconds_median, run.step_seconds_mad if run.n > 1 else None)
     yield f"{run.tokens_per_s:,.0f}"
-    yield "" if run is own else f"{run.step_seconds_median / own.step_seconds_median:.2f}x"
+
+
+def _ratio_cells(run: FinetuneRun, own: FinetuneRun) -> tuple[str]:
+    return ("" if run is own else f"{run.step_seconds_median / own.step_seconds_median:.2f}x",)
 
 
 def _memory_cells(run: FinetuneRun) -> Iterator[str]:

@@ -17,12 +17,8 @@ from qtool.events import Advanced, Event, Finished, Note, OnEvent, Started
 from qtool.report.units import format_bytes, format_rate
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
-
     from qtool.report.output import Output
 
-REFRESHES_PER_S = 8
 WORTH_A_LINE_S = 1.0  # quicker stages are not worth a line in a log
 # When a stage first says how far it is; then after twice as long, and so on: logs stay short.
 FIRST_LINE_S = {False: 10.0, True: 2.0}  # by --verbose
@@ -34,33 +30,17 @@ def show_progress(output: Output) -> Iterator[OnEvent]:
     if output.is_silent:
         yield output.on_note
     elif output.has_bar:
-        with _bar(output.stderr) as progress:
-            yield _BarEvents(progress, output)
+        from qtool.report.bar import show_bar
+
+        with show_bar(output.stderr) as on_stage:
+
+            def on_event(event: Event) -> None:
+                on_stage(event)
+                output.on_note(event)
+
+            yield on_event
     else:
         yield _LineEvents(output)
-
-
-class _BarEvents:
-    """Feeds a rich progress bar."""
-
-    def __init__(self, progress: Progress, output: Output) -> None:
-        self._progress = progress
-        self._output = output
-        self._task: TaskID | None = None
-
-    def __call__(self, event: Event) -> None:
-        match event:
-            case Started(stage, total_bytes):
-                self._task = self._progress.add_task(stage, total=total_bytes, item="")
-            case Advanced(num_bytes, item) if self._task is not None:
-                self._progress.update(self._task, advance=num_bytes, item=item)
-            case Finished():
-                if self._task is not None:
-                    self._progress.update(self._task, item="")
-            case Note():
-                self._output.on_note(event)
-            case _:
-                pass
 
 
 class _LineEvents:
@@ -91,38 +71,21 @@ class _LineEvents:
         if seconds < self._next_line_s:
             return
         self._next_line_s = 2 * seconds
-        total = format_bytes(self._stage.total_bytes)
         in_work = f", {item}" if item and self._output.verbose else ""
-        line = f"{self._stage.stage}: {format_bytes(self._done_bytes)} of {total}"
-        self._output.note(f"{line} after {seconds:.0f} s{in_work}")
+        self._output.note(f"{self._stage.stage}: {self._how_far()} after {seconds:.0f} s{in_work}")
+
+    def _how_far(self) -> str:
+        done_bytes, total_bytes = self._stage.done_bytes + self._done_bytes, self._stage.total_bytes
+        if self._stage.is_transfer:
+            return f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}"
+        return f"{done_bytes / total_bytes:.0%}"
 
     def _report(self, stage: str, seconds: float) -> None:
-        rate = format_rate(self._done_bytes, seconds)
-        line = f"{stage}: {format_bytes(self._done_bytes)} in {seconds:.1f} s ({rate})"
+        line = f"{stage}: {seconds:.1f} s"
+        if self._stage.is_transfer:
+            rate = format_rate(self._done_bytes, seconds)
+            line = f"{stage}: {format_bytes(self._done_bytes)} in {seconds:.1f} s ({rate})"
         if seconds >= WORTH_A_LINE_S:
             self._output.note(line)
         else:
             self._output.detail(line)
-
-
-def _bar(console: Console) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[item]}", style="dim"),
-        console=console,
-        refresh_per_second=REFRESHES_PER_S,
-        transient=True,
-    )

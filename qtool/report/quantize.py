@@ -34,8 +34,9 @@ def report_result(output: Output, planned: PlannedRequest, result: QuantizeResul
     else:
         what = f"complete already, {size}; nothing to do"
     output.answer_line(what)
-    peak = format_bytes(result.peak_host_bytes)
-    output.note(f"peak memory {peak}, without the page cache")
+    if result.read_bytes:  # else it is that of the imports
+        peak = format_bytes(result.peak_host_bytes)
+        output.note(f"peak memory {peak}, without the page cache")
     output.note(f"next: qtool inspect {planned.request.output} --verify")
     output.document(_document(planned, result))
 

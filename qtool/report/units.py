@@ -17,9 +17,22 @@ def format_bytes(num_bytes: int) -> str:
     raise AssertionError("unreachable")
 
 
+def format_done(num_bytes: int, total_bytes: int) -> str:
+    """A part and the whole in one unit: "1.27/6.27 GiB"."""
+    whole = format_bytes(total_bytes)
+    unit = whole.rpartition(" ")[2]
+    size = {"GiB": GIB, "MiB": MIB, "KiB": KIB}.get(unit)
+    return f"{num_bytes / size:,.2f}/{whole}" if size else f"{num_bytes}/{whole}"
+
+
 def format_gib(num_bytes: int) -> str:
     """GiB with two digits and no unit, for table columns whose head names the unit."""
     return f"{num_bytes / GIB:,.2f}"
+
+
+def format_mib(num_bytes: int) -> str:
+    """The same in MiB."""
+    return f"{num_bytes / MIB:,.2f}"
 
 
 def format_count(num: int) -> str:

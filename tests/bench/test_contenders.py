@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
+from qtool.bench import contenders
 from qtool.bench.contenders import NUM_WARM_UPS, Contender, Measured, Sample, measure
 from qtool.bench.records import Moved
-from qtool.events import Advanced, Started
+from qtool.events import Advanced, Note, Started
 
 MOVED = Moved(60, 40)
 
@@ -67,3 +70,25 @@ def test_a_kernel_as_quick_as_its_launch_is_told():
     )
     assert quick.is_host_bound and not slow.is_host_bound
     assert not waiting.is_host_bound, "a launch that takes milliseconds has waited for the device"
+
+
+@pytest.mark.parametrize(
+    ("round_s", "notes"), [(0.1, []), (2.5, [Note("20 rounds come, about 50 s")])]
+)
+def test_long_measurements_say_how_long_they_take(monkeypatch, round_s, notes):
+    class Time:
+        now_s = 0.0
+
+        def perf_counter(self):
+            return Time.now_s
+
+    class SlowClock(CountingClock):
+        def time(self, run, first):
+            Time.now_s += 9.0 if first == 0 else round_s  # the first round loads and compiles
+            return super().time(run, first)
+
+    monkeypatch.setattr(contenders, "time", Time())
+    contender = Contender("a", "qtool", MOVED, lambda i: None)
+    events = []
+    measure([contender], SlowClock(), 20, "stage", events.append)
+    assert [event for event in events if isinstance(event, Note)] == notes

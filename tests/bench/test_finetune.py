@@ -13,6 +13,7 @@ pytest.importorskip("peft")
 from qtool.bench import finetune
 from qtool.bench.finetune import FinetuneBenchRequest, bench_finetune
 from qtool.errors import QtoolError
+from qtool.events import Note
 from tests.bench.tiny_shape import write_tiny_shape
 from tests.cli.running import run
 
@@ -35,6 +36,26 @@ def test_both_engines_train_the_same_adapters(request_, quant):
     # After as many steps on the same tokens, from the same adapters but for dropout.
     assert own.final_loss == pytest.approx(rival.final_loss, rel=0.01)
     assert own.planned_peak_bytes > 0 and rival.planned_peak_bytes is None
+
+
+def test_what_runs_is_told_before_it_begins_and_how_long_it_may_take(request_, monkeypatch):
+    class Time:
+        now_s = 0.0
+
+        def perf_counter(self):
+            Time.now_s += 3.0  # a step asks twice
+            return Time.now_s
+
+    monkeypatch.setattr(finetune, "time", Time())
+    events = []
+    bench_finetune(request_, events.append)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert notes == [
+        "tiny in nf4-dq on cpu: steps of 2 x 24 tokens; 2 to warm up and 3 that count",
+        "making random weights of tiny on the device",
+        "qtool: the first step took 3.0 s",
+        "3 steps come, about 9 s",
+    ]
 
 
 def test_a_rival_that_fails_is_a_warning(request_, monkeypatch):
@@ -71,4 +92,5 @@ def test_the_command(tmp_path):
     assert ran.exit_code == 0 and ran.document["complete"]
     assert [row["engine"] for row in ran.document["runs"]] == ["qtool"]
     assert json.loads(path.read_text())["runs"] == ran.document["runs"]
-    assert "tokens/s" in run(*words).stdout
+    shown = run(*words).stdout
+    assert "tokens/s" in shown and "vs qtool" not in shown

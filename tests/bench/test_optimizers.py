@@ -83,5 +83,6 @@ def test_the_command(small_case, tmp_path):
     assert ran.document["command"] == "bench optimizers" and ran.document["complete"]
     assert {row["op"] for row in ran.document["rows"]} == {"AdamW", "Lion", "SGD"}
     assert json.loads(path.read_text())["rows"] == ran.document["rows"]
-    shown = run("bench", "optimizers", "--no-rival", "--device", "cpu").stdout
-    assert "bytes of states per parameter" in shown
+    shown = run("bench", "optimizers", "--no-rival", "--device", "cpu")
+    assert "bytes of states per parameter" in shown.stdout and "vs qtool" not in shown.stdout
+    assert "2 tensors on cpu: 2 rounds to warm up and 20 that count" in shown.stderr

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from qtool.bench.kernels import _Group
+from qtool.bench.records import Limit
 from tests.bench.tiny_shape import shrink_sizes, write_tiny_shape
 from tests.cli.running import run
 from tests.tiny_models import llama_config
@@ -96,6 +97,17 @@ def test_kernels_json_is_one_document_and_the_file_the_same(tmp_path):
     assert json.loads((tmp_path / "k.json").read_text()) == ran.document
 
 
+def test_every_measurement_says_what_it_does_before_it_takes_long(quantize, tmp_path):
+    (stderr, task, *_) = run(*KERNELS).stderr.splitlines()
+    assert stderr.startswith("backend  cpu")
+    assert task == (
+        "2 operations on weights of 16x128 in bf16: 2 rounds to warm up and 20 that count"
+    )
+    task = run(*quantize).stderr.splitlines()[1]
+    assert task == f"tiny to nf4-dq, in {tmp_path}: a round to warm up and 1 that count"
+    assert run(*KERNELS, "-q").stderr == run(*quantize, "-q").stderr == ""
+
+
 def test_products_have_an_error_in_the_json(monkeypatch):
     shrink_sizes(monkeypatch)
     ran = run(*PRODUCTS, "--json")
@@ -142,7 +154,8 @@ def test_the_tables_name_their_units_and_fit_80_columns(quantize, monkeypatch):
         assert ran.exit_code == 0, ran.stderr
         lines = ran.stdout.splitlines()
         (head,) = (line for line in lines if line.startswith("operation"))
-        assert head.split() == ["operation", "engine", "time", "GB/s", "of", "limit", "vs", "qtool"]
+        assert head.split() == ["operation", "engine", "time", "GB/s", "of", "limit"]
+        assert "vs qtool" not in ran.stdout  # there is nobody else
         (row,) = (line for line in lines if line.startswith(last_row))
         assert "s " in row and "%" in row and "…" not in ran.stdout
         assert max(map(len, lines)) <= 80
@@ -157,6 +170,15 @@ def test_the_products_table_fits_80_columns_and_shows_errors(monkeypatch):
     assert "bf16  16x128  1 token" in lines and "bf16  16x128  4 tokens" in lines
     (own, _) = (line for line in lines if line.split()[:3] == ["linear", "nf4", "qtool"])
     assert "e-03" in own
+
+
+@pytest.mark.parametrize(("copy_bytes_per_s", "is_beyond"), [(1.0, True), (1e15, False)])
+def test_more_than_the_limit_is_explained(generate, monkeypatch, copy_bytes_per_s, is_beyond):
+    limit = Limit(bytes=1, seconds_median=1.0, bytes_per_s=copy_bytes_per_s)
+    monkeypatch.setattr("qtool.bench.generate.measure_copy", lambda device, on_event: limit)
+    ran = run(*generate)
+    assert ran.exit_code == 0 and "vs qtool" not in ran.stdout  # there is nobody else
+    assert ("more than 100 %" in ran.stdout) is is_beyond
 
 
 def test_the_generate_table_fits_80_columns(generate, monkeypatch):
@@ -182,6 +204,7 @@ def test_the_generate_table_fits_80_columns(generate, monkeypatch):
     (own,) = (line for line in lines if line.startswith("qtool  "))
     (rival,) = (line for line in lines if line.startswith("transformers+bnb"))
     assert "%" in own and rival.rstrip().endswith("x")
+    assert "vs qtool: time of decoding" in " ".join(lines)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,8 @@ def test_running_again_says_that_it_is_complete(model, tmp_path):
     run("quantize", model, "-o", tmp_path / "out")
     again = run("quantize", model, "-o", tmp_path / "out", "--json")
     assert again.exit_code == 0 and again.document["resumed"] is True
+    shown = run("quantize", model, "-o", tmp_path / "out")
+    assert "nothing to do" in shown.stdout and "peak memory" not in shown.stderr
 
 
 @pytest.mark.parametrize(

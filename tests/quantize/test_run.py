@@ -225,6 +225,17 @@ def test_other_options_over_a_finished_folder_are_refused_and_named(tmp_path):
     assert folder_digest(tmp_path / "out") == folder_digest(tmp_path / "fresh")
 
 
+def test_another_model_over_a_finished_folder_is_named_without_its_files(tmp_path):
+    write_llama(tmp_path / "in")
+    write_llama(tmp_path / "other", layers=1)
+    quantize(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(QtoolError, match=r"other settings: model is in there, other now$"):
+        quantize(tmp_path / "other", tmp_path / "out")
+    write_llama(tmp_path / "in", layers=1)
+    with pytest.raises(QtoolError, match=r"other settings: model\.safetensors is another one now$"):
+        quantize(tmp_path / "in", tmp_path / "out")
+
+
 def test_a_finished_folder_that_lost_a_file_is_made_anew(tmp_path):
     write_llama(tmp_path / "in", num_shards=2)
     quantize(tmp_path / "in", tmp_path / "out")

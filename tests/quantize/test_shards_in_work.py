@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qtool.errors import QtoolError
-from qtool.events import Advanced
+from qtool.events import Advanced, Event, Started
 from qtool.quantize.growing_file import GrowingFile
 from qtool.quantize.pipeline import PipelineSettings, ShardPipeline
 from qtool.quantize.tiles import Tile
@@ -145,8 +145,12 @@ def test_killed_with_several_files_in_work_and_run_again(source, output, tmp_pat
     assert partial_files(output) and not (output / "config.json").exists()
     times = {name: (output / name).stat().st_mtime_ns for name in journalled_shards(output)}
     assert times
-    _, result = quantize(source, output)
+    events: list[Event] = []
+    _, result = quantize(source, output, on_event=events.append)
     assert result.resumed
+    (started,) = (event for event in events if isinstance(event, Started))
+    advanced = sum(event.num_bytes for event in events if isinstance(event, Advanced))
+    assert started.done_bytes > 0 and started.done_bytes + advanced == started.total_bytes
     assert folder_digest(output) == folder_digest(tmp_path / "whole")
     for name, modified_ns in times.items():  # they were not made again
         assert (output / name).stat().st_mtime_ns == modified_ns

@@ -67,6 +67,28 @@ def test_short_work_is_told_with_verbose_only(clock, capsys) -> None:
     assert len(lines_of(1, clock, capsys)) == 1
 
 
+def test_what_is_no_transfer_has_a_share_and_no_rate(clock, capsys) -> None:
+    with Output("bench", color="never").progress() as on_event:
+        on_event(Started("measure", 80 * GB, is_transfer=False))
+        clock.now_s += 12
+        on_event(Advanced(20 * GB, "qtool"))
+        on_event(Finished("measure"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["measure: 25% after 12 s", "measure: 12.0 s"]
+
+
+def test_what_was_there_already_is_done_but_makes_no_rate(clock, capsys) -> None:
+    with Output("quantize", color="never").progress() as on_event:
+        on_event(Started("quantize", 80 * GB, done_bytes=60 * GB))
+        clock.now_s += 10
+        on_event(Advanced(20 * GB, "layer.7"))
+        on_event(Finished("quantize"))
+    assert capsys.readouterr().err.splitlines() == [
+        "quantize: 74.51 GiB of 74.51 GiB after 10 s",
+        "quantize: 18.63 GiB in 10.0 s (2.00 GB/s)",
+    ]
+
+
 @pytest.mark.parametrize("flags", [{"quiet": True}, {"json_mode": True}])
 def test_quiet_and_json_say_nothing(flags, clock, capsys) -> None:
     assert lines_of(90, clock, capsys, verbose=True, **flags) == []

@@ -1,0 +1,90 @@
+"""The bar on a terminal: one line at any width, and rates that somebody measured."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from qtool.events import Advanced, Event, Finished, Started
+from qtool.report.bar import show_bar
+
+GIB = 1 << 30
+NAME = "model.language_model.layers.14.self_attn.q_proj.weight"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def drawn(width: int, *events: Event | float) -> list[str]:
+    """The lines as the bar leaves them; a number among `events` is seconds that pass."""
+    clock, file = Clock(), io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, get_time=clock)
+    with show_bar(console) as on_event:
+        for event in events:
+            if isinstance(event, float):
+                clock.now_s += event
+            else:
+                on_event(event)
+        file.truncate(0)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\0", "")
+    return [line.rstrip() for line in re.split(r"[\r\n]+", shown) if line.strip()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+@pytest.mark.parametrize("stage", ["quantize", f"measure {'a long stage ' * 9}"])
+def test_it_is_one_line_at_any_width(width: int, stage: str) -> None:
+    started = Started(stage, 1500 * GIB)
+    (line,) = drawn(width, started, 10.0, Advanced(1011 * GIB, NAME))
+    assert len(line) <= width and line.startswith(stage[:10])
+
+
+def test_it_shows_the_end_of_a_name_and_what_is_measured() -> None:
+    started = Started("quantize", 8 * GIB)
+    (line,) = drawn(80, started, 3.0, Advanced(1 * GIB, "other"), 1.0, Advanced(1 * GIB, NAME))
+    figures = "2.00/8.00 GiB  0.54 GB/s  0:12"
+    assert re.fullmatch(rf"quantize [━╸╺]{{16}} {figures} ….*q_proj\.weight", line)
+    assert len(line) == 80
+
+
+def test_no_rate_is_shown_of_what_was_told_at_once() -> None:
+    started = Started("quantize", 8 * GIB)
+    (line,) = drawn(80, started, 0.1, Advanced(1 * GIB), Advanced(1 * GIB))
+    assert line.endswith("2.00/8.00 GiB")
+
+
+def test_what_was_there_already_makes_no_rate() -> None:
+    started = Started("quantize", 8 * GIB, done_bytes=6 * GIB)
+    (line,) = drawn(80, started, 2.0, Advanced(1 * GIB))
+    assert line.endswith("7.00/8.00 GiB  0.54 GB/s  0:02")
+
+
+def test_bytes_that_only_weigh_are_not_shown() -> None:
+    started = Started("measure", 8 * GIB, is_transfer=False)
+    (line,) = drawn(80, started, 100.0, Advanced(1 * GIB, "qtool"))
+    assert re.fullmatch(r"measure [━╸╺]{16} 12%  11:40 qtool", line)
+
+
+def test_a_stage_that_is_over_makes_room_for_the_next() -> None:
+    def stages() -> Iterator[Event]:
+        for name in ("first", "second"):
+            yield Started(name, GIB)
+            yield Advanced(GIB)
+            yield Finished(name)
+        yield Started("third", GIB)
+
+    (line,) = drawn(80, *stages())
+    assert line.startswith("third ")
+
+
+def test_a_stage_without_bytes_is_drawn() -> None:
+    (line,) = drawn(80, Started("quantize", 0), 2.0)
+    assert line.startswith("quantize ")
