@@ -2,7 +2,7 @@
 
     quant = "nf4"            # any option of the verb, by its long name
     [estimate]               # a table named after a verb applies to that verb alone
-    context = 8192
+    context = 8192           # a list for what can be repeated: gpu = ["4090", "L4"]
 
 An unknown key is an error that names the nearest one.
 """
@@ -30,8 +30,8 @@ def read_config_file(
         params: the verb's command line parameters (`name`, `opts`).
     """
     values = _read_toml(_find(path))
-    names = {
-        option.lstrip("-"): param.name
+    known = {
+        option.lstrip("-"): param
         for param in params
         for option in (*param.opts, *param.secondary_opts)
         if option.startswith("--")
@@ -42,8 +42,14 @@ def read_config_file(
             _check_known(table, verbs, path, what="table")
             merged.update(entries if table == verb else {})
     for key in merged:
-        _check_known(key, names, path, what=f"option of qtool {verb}")
-    return {names[key]: value for key, value in merged.items()}
+        _check_known(key, known, path, what=f"option of qtool {verb}")
+    return {known[key].name: _as_given(value, known[key]) for key, value in merged.items()}
+
+
+def _as_given(value: Any, param: Any) -> Any:
+    """One value of an option that can be repeated needs no brackets."""
+    is_one = getattr(param, "multiple", False) and not isinstance(value, list)
+    return [value] if is_one else value
 
 
 def _find(path: Path) -> Path:
@@ -70,7 +76,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_known(key: str, known: Sequence[str] | dict[str, str], path: Path, *, what: str) -> None:
+def _check_known(key: str, known: Sequence[str] | dict[str, Any], path: Path, *, what: str) -> None:
     if key in known:
         return
     nearest = difflib.get_close_matches(key, list(known), n=1)

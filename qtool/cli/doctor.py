@@ -46,8 +46,5 @@ def doctor(
         from qtool.doctor import run_checks
         from qtool.report.doctor import report_checks
 
-        is_ready = report_checks(output, run_checks(model))
-        known = ", ".join(KNOWN_MODEL_TYPES)
-        output.detail(f"{len(KNOWN_MODEL_TYPES)} model types are known by name: {known}")
-        if not is_ready:
+        if not report_checks(output, run_checks(model), KNOWN_MODEL_TYPES):
             raise typer.Exit(1)

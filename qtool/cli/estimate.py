@@ -145,8 +145,10 @@ def estimate(
             output.warn(words)
         if headroom and not devices:
             output.warn((Option("headroom"), " changes nothing without ", Option("gpu")))
-        opened = describe_model(opening())
-        answer = estimate_opened(opened, devices, request)
+        with output.timing("config and headers"):
+            opened = describe_model(opening())
+        with output.timing("plans"):
+            answer = estimate_opened(opened, devices, request)
         is_rounding = any(plan.int8_threshold is not None for plan in answer.plans)
         if int8_threshold is not None and request.workload.is_own and not is_rounding:
             why = " changes nothing: no plan has INT8 layers that compute in 16 bit"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,6 +20,9 @@ from qtool.defaults import (
 )
 from qtool.errors import Option, QtoolError, Words, interruption
 from qtool.formats.precisions import ComputeDtype, QuantizedPrecision
+
+if TYPE_CHECKING:
+    from qtool.report.output import Output
 
 SAMPLING_PANEL = "Sampling"
 LOADING_PANEL = "Loading"
@@ -210,12 +213,16 @@ def generate(
     with verb_session(
         ctx, "generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
-        from qtool.checkpoint.open import locate_model
         from qtool.runtime import head_start
         from qtool.runtime.lean_imports import lean_imports
         from qtool.runtime.memory_limits import parse_max_memory
         from qtool.runtime.prompts import SAID_NO, refuse_system
-        from qtool.runtime.requirements import require_device, require_run_extra
+        from qtool.runtime.requirements import (
+            require_device,
+            require_model,
+            require_path,
+            require_run_extra,
+        )
 
         text = _read_prompt(prompt, prompt_file)
         if text is None and json_output:
@@ -228,13 +235,14 @@ def generate(
                     show.warn((Option(name), " changes nothing at ", Option("temperature", 0)))
         require_run_extra()
         require_device(device)
-        locate_model(model)
+        require_path(path, device, model)
         if max_memory is not None:
             parse_max_memory(max_memory)
+        require_model(model, quant)
+        folder = None if adapter is None else _fetch_adapter(show, adapter)
         head_start.begin(device)
         with lean_imports():
             from qtool.report.generate import converse, report_loaded, report_result
-            from qtool.runtime.adapters import fetch_adapter
             from qtool.runtime.answers import Request, answer, check_request
             from qtool.runtime.decoders.choose import DecoderOptions
             from qtool.runtime.generate import Limits, Sampling
@@ -245,7 +253,6 @@ def generate(
         decoder = DecoderOptions(path, prefill_chunk)
         request = Request(model, chat, system, sampling, limits, decoder)
         with show.progress() as on_event:
-            folder = None if adapter is None else fetch_adapter(adapter, on_event)
             options_ = LoadOptions(
                 quant, compute_dtype, device, max_memory, folder, head_quant, int8_threshold
             )
@@ -264,6 +271,18 @@ def generate(
             report_result(show, loaded, result)
         if result.interruption is not None:
             raise typer.Exit(interruption(result.interruption, "").exit_code)
+
+
+def _fetch_adapter(show: Output, adapter: str) -> Path:
+    """Its folder, once its files are known to be an adapter's."""
+    from qtool.checkpoint.adapter_files import find_adapter, read_adapter_files
+    from qtool.runtime.requirements import require_peft
+
+    require_peft()
+    with show.progress() as on_event:
+        folder = find_adapter(adapter, on_event).folder
+    read_adapter_files(folder)
+    return folder
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:

@@ -13,7 +13,9 @@ import typer
 
 from qtool.errors import NameOption, Option, name_argument, name_flag
 
-CONFIG_FILE: Final = "qtool.config_file"  # in the context's `meta`: the file of --config
+# In the context's `meta`: the file of --config, and words where it has nothing for the verb.
+CONFIG_FILE: Final = "qtool.config_file"
+IDLE_CONFIG: Final = "qtool.idle_config"
 
 
 def option_names(ctx: typer.Context) -> NameOption:

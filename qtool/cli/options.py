@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from qtool.cli.option_names import CONFIG_FILE
+from qtool.cli.option_names import CONFIG_FILE, IDLE_CONFIG, source_of
 from qtool.cli.sizes import parse_size
+from qtool.errors import Option
 from qtool.formats.precisions import BLOCKSIZES
 from qtool.report.output import ColorChoice
 
@@ -126,12 +127,14 @@ def load_config_file(ctx: typer.Context, path: Path | None) -> None:
 
         ctx.meta[CONFIG_FILE] = path
         root = ctx.find_root()
+        verb = ctx.command_path.removeprefix(f"{root.info_name} ")
         ctx.default_map = read_config_file(
-            path,
-            verb=ctx.command_path.removeprefix(f"{root.info_name} "),
-            verbs=_verbs_of(build_command()),
-            params=ctx.command.params,
+            path, verb=verb, verbs=_verbs_of(build_command()), params=ctx.command.params
         )
+        # A file that QTOOL_CONFIG names for all verbs need not have something for each.
+        if not ctx.default_map and source_of(ctx, "config") == "COMMANDLINE":
+            asked = Option("config", path)
+            ctx.meta[IDLE_CONFIG] = (asked, f" changes nothing: no option of qtool {verb} is in it")
 
 
 def _verbs_of(command: Any) -> list[str]:

@@ -152,8 +152,8 @@ Gpus = Annotated[
     typer.Option(
         "--gpu",
         metavar="NAME",
-        help='A GPU to fit on, such as "4090" or "a100 80gb"; auto: this machine\'s; repeatable. '
-        "Exit code 3 if nothing fits.",
+        help='A GPU to fit on, such as "4090" or "a100 80gb"; 24GB: any with so much; auto: this '
+        "machine's; repeatable. Exit code 3 if nothing fits.",
         show_default=False,
         rich_help_panel=DEVICES_PANEL,
     ),

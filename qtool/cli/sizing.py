@@ -30,7 +30,7 @@ def sizing(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="MODEL",
+            metavar="[MODEL]...",
             help="Local folders or Hub ids; without any, reference models from 1 to 70 billion "
             "parameters.",
             show_default=False,
@@ -94,7 +94,8 @@ def sizing(
             vram_gib=tuple(vram or ()),
             headroom_percent=headroom,
         )
-        answer = size_models(request, output.on_note)
+        with output.timing("configs, headers and plans"):
+            answer = size_models(request, output.on_note)
         report_sizing(output, answer)
         if plot is not None:
             draw_bars(plot, answer)

@@ -143,7 +143,9 @@ def check_gpus(smi: NvidiaSmi) -> Iterator[Check]:
         yield Check("driver", "fail", f"nvidia-smi fails: {smi.problem}", fix)
         return
     if not smi.gpus:
-        yield Check("gpu", "info", "no NVIDIA driver found: everything runs on the CPU")
+        fix = "for an NVIDIA GPU install its driver; in a container, start it with --gpus all"
+        found = "no NVIDIA driver was found: everything runs on the CPU"
+        yield Check("gpu", "info", found, fix)
         return
     yield Check("driver", "ok", f"{smi.driver}, supports CUDA {smi.cuda or 'unknown'}")
     for index, gpu in enumerate(smi.gpus):
@@ -272,7 +274,8 @@ def check_cupy(smi: NvidiaSmi) -> Iterator[Check]:
     """One CuPy, made for a CUDA that the driver supports, with the CUDA libraries it loads."""
     installed = [name for name in CUPY_PACKAGES if installed_version(name)]
     if not installed:
-        yield Check("cupy", "info", "not installed; the CPU kernels do the work")
+        fix = f"for the kernels of the GPU: pip install {_cupy_extra(smi)}" if smi.gpus else ""
+        yield Check("cupy", "info", "not installed; the CPU kernels do the work", fix)
         return
     if len(installed) > 1:
         fix = f"pip uninstall -y {' '.join(installed)}; pip install {_cupy_extra(smi)}"

@@ -17,7 +17,8 @@ def check_hub() -> Iterator[Check]:
 
     token = get_token()
     if constants.HF_HUB_OFFLINE:
-        yield Check("hub", "info", "HF_HUB_OFFLINE is set: only models that are cached already")
+        found = "HF_HUB_OFFLINE is set: only models that are cached already"
+        yield Check("hub", "info", found, "unset it to fetch others")
     else:
         yield _check_endpoint(constants.ENDPOINT)
     if token is None:

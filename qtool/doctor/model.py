@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from qtool.architecture.model_types import KNOWN_MODEL_TYPES
+from qtool.architecture import build_architecture
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.records import Checkpoint
 from qtool.doctor.gpu import NvidiaSmi
@@ -32,45 +32,79 @@ MIB: Final = 1 << 20
 def check_model(model: str, smi: NvidiaSmi) -> Iterator[Check]:
     """Open MODEL (headers only) and look at what its settings will do."""
     try:
-        checkpoint = open_checkpoint(model, need="headers", need_weights=True)
+        checkpoint = open_checkpoint(model, need="headers")
+        if not checkpoint.shards:
+            _refuse_other_formats(model)
     except QtoolError as error:
         yield Check("model", "fail", error.message, error.hint)
         return
-    precisions = {weight.precision for weight in find_quantized(checkpoint.tensors).values()}
-    held = " and ".join(sorted(precisions)) or "not quantized"
-    size = f"{checkpoint.weights_bytes / GIB:.2f} GiB of weights"
-    yield Check("model", "ok", f"{model}: {held}, {size}")
+    packed = {weight.precision for weight in find_quantized(checkpoint.tensors).values()}
+    yield _check_weights(checkpoint, packed)
     yield from check_architecture(checkpoint)
-    yield check_size(checkpoint, smi, packed=bool(precisions))
-    yield from check_quantization(checkpoint, in_4bit=bool(precisions - {"int8"}))
+    yield from check_layers(checkpoint, packed=bool(packed))
+    if not checkpoint.shards:
+        return
+    yield check_size(checkpoint, smi, packed=bool(packed))
+    yield from check_quantization(checkpoint, in_4bit=bool(packed - {"int8"}))
     if checkpoint.folder is not None:
-        yield from check_tokenizer(checkpoint, checkpoint.folder)
+        yield from check_tokenizer(checkpoint.folder)
+
+
+def _refuse_other_formats(model: str) -> None:
+    """Raise where there are weights that qtool does not read; a bare config.json is fine."""
+    try:
+        open_checkpoint(model, need="headers", need_weights=True)
+    except QtoolError as error:
+        if error.kind == "unsupported":
+            raise
+
+
+def _check_weights(checkpoint: Checkpoint, packed: Collection[str]) -> Check:
+    if not checkpoint.shards:
+        fix = "for more than estimate and sizing fetch its *.safetensors too"
+        return Check("model", "warn", f"{checkpoint.id}: config.json alone, no weights", fix)
+    held = " and ".join(sorted(packed)) or "not quantized"
+    num_bytes = checkpoint.weights_bytes
+    unit, name = (GIB, "GiB") if num_bytes >= GIB else (MIB, "MiB")
+    size = f"{num_bytes / unit:.2f} {name} of weights"
+    return Check("model", "ok", f"{checkpoint.id}: {held}, {size}")
 
 
 def check_architecture(checkpoint: Checkpoint) -> Iterator[Check]:
-    """Whether `generate` can build the model, which is transformers' to say, and `quantize` and the
-    planner know its layers, which is ours.
-    """
+    """Whether `generate` can build the model, which is transformers' to say."""
     model_type = str(checkpoint.config.get("model_type", "no model_type"))
     try:
         require_run_extra()
     except QtoolError as error:
         unseen = f"{model_type}; whether transformers knows it is not seen: {error.message}"
         yield Check("architecture", "info", unseen, error.hint)
-    else:
-        from qtool.runtime.loading import quiet_transformers
-        from qtool.runtime.model_config import build_config, find_model_class
+        return
+    from qtool.runtime.loading import quiet_transformers
+    from qtool.runtime.model_config import build_config, find_model_class
 
-        try:
-            with quiet_transformers():
-                class_name = find_model_class(build_config(checkpoint)).__name__
-        except QtoolError as error:
-            yield Check("architecture", "fail", error.message, error.hint)
-            return
+    try:
+        with quiet_transformers():
+            class_name = find_model_class(build_config(checkpoint)).__name__
+    except QtoolError as error:
+        yield Check("architecture", "fail", error.message, error.hint)
+    else:
         yield Check("architecture", "ok", f"{model_type}: {class_name}")
-    if model_type not in KNOWN_MODEL_TYPES:
-        found = f"quantize, finetune and the planner do not know the layers of {model_type}"
-        fix = "run it with generate as it is; qtool estimate knows the size of its files alone"
+
+
+def check_layers(checkpoint: Checkpoint, *, packed: bool) -> Iterator[Check]:
+    """Whether `quantize`, `finetune` and the planner know the model's layers, in their words."""
+    if "model_type" not in checkpoint.config:
+        return
+    try:
+        experts = build_architecture(checkpoint.config).experts
+    except QtoolError as error:
+        found = f"not known to quantize, finetune and the planner: {error.message}"
+        fix = f"{error.hint}; of others estimate knows the size of the files alone"
+        yield Check("layers", "warn", found, fix)
+        return
+    if experts is not None and not packed:
+        found = f"a mixture of {experts.num_experts} experts per layer, which quantize refuses"
+        fix = "run it with generate, train it with finetune --method lora, both in 16 bit"
         yield Check("layers", "warn", found, fix)
 
 
@@ -81,7 +115,8 @@ def check_size(checkpoint: Checkpoint, smi: NvidiaSmi, *, packed: bool) -> Check
     else:
         free, where = available_memory_bytes()[0], "memory"
     share = checkpoint.weights_bytes / max(1, free)
-    found = f"weights take {100 * share:.0f} % of the {free / GIB:.1f} GiB free in {where}"
+    percent = "under 1" if share < 0.01 else f"{100 * share:.0f}"
+    found = f"weights take {percent} % of the {free / GIB:.1f} GiB free in {where}"
     if share <= SMALL_FOR_GPU:
         return Check("size", "ok", found)
     if packed:
@@ -108,8 +143,8 @@ def check_quantization(checkpoint: Checkpoint, *, in_4bit: bool) -> Iterator[Che
         yield Check("compute dtype", "ok", compute_dtype)
 
 
-def check_tokenizer(checkpoint: Checkpoint, folder: Path) -> Iterator[Check]:
-    """The tokenizer's files, and a pad token for batches."""
+def check_tokenizer(folder: Path) -> Iterator[Check]:
+    """The tokenizer's files, and a pad token for batches, which qtool can do without."""
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if names:
         yield Check("tokenizer", "ok", names[0])
@@ -124,8 +159,8 @@ def check_tokenizer(checkpoint: Checkpoint, folder: Path) -> Iterator[Check]:
     if places:
         yield Check("pad token", "ok", places[0])
     else:
-        fix = "for batches and training: tokenizer.pad_token = tokenizer.eos_token"
-        yield Check("pad token", "warn", f"none set for {checkpoint.id}", fix)
+        fix = "for batches in other programs: tokenizer.pad_token = tokenizer.eos_token"
+        yield Check("pad token", "info", "none set; finetune takes the end-of-text token", fix)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

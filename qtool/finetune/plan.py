@@ -141,6 +141,7 @@ def _check_method(request: FinetuneRequest, model: PlannedModel) -> str | None:
     if method == "qlora":
         if stored is None:
             _refuse_packing_experts(model)
+            _refuse_packing_unknown(model)
             return quant or DEFAULT_QUANT
         if quant is not None and quant != stored:
             raise QtoolError(
@@ -202,6 +203,19 @@ def _refuse_packing_experts(model: PlannedModel) -> None:
             ),
             kind="unsupported",
             hint=(Option("method", "lora"), " trains over the 16-bit model"),
+        )
+
+
+def _refuse_packing_unknown(model: PlannedModel) -> None:
+    if model.why_unknown is not None:
+        raise QtoolError(
+            (
+                f"{model.id}: which of its layers ",
+                Option("method", "qlora"),
+                f" would pack is not known: {model.why_unknown.message}",
+            ),
+            kind="unsupported",
+            hint=(Option("method", "lora"), " trains the 16-bit model, if transformers knows it"),
         )
 
 

@@ -144,7 +144,8 @@ def open_rows(options: DataOptions, source: str | None = None) -> Rows:
 def no_rows(source: str, kind: Kind = "text") -> QtoolError:
     """There is nothing to learn from."""
     if kind == "running text":
-        return QtoolError(f"{source} is empty", kind="bad_file", hint="it holds plain text")
+        hint = "write the text to learn into it"
+        return QtoolError(f"{source} is empty", kind="bad_file", hint=hint)
     return QtoolError(f"{source} holds no rows", kind="bad_file", hint=COLUMNS_HINT)
 
 

@@ -123,6 +123,7 @@ def train(
     with _locked(prepared.folder), _quiet():
         from qtool.runtime.memory import out_of_memory_as_error
 
+        _require_class(prepared.planned)
         with (
             _in_finetune_words(),
             out_of_memory_as_error("training"),
@@ -131,6 +132,13 @@ def train(
             run = _Run.start(prepared, warn, on_event)
             on_event(Note("train    waiting for the first step"))
             return run.finish(on_progress, warn)
+
+
+def _require_class(planned: PlannedRun) -> None:
+    """Raise QtoolError for a model that transformers does not build, before OUT is begun for it."""
+    from qtool.runtime.model_config import find_model_class, parse_config
+
+    find_model_class(parse_config(planned.model.config, planned.model.id))
 
 
 def _ignore(words: Words) -> None:
@@ -314,7 +322,8 @@ def _lacks_chat_template(checkpoint: Checkpoint) -> bool:
 
 
 def _tell_of(data: Sequences, held_out: Sequences | None, on_event: OnEvent) -> None:
-    text = f"tokens   {data.num_tokens:,} in {len(data.items):,} sequences"
+    num = len(data.items)
+    text = f"tokens   {data.num_tokens:,} in {num:,} sequence{'s' * (num != 1)}"
     if held_out:
         text += f"; {len(held_out.items):,} held out"
     on_event(Note(text))

@@ -68,18 +68,19 @@ class Sequences:
         """What was lost, in words."""
         total = len(self.items) + self.num_without_labels
         if self.num_cut:
+            is_, was = ("is", "was") if self.num_cut == 1 else ("are", "were")
             yield (
-                f"{self.num_cut:,} of {total:,} sequences are longer than ",
+                f"{self.num_cut:,} of {total:,} sequences {is_} longer than ",
                 Option("max_length", self.max_length),
-                " and were cut",
+                f" and {was} cut",
             )
         if self.num_without_labels:
             yield (
-                f"{self.num_without_labels:,} rows were left out: in their first "
-                f"{self.max_length:,} tokens there is nothing to learn"
+                f"left out: {_rows(self.num_without_labels)} with nothing to learn in the first "
+                f"{self.max_length:,} tokens"
             )
         if self.num_empty:
-            yield f"{self.num_empty:,} rows were left out: they are empty"
+            yield f"left out: {_rows(self.num_empty)} of less than two tokens"
 
     def sha256(self) -> str:
         """Of all ids and labels: equal sums are equal data for this tokenizer."""
@@ -136,6 +137,12 @@ def encode(rows: Rows, tokenizer: Any, *, max_length: int, completion_only: bool
     else:
         for item in encoder.rows_one_by_one():
             sequences.add(item)
+    if not sequences.items and not sequences.num_without_labels:
+        raise QtoolError(
+            f"{rows.source}: no row has two tokens, so there is nothing to learn",
+            kind="bad_file",
+            hint="write the text to learn into it",
+        )
     if not sequences.items:
         raise QtoolError(
             f"{rows.source}: no row has anything to learn within {max_length:,} tokens",
@@ -143,6 +150,10 @@ def encode(rows: Rows, tokenizer: Any, *, max_length: int, completion_only: bool
             hint=("raise ", Option("max_length"), " or look at the rows"),
         )
     return sequences
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
 
 
 def no_chat_template(source: str) -> QtoolError:

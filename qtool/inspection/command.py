@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from qtool.backends import choose_backend
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.records import Checkpoint
 from qtool.errors import Option, QtoolError
-from qtool.events import OnEvent, ignore_events
+from qtool.events import Note, OnEvent, ignore_events
 from qtool.inspection.compare import compare_checkpoints
 from qtool.inspection.records import Comparison, Inspection, Verification
 from qtool.inspection.summary import inspect_checkpoint
@@ -41,6 +42,7 @@ def inspect_path(
     Raises:
         QtoolError: as for `open_checkpoint`; of a broken local folder only without `verify`.
     """
+    start_s = time.perf_counter()
     try:
         checkpoint = open_checkpoint(
             path,
@@ -50,6 +52,7 @@ def inspect_path(
             on_event=on_event,
         )
         inspection = inspect_checkpoint(checkpoint)
+        on_event(Note(f"headers: {time.perf_counter() - start_s:.2f} s", level="detail"))
     except QtoolError as error:
         if not verify or against is not None or not _is_broken_folder(path, error):
             raise

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Literal, cast
 
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.records import Checkpoint
-from qtool.errors import Option, QtoolError
+from qtool.errors import Option, QtoolError, Words
 from qtool.events import Note, OnEvent
 from qtool.formats.bitsandbytes import find_quantized
 from qtool.formats.precisions import QuantizedPrecision
@@ -75,7 +75,7 @@ def find_base(
                     Option("base", "PACKED"),
                 ),
             )
-        reason = "asked for" if onto else "the base is not packed"
+        reason = "asked for" if onto else f"{short_name(checkpoint)} is not packed"
         trained_on = _trained_on(adapter, named)
         trained_quant = adapter.trained_quant if trained_on == named else None
         if trained_quant is not None and onto is None:
@@ -84,11 +84,11 @@ def find_base(
     packed_again = quant is not None and any(same_codes(quant, packed) for packed in precisions)
     if onto is None and packed_again:
         original = _original_by_default(checkpoint, cast(QuantizedPrecision, quant), on_event)
-        reason = f"{named}, quantized from them, loses part of the adapter as {quant} again"
+        reason = f"{short_name(checkpoint)} packed as {quant} again loses part of the adapter"
         return Base(original, "original", reason, named)
     if onto != "original":
         if packed_again:
-            on_event(Note(_ROUNDED_AWAY.format(quant=quant, named=named), "warning"))
+            on_event(Note(_rounded_away(named, quant), "warning"))
         reason = "asked for" if onto else "the adapter was trained against the packed weights"
         packed = ", ".join(sorted(precisions))
         return Base(checkpoint, "dequantized", f"{reason}, {packed}", named)
@@ -101,12 +101,24 @@ def same_codes(one: QuantizedPrecision, other: QuantizedPrecision) -> bool:
     return one.removesuffix("-dq") == other.removesuffix("-dq")
 
 
-_ROUNDED_AWAY: Final = (
-    "the weights of {named} lie on the steps of {quant}, and what becomes {quant} again keeps only "
-    "updates of about half a step or more: part of the adapter is lost, or all of it if it is "
-    "small. --onto original often keeps more; 16 bit (no --quant) keeps it, as does "
-    "`qtool generate {named} --adapter`"
-)
+def short_name(checkpoint: Checkpoint) -> str:
+    """A folder's own name, or a Hub id with the first digits of its commit."""
+    if checkpoint.location == "local":
+        return Path(checkpoint.id).resolve().name
+    return f"{checkpoint.id}@{checkpoint.revision[:7]}" if checkpoint.revision else checkpoint.id
+
+
+def _rounded_away(named: str, quant: QuantizedPrecision | None) -> Words:
+    """What packing alike again does to an adapter, and the ways around it."""
+    return (
+        f"{named} is packed already, and a weight that is rounded to {quant} again keeps its "
+        "update only if that is about half a step or more: part of the adapter is lost, or all of "
+        "it if it is small. ",
+        Option("onto", "original"),
+        " often keeps more of it, 16 bit (without ",
+        Option("quant"),
+        f") and `qtool generate {named} --adapter` keep all",
+    )
 
 
 def _note_of_training(
@@ -116,10 +128,11 @@ def _note_of_training(
     was = f"the adapter was trained against {trained} weights, packed while loading"
     if quant is not None and same_codes(quant, trained):  # no better way to these
         return Note(
-            f"{was}; it is merged onto those from before, as packing alike again can lose more"
+            f"{was}; it is merged onto the weights from before, as packing alike twice can lose "
+            "more of it"
         )
-    steps = f"`qtool quantize {named} -o PACKED --quant {trained}` first, and --base PACKED"
-    return Note(f"{was}; to merge onto those, {steps}", "warning")
+    packing = f"{was}; to merge onto those, `qtool quantize {named} -o PACKED --quant {trained}`"
+    return Note((packing, " first, and ", Option("base", "PACKED")), "warning")
 
 
 def _trained_on(adapter: Adapter, named: str) -> str:
@@ -174,15 +187,15 @@ def _original_by_default(
         return _original_of(packed, on_event)
     except QtoolError as error:
         raise QtoolError(
-            f"{error.message}; merged onto the packed weights, which become {quant} again, part of "
-            "the adapter would be lost, or all of it",
+            f"{error.message}; without it, packing {short_name(packed)} as {quant} again would "
+            "lose part of the adapter, or all of it",
             kind=error.kind,
             hint=(
-                "name the original with ",
+                "say where the original is with ",
                 Option("base", "MODEL"),
                 ", merge to 16 bit without ",
                 Option("quant"),
-                ", or do it all the same with ",
+                ", or lose that with ",
                 Option("onto", "dequantized"),
             ),
         ) from error
@@ -191,7 +204,7 @@ def _original_by_default(
 def _original_of(packed: Checkpoint, on_event: OnEvent) -> Checkpoint:
     """The full-precision model that the packed one was made from, by its manifest."""
     assert packed.folder is not None
-    hint = ("name the original with ", Option("base", "MODEL"))
+    hint = ("say where the original is with ", Option("base", "MODEL"))
     manifest = read_finished_manifest(packed.folder)
     source = (manifest or {}).get("source")
     if not isinstance(source, dict) or not isinstance(source.get("model"), str):
@@ -208,16 +221,15 @@ def _original_of(packed: Checkpoint, on_event: OnEvent) -> Checkpoint:
     if source.get("revision"):
         original_id = f"{source['model']}@{source['revision']}"
         return open_checkpoint(original_id, need="files", on_event=on_event)
+    why = "which is neither beside it nor here"  # the manifest has the name alone
     for folder in (packed.folder.resolve().parent / source["model"], Path(source["model"])):
         if folder.is_dir():
             original = open_checkpoint(str(folder), need="files", on_event=on_event)
             if _file_sizes(original) == source.get("files"):
                 return original
+            why = f"but {folder} has other files now"
     raise QtoolError(
-        f"{packed.id} was quantized from {source['model']}, which is neither beside it nor here, "
-        "or has other files now",
-        kind="not_found",
-        hint=hint,
+        f"{packed.id} was quantized from {source['model']}, {why}", kind="not_found", hint=hint
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError, Words
 from qtool.events import Note, OnEvent
 from qtool.merge.command import PlannedMerge
 from qtool.runtime.requirements import require_run_extra
@@ -40,29 +40,32 @@ def check_merge(planned: PlannedMerge, prompt: str, on_event: OnEvent) -> LogitC
         return None
 
 
-def _little_kept(planned: PlannedMerge, change: LogitChange) -> str:
+def _little_kept(planned: PlannedMerge, change: LogitChange) -> Words:
     """What is wrong with the folder, and what to do instead."""
     base, quant = planned.base, planned.quant_plan
-    ways = []
+    ways: list[str | Option] = []
     if quant is not None:
-        ways.append("merge to 16 bit (no --quant)")
+        ways += ["merge to 16 bit (without ", Option("quant"), "), or "]
         if base.onto == "dequantized":
-            ways.append("take --onto original")
+            ways += ["take ", Option("onto", "original"), ", or "]
     elif (
         base.onto == "original"
         and base.trained_quant is None
         and base.trained_on != base.checkpoint.id
     ):
-        ways.append(f"merge onto what it was trained against, --base {base.trained_on}")
+        ways += [
+            "merge onto what it was trained against, ",
+            Option("base", base.trained_on),
+            ", or ",
+        ]
     packing = f" --quant {base.trained_quant}" if base.trained_quant else ""
-    ways.append(
-        "leave the adapter beside its base: `qtool generate "
-        f"{base.trained_on}{packing} --adapter {planned.request.adapter}`"
-    )
     share = change.merging / change.adapter
     other = base.onto == "original" and base.trained_quant is not None
     why = f" (it was trained beside {base.trained_quant} weights)" if other else ""
     return (
         f"the merged model is not what the adapter makes of its base{why}: its logits are off by "
-        f"{share:.0%} of what that moves them; {', or '.join(ways)}"
+        f"{share:.0%} of what that moves them; ",
+        *ways,
+        "leave the adapter beside its base: `qtool generate "
+        f"{base.trained_on}{packing} --adapter {planned.request.adapter}`",
     )

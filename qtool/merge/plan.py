@@ -106,9 +106,9 @@ def pair(adapter: Adapter, base: Checkpoint, *, max_shard_bytes: int | None) -> 
         pairing.add_update(module, update)
     for name, tensor in adapter.replacements.items():
         pairing.replace(name, tensor)
+    pairing.check_shapes()  # first: another model lacks modules too
     pairing.check_complete()
     untied = pairing.untie()
-    pairing.check_shapes()
     tensors = [
         TensorPlan(info, "copy", source.reason, (info,)) for info, source in pairing.outputs()
     ]
@@ -215,8 +215,12 @@ class _Pairing:
             f"{self.adapter.folder}: {WEIGHTS_NAME}: expected {names}{more}, as {key} in "
             f"{CONFIG_NAME} says that it was trained; found nothing for it",
             kind="bad_file",
-            hint=f"the adapter is incomplete: save or fetch it again; if it is whole, let {key} in "
-            f"its {CONFIG_NAME} name only what was trained",
+            hint=(
+                "the adapter is incomplete: save or fetch it again; or it belongs to another "
+                "model: name its own with ",
+                Option("base"),
+                f"; if it is whole, let {key} in its {CONFIG_NAME} name only what was trained",
+            ),
         )
 
     def untie(self) -> str | None:

@@ -12,12 +12,13 @@ import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from qtool.errors import Option, QtoolError
 from qtool.resources import config_path
 
 FieldBasis = Literal["confirmed", "derived", "recalled"]
+ANY_VENDOR: Final = "any"
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -28,9 +29,21 @@ VISIBLE_SHARE_SMALL = 0.985
 VISIBLE_LOSS_LARGE_BYTES = 768 * MIB
 LARGE_GPU_BYTES = 48 * GIB
 
+# Of qtool's kernels; `cupy_kernels` says the same, and a test compares the two.
+OLDEST_COMPUTE_CAPABILITY: Final = (7, 5)
+
+# "24GB", which is any GPU with so much; makers write GB and mean GiB.
+MEMORY_SIZE: Final = re.compile(r"\s*(\d{1,6}(?:\.\d+)?)\s*gi?b\s*", re.IGNORECASE)
+ALIKE: Final = 0.6  # of two names, from 0 to 1: less is no spelling mistake
+
 # Words of a GPU's name that people leave out and drivers add.
 BRAND_WORD = re.compile(
     r"nvidia|geforce|tesla|rtx|gtx|amd|radeon|rx|instinct|intel|apple|gpu|generation|edition"
+)
+
+NAMES_HINT: Final = (
+    "names are such as '4090' or 'a100 80gb'; '24GB' is any GPU with so much memory, 'auto' those "
+    "of this machine"
 )
 
 NVIDIA_SMI_FIELDS = "index,mig.mode.current,memory.total,memory.free,name"
@@ -75,6 +88,14 @@ class Gpu:
         return visible_bytes if self.free_mib is None else min(visible_bytes, self.free_mib * MIB)
 
     @property
+    def lacks_kernels(self) -> bool:
+        """Whether it is known that qtool's kernels do not run there."""
+        if self.vendor != "NVIDIA":
+            return self.vendor != ANY_VENDOR
+        version = re.findall(r"\d+", self.compute_capability or "")
+        return bool(version) and tuple(map(int, version)) < OLDEST_COMPUTE_CAPABILITY
+
+    @property
     def memory_is_recalled(self) -> bool:
         """Whether `usable_bytes` rests on a number that nobody looked up."""
         for name in ("visible_mib", "memory_mib"):
@@ -112,7 +133,8 @@ def find_gpu(name: str) -> Gpu:
     """The catalogue's GPU that `name` means: "4090", "rtx4090", "a100 80gb", "H100" all do.
 
     Raises:
-        QtoolError: (usage) no GPU or more than one fits the name; the hint lists the nearest.
+        QtoolError: (usage) no GPU or more than one fits the name; the hint lists the nearest, or
+            says what names are like where none is near.
     """
     catalogue = read_catalogue()
     query = _words(name)
@@ -126,10 +148,11 @@ def find_gpu(name: str) -> Gpu:
                 kind="usage",
                 hint="say which: " + ", ".join(_quoted(gpu.short_name) for gpu in found[:12]),
             )
+    nearest = ", ".join(map(_quoted, _nearest("".join(query))))
     raise QtoolError(
         (Option("gpu", name), f" is not in the catalogue of {len(catalogue)} GPUs"),
         kind="usage",
-        hint="the nearest are " + ", ".join(_quoted(near) for near in _nearest(name)),
+        hint=f"the nearest: {nearest}" if nearest else NAMES_HINT,
     )
 
 
@@ -194,28 +217,37 @@ def list_gpus() -> tuple[ListedGpu, ...]:
         run = subprocess.run(
             query, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True
         )
+    except FileNotFoundError as error:
+        what = "no NVIDIA driver was found (nvidia-smi is not installed)"
+        raise _no_local_gpu(what) from error
     except (OSError, subprocess.SubprocessError) as error:
-        raise _no_local_gpu(f"nvidia-smi could not be asked ({_cause(error)})") from error
+        raise _no_local_gpu(f"nvidia-smi could not be asked ({error})") from error
     lines = (_read_line(line) for line in run.stdout.splitlines())
     return tuple(gpu for gpu in lines if gpu is not None)
 
 
 def resolve_gpus(names: Iterable[str]) -> tuple[Gpu, ...]:
-    """The GPUs of these names, in order; "auto" stands for this machine's."""
+    """The GPUs of these names, in order; "auto" stands for this machine's, "24GB" for any with so
+    much memory.
+    """
     gpus: list[Gpu] = []
     for name in names:
-        found = local_gpus() if name.strip().lower() == "auto" else (find_gpu(name),)
-        for gpu in found:
+        for gpu in local_gpus() if name.strip().lower() == "auto" else (_named(name),):
             if gpu not in gpus:  # equal GPUs have equal answers
                 gpus.append(gpu)
     return tuple(gpus)
+
+
+def _named(name: str) -> Gpu:
+    size = MEMORY_SIZE.fullmatch(name)
+    return vram_class(float(size[1])) if size and float(size[1]) >= 1 else find_gpu(name)
 
 
 def vram_class(vram_gib: float) -> Gpu:
     """A nameless GPU of `vram_gib` GiB as reported, for tables by memory size."""
     return Gpu(
         name=f"{vram_gib:g} GiB",
-        vendor="any",
+        vendor=ANY_VENDOR,
         memory_gb=vram_gib,
         memory_mib=round(vram_gib * 1024),
         basis={"memory_mib": "derived"},
@@ -268,10 +300,6 @@ def _no_local_gpu(what: str) -> QtoolError:
     )
 
 
-def _cause(error: Exception) -> str:
-    return "it is not installed" if isinstance(error, FileNotFoundError) else str(error)
-
-
 # -- names --------------------------------------------------------------------------------------
 
 
@@ -299,15 +327,17 @@ def _shares_words(query: list[str], gpu: Gpu) -> bool:
     return set(query) <= set(_words(gpu.name))
 
 
-def _nearest(name: str, count: int = 5) -> list[str]:
+def _nearest(joined: str, count: int = 5) -> list[str]:
+    """The names that are most like the words of a name, joined."""
     import difflib
 
-    wanted = name.lower()
-
     def likeness(gpu: Gpu) -> float:
-        return difflib.SequenceMatcher(None, wanted, gpu.short_name.lower()).ratio()
+        names = ("".join(_words(name)) for name in (gpu.name, *gpu.aliases))
+        return max(difflib.SequenceMatcher(None, joined, name).ratio() for name in names)
 
-    return [gpu.short_name for gpu in sorted(read_catalogue(), key=likeness, reverse=True)[:count]]
+    likenesses = {gpu.short_name: likeness(gpu) for gpu in read_catalogue()}
+    alike = [name for name, value in likenesses.items() if value >= ALIKE]
+    return sorted(alike, key=lambda name: likenesses[name], reverse=True)[:count]
 
 
 def _quoted(name: str) -> str:

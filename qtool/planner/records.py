@@ -220,7 +220,8 @@ class SizingRow:
     """One model at one precision on one GPU (or any GPU of `vram_gib` GiB).
 
     `decode_tok_s_ceiling` is the GPU's bandwidth over the bytes that one token must read: no
-    program can be faster; None where the bandwidth is not known.
+    program can be faster; None where the bandwidth is not known. `notes` say what stands against
+    the model there, whatever its memory.
     """
 
     gpu: Gpu
@@ -233,6 +234,7 @@ class SizingRow:
     max_context: int | None
     decode_tok_s_ceiling: float | None
     gpus: int = 1
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

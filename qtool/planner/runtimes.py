@@ -13,7 +13,7 @@ from qtool.architecture import Architecture
 from qtool.errors import Option, QtoolError, Words
 from qtool.formats.precisions import QUANTIZED_PRECISIONS
 from qtool.planner.activations import ATTENTION_MATRIX_BYTES
-from qtool.planner.gpus import GIB, Gpu
+from qtool.planner.gpus import GIB, OLDEST_COMPUTE_CAPABILITY, Gpu
 from qtool.planner.model import PlannedModel
 from qtool.planner.records import Workload
 
@@ -114,10 +114,22 @@ def fit_notes(
     weights_bytes: int,
 ) -> tuple[str, ...]:
     """Lines about the plan on a GPU, or so many of them."""
-    notes = []
+    notes = [*kernel_notes(workload, gpu)]
     if quant == "bf16" and _lacks_bfloat16(gpu):
         notes.append("it has no bfloat16 arithmetic: load in float16, which takes the same")
     return (*notes, *_device_map_notes(model, quant, workload, gpu, weights_bytes))
+
+
+def kernel_notes(workload: Workload, gpu: Gpu) -> tuple[str, ...]:
+    """What stands against the plan on a GPU, however much memory it has."""
+    if workload.runtime != "qtool" or not gpu.lacks_kernels:
+        return ()
+    oldest = ".".join(map(str, OLDEST_COMPUTE_CAPABILITY))
+    others = "transformers or vllm" if workload.mode == "generate" else "transformers"
+    return (
+        "qtool's kernels do not run there, whatever its memory: they need an NVIDIA GPU of compute "
+        f"capability {oldest} or newer; --runtime {others} plans for those",
+    )
 
 
 def _lacks_bfloat16(gpu: Gpu) -> bool:

@@ -21,6 +21,7 @@ from qtool.planner.memory import MemoryBudget
 from qtool.planner.model import PlannedModel, open_model
 from qtool.planner.records import MemoryPlan, Sizing, SizingRow, Workload
 from qtool.planner.reference_models import reference_models
+from qtool.planner.runtimes import kernel_notes
 
 VRAM_CLASSES_GIB: Final = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 GUIDE_QUANTS: Final = ("nf4-dq", "int8")
@@ -127,6 +128,7 @@ def _row(
         max_context=longest_context(budget, plan.workload, available_bytes),
         decode_tok_s_ceiling=_decode_ceiling(budget, plan, device.gpu),
         gpus=plan.workload.gpus,
+        notes=kernel_notes(plan.workload, device.gpu),
     )
 
 

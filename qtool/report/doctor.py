@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,16 +23,26 @@ _SIGNS: Final[dict[Status, tuple[str, str]]] = {
 }
 
 
-def report_checks(output: Output, checks: Iterable[tuple[str, Check]]) -> bool:
-    """Print (section, check) pairs while they come; True unless one failed."""
+def report_checks(
+    output: Output, checks: Iterable[tuple[str, Check]], model_types: Sequence[str]
+) -> bool:
+    """Print (section, check) pairs while they come, with --verbose the `model_types` and what each
+    section took; True unless one failed.
+    """
     seen: list[Check] = []
-    last_section = ""
+    seconds: dict[str, float] = {}
+    start_s = time.perf_counter()
     for section, check in checks:
-        if section != last_section:
+        if section not in seconds:
             output.answer(f"[bold]{section}[/bold]")
-            last_section = section
+        seconds[section] = seconds.get(section, 0) + time.perf_counter() - start_s
         output.answer(_line(check))
         seen.append(check)
+        start_s = time.perf_counter()
+    output.detail(f"seconds: {' · '.join(f'{name} {took:.2f}' for name, took in seconds.items())}")
+    if output.verbose:
+        known = f"{len(model_types)} are known by name: {', '.join(model_types)}"
+        output.answer("[bold]Models[/bold]", _line(Check("types", "info", known)))
     output.answer(_verdict(seen))
     output.document(checks_document(seen))
     return not any(check.status == "fail" for check in seen)

@@ -1,14 +1,14 @@
 """How `qtool estimate` looks: one row per precision, stacked bars, each GPU's answer.
 
-Memory is in GiB. Colour repeats what signs and words say already.
+Memory is in GiB, that of tiny models in MiB. Colour repeats what signs and words say already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qtool.planner.gpus import Gpu
 from qtool.planner.records import (
@@ -16,12 +16,11 @@ from qtool.planner.records import (
     Estimate,
     Fit,
     MemoryPlan,
-    Suggestion,
     Verdict,
     Workload,
 )
 from qtool.report.output import Output
-from qtool.report.units import format_count, format_gib
+from qtool.report.units import MIB, format_count, format_gib, format_mib
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from qtool.report.tables import WholeTable
 
 MAX_BAR_CELLS: Final = 72
+TINY_BYTES: Final = 128 * MIB  # of weights: two digits of GiB would not show what is less
 EQUAL_SHARE: Final = 5e-5  # a difference that two digits do not show
 NOT_KNOWN: Final = "-"
 
@@ -40,6 +40,8 @@ VERDICT_SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
     "no": ("✗ no", "red"),
 }
 TRAINING: Final = "training"
+Key = TypeVar("Key")
+Size = Callable[[int], str]  # bytes in words
 # What a column or a bar's stretch adds up, with the sign and colour of the stretch.
 Group = tuple[str, str, str, tuple[ComponentName, ...]]
 GROUPS: Final[tuple[Group, ...]] = (
@@ -180,14 +182,24 @@ def verdict_text(verdict: Verdict) -> Text:
     return Text(sign, style)
 
 
-def usable_text(gpu: Gpu, usable_bytes: int) -> str:
-    """Usable memory in GiB, with ~ where it rests on a number that nobody looked up."""
-    return f"{'~' if gpu.memory_is_recalled else ''}{format_gib(usable_bytes)}"
+def usable_text(gpu: Gpu, usable: str) -> str:
+    """Usable memory, with ~ where it rests on a number that nobody looked up."""
+    return f"{'~' if gpu.memory_is_recalled else ''}{usable}"
 
 
 def limit_text(limit: int | None) -> str:
     """A largest context or batch."""
     return "any" if limit is None else f"{limit:,}" if limit else NOT_KNOWN
+
+
+def _size_of(plans: Sequence[MemoryPlan]) -> Size:
+    """How bytes are written: in GiB, or in MiB where all are little."""
+    is_tiny = max(plan.checkpoint_bytes for plan in plans) < TINY_BYTES
+    return format_mib if is_tiny else format_gib
+
+
+def _unit_of(plans: Sequence[MemoryPlan]) -> str:
+    return "MiB" if _size_of(plans) is format_mib else "GiB"
 
 
 def _heading(estimate: Estimate) -> Iterable[Text]:
@@ -203,7 +215,8 @@ def _heading(estimate: Estimate) -> Iterable[Text]:
     most = f" of at most {facts.max_context:,}" if facts.max_context else ""
     each = f" on each of {workload.gpus} GPUs ({workload.split})" if workload.gpus > 1 else ""
     yield Text(f"{_doing(estimate.plans)}: {sequences} of {workload.context:,}{most} tokens")
-    yield Text(f"GPU memory in GiB (2^30 bytes){each}")
+    unit = _unit_of(estimate.plans)
+    yield Text(f"GPU memory in {unit} (2^{30 if unit == 'GiB' else 20} bytes){each}")
 
 
 def _doing(plans: Sequence[MemoryPlan]) -> str:
@@ -250,13 +263,14 @@ def _table(plans: Sequence[MemoryPlan]) -> Table:
         groups[0] = ("weights", ("weights", "adapters"))
     for name in ("on disk", *(name for name, _ in groups), "peak", "range"):
         table.add_column(name, justify="right", no_wrap=True)
+    size = _size_of(plans)
     for plan in plans:
         table.add_row(
             plan.quant,
-            format_gib(plan.checkpoint_bytes),
-            *(_sum_text(plan, names) for _, names in groups),
-            _bold(format_gib(plan.peak_bytes)),
-            _range_text(plan),
+            size(plan.checkpoint_bytes),
+            *(_sum_text(plan, names, size) for _, names in groups),
+            _bold(size(plan.peak_bytes)),
+            _range_text(plan, size),
         )
     return table
 
@@ -268,15 +282,16 @@ def _wide_table(plans: Sequence[MemoryPlan]) -> WholeTable:
     steady = "decoding" if plans[0].workload.mode == "generate" else "between steps"
     for name in ("on disk", *(name for name, _ in groups), "peak", "range", steady, "loading"):
         table.add_column(name, justify="right", no_wrap=True)
+    size = _size_of(plans)
     for plan in plans:
         table.add_row(
             plan.quant,
-            format_gib(plan.checkpoint_bytes),
-            *(_sum_text(plan, names) for _, names in groups),
-            _bold(format_gib(plan.peak_bytes)),
-            _range_text(plan),
-            format_gib(plan.steady_bytes),
-            format_gib(plan.load_peak_bytes),
+            size(plan.checkpoint_bytes),
+            *(_sum_text(plan, names, size) for _, names in groups),
+            _bold(size(plan.peak_bytes)),
+            _range_text(plan, size),
+            size(plan.steady_bytes),
+            size(plan.load_peak_bytes),
         )
     return table
 
@@ -297,7 +312,7 @@ def _adapter_line(plans: Sequence[MemoryPlan]) -> Iterable[Text]:
     from rich.text import Text
 
     if _has_adapter(plans):
-        sizes = [format_gib(plan.components["adapters"].bytes) for plan in plans]
+        sizes = [_size_of(plans)(plan.components["adapters"].bytes) for plan in plans]
         yield Text(f"the adapter's {' or '.join(dict.fromkeys(sizes))} are among the weights")
 
 
@@ -311,13 +326,15 @@ def _sum_bytes(plan: MemoryPlan, names: Iterable[ComponentName]) -> int | None:
     return sum(found) if found else None
 
 
-def _sum_text(plan: MemoryPlan, names: Iterable[ComponentName]) -> str:
+def _sum_text(plan: MemoryPlan, names: Iterable[ComponentName], size: Size) -> str:
     num_bytes = _sum_bytes(plan, names)
-    return NOT_KNOWN if num_bytes is None else format_gib(num_bytes)
+    return NOT_KNOWN if num_bytes is None else size(num_bytes)
 
 
-def _range_text(plan: MemoryPlan) -> str:
-    return f"{format_gib(plan.peak_low_bytes)}–{format_gib(plan.peak_high_bytes)}"
+def _range_text(plan: MemoryPlan, size: Size) -> str:
+    ends = (size(plan.peak_low_bytes), size(plan.peak_high_bytes))
+    # Hundredths of MiB would be too many digits, for a line and for what they are.
+    return "–".join(end.partition(".")[0] if size is format_mib else end for end in ends)
 
 
 def _bold(text: str) -> Text:
@@ -331,7 +348,8 @@ def _bars(plans: tuple[MemoryPlan, ...], width: int) -> Iterable[Text]:
     from rich.text import Text
 
     name_cells = max(len(plan.quant) for plan in plans) + 2
-    cells = min(width - name_cells - 10, MAX_BAR_CELLS)
+    size = _size_of(plans)
+    cells = min(width - name_cells - 12, MAX_BAR_CELLS)
     scale = cells / max(plan.peak_bytes for plan in plans)
     for plan in plans:
         bar = Text(plan.quant.ljust(name_cells))
@@ -341,7 +359,7 @@ def _bars(plans: tuple[MemoryPlan, ...], width: int) -> Iterable[Text]:
             end = round(end_bytes * scale)
             bar.append(sign * (end - drawn), style)
             drawn = end
-        bar.append(f" {format_gib(plan.peak_bytes)}")
+        bar.append(f" {size(plan.peak_bytes)}")
         yield bar
     legend = Text(" " * (name_cells - 3))
     for group in GROUPS:
@@ -361,24 +379,21 @@ def _fits_table(estimate: Estimate) -> Table:
     table.add_column("fits", no_wrap=True)
     for name in ("left", "max context", "max batch"):
         table.add_column(name, justify="right", no_wrap=True)
+    size = _size_of(estimate.plans)
     for index, gpu in enumerate(estimate.gpus):
         for plan in estimate.plans:
             fit, is_first = plan.fits[index], plan is estimate.plans[0]
             left_bytes = fit.usable_bytes - plan.peak_bytes
             table.add_row(
                 gpu.short_name if is_first else "",
-                usable_text(gpu, fit.usable_bytes) if is_first else "",
+                usable_text(gpu, size(fit.usable_bytes)) if is_first else "",
                 plan.quant,
                 verdict_text(fit.verdict),
-                _signed_gib(left_bytes),
+                f"{'-' if left_bytes < 0 else ''}{size(abs(left_bytes))}",
                 limit_text(fit.max_context),
                 limit_text(fit.max_batch),
             )
     return table
-
-
-def _signed_gib(num_bytes: int) -> str:
-    return f"{'-' if num_bytes < 0 else ''}{format_gib(abs(num_bytes))}"
 
 
 def _best(estimate: Estimate) -> Iterable[Text]:
@@ -387,35 +402,37 @@ def _best(estimate: Estimate) -> Iterable[Text]:
 
     if len(estimate.plans) < 2:
         return
-    names: dict[str, list[str]] = {}
-    for gpu, quant in zip(estimate.gpus, estimate.best_quants, strict=True):
-        if quant is not None:
-            names.setdefault(quant, []).append(gpu.short_name)
+    best = zip(estimate.best_quants, estimate.gpus, strict=True)
+    names = _collected((quant, gpu.short_name) for quant, gpu in best if quant is not None)
     for quant, gpus in names.items():
         yield Text.assemble("best that fits ", (", ".join(gpus), "bold"), f": {quant}")
 
 
-def _advice(plans: Iterable[MemoryPlan]) -> Iterable[Text]:
+def _advice(plans: Sequence[MemoryPlan]) -> Iterable[Text]:
     """What would make each plan fit that fits nowhere."""
     from rich.text import Text
 
     for plan in plans:
         if any(fit.verdict != "no" for fit in plan.fits):
             continue
-        changes = ", or ".join(map(_change_text, plan.suggestions))
+        changes = ", or ".join(
+            f"{it.change} (saves {_size_of(plans)(it.saves_bytes)} {_unit_of(plans)})"
+            for it in plan.suggestions
+        )
         helps = f"fits with {changes}" if changes else "no single change makes it fit"
         yield Text.assemble((f"{plan.quant}: ", "bold"), helps)
 
 
-def _exact_lines(plans: Iterable[MemoryPlan]) -> Iterable[Text]:
+def _exact_lines(plans: Sequence[MemoryPlan]) -> Iterable[Text]:
     """What running the model under fake tensors allocated, beside the closed form."""
     from rich.text import Text
 
+    size = _size_of(plans)
     for plan in plans:
         if plan.exact is not None:
             ours, theirs = plan.allocated_peak_bytes, plan.exact.allocated_peak_bytes
             yield Text(
-                f"{plan.quant}: allocated {format_gib(ours)}, with --exact {format_gib(theirs)} "
+                f"{plan.quant}: allocated {size(ours)}, with --exact {size(theirs)} "
                 f"({_difference_text(ours / theirs - 1)}; {plan.exact.seconds:.1f} s)"
             )
 
@@ -424,25 +441,37 @@ def _difference_text(difference: float) -> str:
     return "equal" if abs(difference) < EQUAL_SHARE else f"{difference:+.2%}"
 
 
-def _notes(plans: Iterable[MemoryPlan]) -> Iterable[Text]:
+def _notes(plans: Sequence[MemoryPlan]) -> Iterable[Text]:
     """What the runtime does that one may not expect, once each."""
     from rich.text import Text
 
-    about: dict[str, list[str]] = {}
-    for plan in plans:
-        for note in plan.notes:
-            about.setdefault(note, []).append(plan.quant)
-        for fit in plan.fits:
-            for note in fit.notes if fit.verdict != "no" else ():
-                about.setdefault(f"{fit.gpu.short_name}: {note}", []).append(plan.quant)
-    if about:
-        yield Text()
-    for note, quants in about.items():
-        yield Text(f"{', '.join(quants)}: {note}")
+    about = _collected((note, plan.quant) for plan in plans for note in plan.notes)
+    lines = [f"{', '.join(quants)}: {note}" for note, quants in about.items()]
+    lines += _gpu_lines(plans)
+    yield from map(Text, ["", *lines] if lines else ())
 
 
-def _change_text(suggestion: Suggestion) -> str:
-    return f"{suggestion.change} (saves {format_gib(suggestion.saves_bytes)} GiB)"
+def _gpu_lines(plans: Sequence[MemoryPlan]) -> Iterable[str]:
+    """The same about GPUs that hold a plan; precisions are named where it is not about all."""
+    held = [(plan.quant, fit) for plan in plans for fit in plan.fits if fit.verdict != "no"]
+    held_by = _collected((fit.gpu.short_name, quant) for quant, fit in held)
+    about = _collected(
+        ((fit.gpu.short_name, note), quant) for quant, fit in held for note in fit.notes
+    )
+    together = _collected(
+        ((() if quants == held_by[gpu] else tuple(quants), note), gpu)
+        for (gpu, note), quants in about.items()
+    )
+    for (quants, note), gpus in together.items():
+        yield f"{', '.join(quants)}{': ' * bool(quants)}{', '.join(gpus)}: {note}"
+
+
+def _collected(pairs: Iterable[tuple[Key, str]]) -> dict[Key, list[str]]:
+    """What belongs to each key, in order."""
+    found: dict[Key, list[str]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
 
 
 def _provenance(estimate: Estimate) -> Text:
@@ -460,5 +489,5 @@ def _provenance(estimate: Estimate) -> Text:
             parts.append(f"{name}: {' or '.join(sorted(bases))}")
     parts.append("overhead: measured on other machines, hence the range")
     if any(gpu.memory_is_recalled for gpu in estimate.gpus):
-        parts.append("~ a GPU's memory not confirmed")
+        parts.append("a GPU's memory marked ~ is not confirmed")
     return Text(" · ".join(parts), style="dim")

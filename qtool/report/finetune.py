@@ -171,9 +171,10 @@ def _plan_lines(prepared: Prepared) -> Iterator[str]:
         f"plan     {shown_name(facts.id)}{revision} ({facts.architecture or 'unknown'}) · {how}"
         f"{rank}, {request.training.optimizer}"
     )
+    accum, batch = request.training.grad_accum, request.training.batch
     yield (
-        f"         steps of {request.training.grad_accum} x {request.training.batch} sequences of "
-        f"at most {planned.max_length:,} tokens"
+        f"         steps of {accum} x {batch} sequence{'s' * (accum * batch != 1)} of at most "
+        f"{planned.max_length:,} tokens"
     )
     if planned.is_known:
         yield f"memory   {_memory_text(planned)}"
@@ -181,7 +182,7 @@ def _plan_lines(prepared: Prepared) -> Iterator[str]:
         if "--runtime" not in note:  # which `estimate` has
             yield f"         {note}"
     rows = " + ".join(f"{file.rows:,}" for file in prepared.files)
-    counted = "" if prepared.rows.kind == "running text" else f", {rows} rows"
+    counted = "" if prepared.rows.kind == "running text" else f", {rows} row{'s' * (rows != '1')}"
     yield f"data     {prepared.rows.source}: {prepared.rows.kind}{counted}"
 
 

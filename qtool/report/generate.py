@@ -214,10 +214,11 @@ def _why_it_ended(output: Output, result: GenerateResult) -> str:
 
 def _speed(result: GenerateResult) -> str:
     prefill, decode = result.prefill_tok_s, result.decode_tok_s
+    num_new = len(result.token_ids)
     return (
-        f"prompt {result.prompt_tokens} tokens"
+        f"prompt {result.prompt_tokens:,} token{'s' * (result.prompt_tokens != 1)}"
         + (f", {prefill:,.1f} tok/s" if prefill else "")
-        + f" · new {len(result.token_ids)} tokens"
+        + f" · new {num_new:,} token{'s' * (num_new != 1)}"
         + (f", {decode:,.1f} tok/s" if decode else "")
     )
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.safetensors_header import encode_header
+from qtool.merge.base import short_name
 from qtool.merge.codes import ChangedCodes
 from qtool.merge.command import PlannedMerge
 from qtool.quantize.plan import TensorPlan
@@ -24,7 +24,8 @@ def report_plan(output: Output, planned: PlannedMerge, *, dry_run: bool) -> None
     counts = ", ".join(f"{number} {what}" for what, number in sources.count().most_common())
     weights_bytes = sum(shard.weights_bytes for shard in planned.shards)
     num_files = len(planned.shards)
-    say(f"plan     {planned.adapter.place} → {_name(planned)} · {planned.precision}")
+    name = short_name(base.checkpoint)
+    say(f"plan     {planned.adapter.place} → {name} · {planned.precision}")
     say(f"         onto the {base.onto} weights ({base.reason})")
     say(f"         {counts}")
     files = f"{num_files} file{'s' * (num_files != 1)}"
@@ -62,13 +63,6 @@ def report_result(
     output.note(f"peak memory {format_bytes(result.peak_host_bytes)}, without the page cache")
     output.note(f"next: qtool generate {planned.request.output}")
     output.document(_document(planned, result, codes, change))
-
-
-def _name(planned: PlannedMerge) -> str:
-    checkpoint = planned.base.checkpoint
-    if checkpoint.location == "local":
-        return Path(checkpoint.id).resolve().name
-    return f"{checkpoint.id}@{checkpoint.revision[:7]}" if checkpoint.revision else checkpoint.id
 
 
 def _change_line(change: LogitChange) -> str:

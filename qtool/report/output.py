@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -136,9 +137,11 @@ class Output:
         """Print text or rich tables to stdout; nothing in JSON mode."""
         if self.json_mode:
             return
+        from qtool.report.tables import Trimmed
+
         with writing_stdout():
             for renderable in renderables:
-                self.stdout.print(renderable, crop=False)
+                self.stdout.print(Trimmed(renderable), crop=False)
 
     def answer_line(self, text: str) -> None:
         """Print one line to stdout; only a terminal wraps it, so that logs can be searched."""
@@ -171,7 +174,14 @@ class Output:
     def detail(self, text: str) -> None:
         """A sentence for --verbose; silent as a note is."""
         if self.verbose and not self.is_silent:
-            self._say(text, style="dim")
+            self._say(text, style="dim", soft_wrap=not self.stderr.is_terminal)
+
+    @contextmanager
+    def timing(self, stage: str) -> Iterator[None]:
+        """A detail about what the stage took, once it is over."""
+        start_s = time.perf_counter()
+        yield
+        self.detail(f"{stage}: {time.perf_counter() - start_s:.2f} s")
 
     def warn(self, words: Words) -> None:
         """A warning: a line on stderr, or an entry of the JSON document's `warnings`."""
@@ -205,13 +215,14 @@ class Output:
     def on_note(self, event: Event) -> None:
         """An `on_event` for work that has nothing to show but notes."""
         if isinstance(event, Note):
-            {"warning": self.warn, "detail": self.detail}.get(event.level, self.note)(event.text)
+            tell = {"warning": self.warn, "detail": self.detail}.get(event.level, self.note)
+            tell(in_words(event.text, self.name_option))
 
     # -- inside ---------------------------------------------------------------------------------
 
     def _say(self, text: str | Text, *, style: str | None = None, soft_wrap: bool = False) -> None:
         with suppress(OSError):  # a full log ends no work
-            self.stderr.print(text, style=style, markup=False, highlight=False, soft_wrap=soft_wrap)
+            self.stderr.print(text, style=style, markup=False, soft_wrap=soft_wrap)
 
     def _message(self, label: str, style: str, text: str) -> None:
         from rich.text import Text
@@ -235,4 +246,5 @@ class Output:
             no_color=forced is False,
             color_system="auto" if forced is not False else None,
             soft_wrap=False,
+            highlight=False,  # rich would colour the number in "Llama 3.2 1B"
         )

@@ -10,6 +10,7 @@ from qtool.planner.estimate import DEFAULT_CONTEXT
 from qtool.planner.records import Sizing, SizingRow
 from qtool.report.estimate import NOT_KNOWN, VERDICT_SIGNS, new_table, shown_name, usable_text
 from qtool.report.output import Output
+from qtool.report.units import format_gib
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -51,6 +52,7 @@ def _row_fields(row: SizingRow) -> dict[str, Any]:
         "usable_bytes": row.usable_bytes,
         "max_context": row.max_context,
         "decode_tok_s_ceiling": row.decode_tok_s_ceiling,
+        "notes": list(row.notes),
     }
 
 
@@ -147,7 +149,7 @@ def _gpu_table(rows: Sequence[SizingRow], quants: Sequence[str]) -> WholeTable:
         first = found[quants[0]]
         cells = [cell for quant in quants for cell in _quant_cells(found[quant])]
         label = first.gpu.short_name if first.vram_gib is None else first.gpu.name
-        table.add_row(label, usable_text(first.gpu, first.usable_bytes), *cells)
+        table.add_row(label, usable_text(first.gpu, format_gib(first.usable_bytes)), *cells)
     return table
 
 
@@ -191,6 +193,8 @@ def _footnote(sizing: Sizing) -> Text:
     ]
     if any(row.decode_tok_s_ceiling for row in sizing.rows) and not sizing.reference_models:
         parts.append("tok/s: a ceiling, memory bandwidth over bytes read per token")
+    if lacking := _distinct(row.gpu.short_name for row in sizing.rows if row.gpu.lacks_kernels):
+        parts.append(f"memory alone: {', '.join(lacking)}, where qtool's own kernels do not run")
     if any(row.gpu.memory_is_recalled or row.gpu.bandwidth_is_recalled for row in sizing.rows):
         parts.append("~ rests on a number not confirmed")
     parts.append("memory in GiB (2^30 bytes)")

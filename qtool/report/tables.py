@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -18,7 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 BEHIND_DOTS: Final = re.compile(r"[^.]+\.?|\.")
 BEHIND_BARS: Final = re.compile(r"[^._]+[._]?|[._]")
@@ -61,9 +62,7 @@ class WholeTable(Table):
         needed = sum(column.width or 0 for column in self.columns) + self._gaps
         rendered = super().__rich_console__(console, options.update(max_width=needed))
         segments = [part for part in rendered if isinstance(part, Segment)]  # all that it yields
-        for line in Segment.split_lines(segments):
-            yield from _without_trailing_blanks(line)
-            yield Segment.line()
+        yield from _trimmed_lines(segments)
 
     @property
     def _gaps(self) -> int:
@@ -97,6 +96,23 @@ class Name:
         """Called by rich for the widths that suit."""
         longest = max(map(len, BEHIND_BARS.findall(self.text)), default=0)
         return Measurement(min(longest + len(CONTINUED), len(self.text)), len(self.text))
+
+
+@dataclass(frozen=True, slots=True)
+class Trimmed:
+    """Anything else, without the blanks that folding leaves at the ends of lines."""
+
+    renderable: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Called by rich with the width at hand."""
+        yield from _trimmed_lines(console.render(self.renderable, options))
+
+
+def _trimmed_lines(segments: Iterable[Segment]) -> Iterator[Segment]:
+    for line in Segment.split_lines(segments):
+        yield from _without_trailing_blanks(line)
+        yield Segment.line()
 
 
 def _without_trailing_blanks(line: list[Segment]) -> list[Segment]:

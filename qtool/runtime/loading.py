@@ -60,6 +60,7 @@ from qtool.runtime.placement import (
 from qtool.runtime.weights import WeightSource, open_stored_weights
 
 QUIET_S: Final = 0.5  # work that takes longer is told about
+NO_TOKENIZER: Final = "transformers finds none among its files"
 GENERATION_CONFIG: Final = "generation_config.json"
 SLOW_FLOAT32: Final = (
     "config.json asks for products in float32, which is slow on a GPU; "
@@ -221,16 +222,24 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer; QtoolError if there is none that runs without its own code."""
     assert checkpoint.folder is not None
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(checkpoint.folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises plain Exception for bad files
-        first_line = str(error).strip().partition("\n")[0]
-        raise QtoolError(
-            f"{checkpoint.id}: no usable tokenizer: {first_line}",
-            kind="not_found",
-            hint="tokenizer.json and tokenizer_config.json belong into the model's folder",
-        ) from error
+        first_line = str(error).strip().partition("\n")[0].rstrip()
+        is_whole = not first_line.endswith(":")  # else a list follows of what there might have been
+        raise _no_tokenizer(checkpoint, first_line if is_whole else NO_TOKENIZER) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made from no file, by some types
+        raise _no_tokenizer(checkpoint, NO_TOKENIZER)
+    return tokenizer
+
+
+def _no_tokenizer(checkpoint: Checkpoint, reason: str) -> QtoolError:
+    return QtoolError(
+        f"{checkpoint.id}: no usable tokenizer: {reason}",
+        kind="not_found",
+        hint="tokenizer.json and tokenizer_config.json belong into the model's folder",
+    )
 
 
 @contextmanager

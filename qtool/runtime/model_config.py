@@ -75,12 +75,7 @@ def parse_config(config: Mapping[str, Any], model_id: str) -> Any:
             hint="fetch config.json again, from a repository in transformers' format",
         )
     if model_type not in CONFIG_MAPPING:
-        raise QtoolError(
-            f"{model_id}: config.json says model_type {model_type!r}, which this transformers "
-            "does not know; qtool never runs a repository's own code",
-            kind="unsupported",
-            hint="upgrade transformers if the model is new: pip install --upgrade transformers",
-        )
+        raise _unknown_type(model_id, model_type)
     try:
         return CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # each config class has checks of its own, and their own wrapping
@@ -90,6 +85,19 @@ def parse_config(config: Mapping[str, Any], model_id: str) -> Any:
             kind="bad_file",
             hint="fetch config.json again",
         ) from error
+
+
+def _unknown_type(model_id: str, model_type: Any) -> QtoolError:
+    from difflib import get_close_matches  # slow to import, and only mistakes need it
+
+    near = get_close_matches(str(model_type)[:80], list(CONFIG_MAPPING), n=3)
+    nearest = f" (the nearest that it knows: {', '.join(near)})" if near else ""
+    return QtoolError(
+        f"{model_id}: config.json says model_type {model_type!r}, which this transformers does not "
+        f"know{nearest}; qtool never runs a repository's own code",
+        kind="unsupported",
+        hint="upgrade transformers if the model is new: pip install --upgrade transformers",
+    )
 
 
 def find_model_class(config: Any) -> Any:

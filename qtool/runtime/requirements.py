@@ -8,13 +8,16 @@ from __future__ import annotations
 import importlib.util
 import re
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Final
 
 from qtool.backends.cuda_driver import NoCudaError, cannot_run, find_driver
 from qtool.errors import Option, QtoolError
+from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 
 RUN_PACKAGES: Final = ("torch", "transformers", "accelerate")
 FINETUNE_PACKAGES: Final = ("trl", "peft", "datasets")
+NO_GPU: Final = "CUDA graphs need an NVIDIA GPU"
 OLDEST_TRANSFORMERS: Final = (5, 10)  # older releases follow hostile paths and names in checkpoints
 
 
@@ -52,6 +55,54 @@ def require_device(device: str) -> None:
         find_driver()
     except NoCudaError as error:
         raise cannot_run(Option("device", device), error.reason, error.fix) from error
+
+
+def require_path(path: str, device: str, model: str) -> None:
+    """The same for a way to run `model` that there is with a GPU alone.
+
+    Raises:
+        QtoolError: unsupported.
+    """
+    if path != "graph":
+        return
+    try:
+        find_driver()
+    except NoCudaError as error:
+        raise cannot_take(model, path, NO_GPU) from error
+    if device == "cpu":
+        raise cannot_take(model, path, NO_GPU)
+
+
+def cannot_take(who: str, path: str, why: str, said_by: str | Option | None = None) -> QtoolError:
+    """The error for a path that was asked for, and that `who` has not."""
+    return QtoolError(
+        f"{who} cannot take the {path} path: {why}",
+        kind="unsupported",
+        hint=("leave out ", said_by or Option("path"), ": the fastest way that works is taken"),
+    )
+
+
+def require_model(model: str, quant: QuantizedPrecision | None) -> None:
+    """The same for MODEL in a local folder: its headers are read, and packing to `quant` planned.
+
+    Of a Hub id nothing is asked.
+
+    Raises:
+        QtoolError: what `open_checkpoint` and `quantize_on_load` raise.
+    """
+    from qtool.checkpoint.open import locate_model, open_checkpoint
+
+    if not isinstance(locate_model(model), Path):
+        return
+    checkpoint = open_checkpoint(model, need="files")
+    if quant is None:
+        return
+    from qtool.architecture import build_architecture
+    from qtool.quantize.plan import Recipe, plan_tensors, refuse_quantized_source
+
+    refuse_quantized_source(checkpoint)
+    recipe = Recipe(format=QuantFormat(quant))
+    plan_tensors(checkpoint.tensors.values(), build_architecture(checkpoint.config), recipe)
 
 
 def gpu_index(device: str) -> int:

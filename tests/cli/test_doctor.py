@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from qtool.architecture import KNOWN_MODEL_TYPES
@@ -38,9 +40,17 @@ def test_json_lists_the_checks():
 
 def test_verbose_lists_the_model_types_that_are_known():
     ran = run("doctor", "-v")
-    known = " ".join(ran.stderr.split())
-    assert known == f"{len(KNOWN_MODEL_TYPES)} model types are known by name: " + ", ".join(
-        KNOWN_MODEL_TYPES
+    known = f"types {len(KNOWN_MODEL_TYPES)} are known by name: {', '.join(KNOWN_MODEL_TYPES)}"
+    assert known in " ".join(ran.stdout.split())  # for a pipe to look through
+    assert "known by name" not in run("doctor").stdout
+
+
+def test_verbose_says_what_each_section_took():
+    ran = run("doctor", "-v")
+    number = r"\d+\.\d\d"
+    sections = ("Software", "Machine", "GPU", "Hub", "Round trip")
+    assert re.fullmatch(
+        "seconds: " + " · ".join(f"{name} {number}" for name in sections), ran.stderr.strip()
     )
 
 

@@ -186,7 +186,7 @@ def test_text_names_the_unit_the_source_and_every_plan(large):
     assert "GiB (2^30 bytes)" in ran.stdout and "8.03 B parameters" in ran.stdout
     assert "config.json, exact if it is right" in ran.stdout
     assert "~7.88" in ran.stdout
-    assert "~ a GPU's memory not confirmed" in " ".join(ran.stdout.split())
+    assert "a GPU's memory marked ~ is not confirmed" in " ".join(ran.stdout.split())
     for word in ("bf16", "int8", "nf4", "nf4-dq", "✓ yes", "✗ no", "! tight"):
         assert word in ran.stdout
     assert "bf16: fits with" not in ran.stdout
@@ -319,7 +319,8 @@ def test_an_adapter_is_counted(model, adapter):
     assert steady == component_bytes(plan, "adapters")
     ran = run("estimate", model, "--quant", "nf4", "--adapter", adapter)
     assert "adapter lora (rank 4)" in ran.stdout and "▚ adapter" in ran.stdout
-    assert "the adapter's 0.00 are among the weights" in ran.stdout
+    held_mib = f"{held / (1 << 20):.2f}"
+    assert f"the adapter's {held_mib} are among the weights" in ran.stdout and held_mib != "0.00"
 
 
 def test_an_adapter_on_the_hub_is_counted_from_its_header(
@@ -470,6 +471,70 @@ def test_exact_stands_beside_the_plan(model):
 def test_plot_writes_the_picture(model, tmp_path):
     ran = run("estimate", model, "--plot", tmp_path / "memory.html")
     assert ran.exit_code == 0 and "<svg" in (tmp_path / "memory.html").read_text()
+
+
+# -- what else is said ----------------------------------------------------------------------------
+
+
+def test_a_tiny_model_is_counted_in_mib(model, large):
+    text = run("estimate", model, "--gpu", "4090").stdout
+    (plan, *_) = plans_of(model)
+    assert "GPU memory in MiB (2^20 bytes)" in text and "GiB" not in text
+    row = next(line.split() for line in text.splitlines() if line.startswith("bf16 "))
+    assert row[1] == f"{plan['checkpoint_bytes'] / (1 << 20):,.2f}" != "0.00"
+    usable_mib = plans_of(model, "--gpu", "4090")[0]["fits"][0]["usable_bytes"] / (1 << 20)
+    fits = next(line for line in text.splitlines() if line.startswith("RTX 4090"))
+    assert f" {usable_mib:,.2f} " in fits  # all of an answer is in one unit
+    assert "GPU memory in GiB (2^30 bytes)" in run("estimate", large).stdout
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def test_what_is_true_of_several_gpus_is_said_once(large, wide):
+    gpus = [part for name in ("MI300X", "V100 16GB", "P40", "T4") for part in ("--gpu", name)]
+    ran = run("estimate", large, *gpus)
+    (line,) = (line for line in ran.stdout.splitlines() if "7.5 or newer" in line)
+    # 16 GB hold three of the four precisions, which changes nothing.
+    assert line.startswith("AMD Instinct MI300X, P40, V100 16GB: ")
+    assert "bf16: P40: it has no bfloat16 arithmetic" in ran.stdout
+    assert "7.5 or newer" not in run("estimate", large, *gpus, "--runtime", "vllm").stdout
+    fits = run("estimate", large, *gpus, "--json").document["plans"][-1]["fits"]
+    assert [any("7.5" in note for note in fit["notes"]) for fit in fits] == [1, 1, 1, 0]
+    assert {fit["verdict"] for fit in fits} == {"yes"}  # memory is memory
+
+
+def test_verbose_says_what_each_stage_took(large):
+    stages = run("estimate", large, "--gpu", "4090", "-v").stderr.splitlines()
+    assert [line.partition(":")[0] for line in stages] == ["config and headers", "plans"]
+    assert run("estimate", large, "--gpu", "4090").stderr == ""
+
+
+def test_no_line_ends_in_blanks(large, monkeypatch):
+    for columns in ("60", "80", "100"):
+        monkeypatch.setenv("COLUMNS", columns)
+        text = run("estimate", large, "--gpu", "P40", "--mode", "qlora").stdout
+        assert "marked" in text and not any(line.endswith(" ") for line in text.splitlines())
+
+
+@pytest.mark.parametrize("text", ['[quantize]\nquant = "nf4"\n', ""])
+def test_a_config_file_with_nothing_for_the_verb_is_a_warning(large, tmp_path, monkeypatch, text):
+    (config := tmp_path / "run.toml").write_text(text)
+    ran = run("estimate", large, "--config", config, "--json")
+    assert ran.exit_code == 0
+    (warning,) = ran.document["warnings"]
+    assert warning == f"--config {config} changes nothing: no option of qtool estimate is in it"
+    monkeypatch.setenv("QTOOL_CONFIG", str(config))  # which is for all verbs
+    assert run("estimate", large, "--json").document["warnings"] == []
+
+
+def test_an_option_that_can_be_repeated_may_have_one_value_in_a_file(large, tmp_path):
+    config = tmp_path / "plan.toml"
+    config.write_text('quant = "nf4"\ngpu = ["4090", "L4"]\n')
+    (plan,) = run("estimate", large, "--config", config, "--json").document["plans"]
+    assert plan["quant"] == "nf4" and len(plan["fits"]) == 2
 
 
 def test_variables_and_tables_set_options(large, tmp_path, monkeypatch):

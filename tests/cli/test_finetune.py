@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -267,6 +268,27 @@ def test_a_refusal_leaves_nothing_behind(stories: Path, story: Path, tmp_path: P
     out.mkdir()
     assert run(*arguments, "--compute-dtype", "float16").exit_code == 1
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "said", "advice"),
+    [
+        ("qlora", "which of its layers --method qlora would pack is not known", "--method lora"),
+        ("lora", "model_type 'nonesuch', which this transformers does not know", "upgrade"),
+        ("full", "model_type 'nonesuch', which this transformers does not know", "upgrade"),
+    ],
+)
+def test_a_model_type_that_nobody_knows_begins_no_run(
+    stories: Path, story: Path, tmp_path: Path, method: str, said: str, advice: str
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(stories, model, copy_function=shutil.copyfile)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "nonesuch"}))
+    ran = run("finetune", model, story, "-o", out, *QUICK, "--method", method, "--json")
+    assert (ran.exit_code, ran.error["kind"]) == (1, "unsupported")
+    assert said in ran.error["message"] and advice in ran.error["hint"]
+    assert not out.exists()
 
 
 def test_a_missing_extra_names_the_command(

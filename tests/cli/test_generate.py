@@ -72,6 +72,11 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(stories: Path) -> None:
     assert "cpu · eager: " in ran.stderr
 
 
+def test_one_token_is_no_tokens(stories: Path) -> None:
+    ran = run("generate", stories, "", "--max-new-tokens", 1)
+    assert ran.stderr.startswith("prompt 1 token, ") and " · new 1 token · " in ran.stderr
+
+
 def test_quiet_says_the_text_only(stories: Path) -> None:
     ran = run("generate", stories, PROMPT, "--max-new-tokens", 6, "--quiet")
     assert ran.stdout.startswith(", there")

@@ -47,7 +47,7 @@ def test_help_is_whole_at_any_width(
     shown = run(*path, "--help").stdout
     before, _, examples = shown.partition("Examples:")
     assert max(map(len, before.splitlines())) <= min(columns, MAX_COLUMNS)
-    several = r"adafactor, \.\.\.|\[MODEL\]\.\.\.|\[ARGS\]\.\.\."
+    several = r"adafactor, \.\.\.|\[?MODEL\]?\.\.\.|\[ARGS\]\.\.\."
     assert "…" not in shown and "..." not in re.sub(several, "", before)
     assert columns < 80 or max(map(len, examples.splitlines() or [""])) <= 80
     words = set(re.findall(r"[\w-]+", before))
@@ -66,6 +66,39 @@ def test_an_option_says_what_it_takes_and_what_it_is_by_default(
     assert "--completion-only / --no-completion-only" in shown
     shown = run("estimate", "--help").stdout
     assert "[default: 0.05; 0<=x<=1]" in shown and "[default: 0; 0<=x<=99]" in shown
+
+
+def test_brackets_say_what_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    usages = {
+        "estimate": "estimate [OPTIONS] MODEL",
+        "sizing": "sizing [OPTIONS] [MODEL]...",
+        "generate": "generate [OPTIONS] MODEL [PROMPT]",
+        "finetune": "finetune [OPTIONS] MODEL DATA",
+        "doctor": "doctor [OPTIONS] [MODEL]",
+    }
+    for verb, usage in usages.items():
+        assert run(verb, "--help").stdout.splitlines()[0] == f"Usage: qtool {usage}"
+    assert re.search(r"^  MODEL\.\.\.  Local folders", run("sizing", "--help").stdout, re.M)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=" ".join)
+def test_defaults_in_words_look_like_others(
+    path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = " ".join(run(*path, "--help").stdout.split())
+    assert "[default: (" not in shown
+    for param in find_command(path).params:
+        if isinstance(said := getattr(param, "show_default", False), str):
+            assert f"[default: {said}]" in shown or f"[default: {said}; " in shown
+
+
+def test_a_narrow_terminal_leaves_half_of_it_to_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (60, 80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        (line,) = re.findall(r"^  --batch N +Sequences.*$", run("sizing", "--help").stdout, re.M)
+        assert line.index("Sequences") <= columns // 2
 
 
 def test_help_loads_no_rich() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -194,3 +195,8 @@ def test_a_folder_that_qtool_wrote_is_sound(folders, tmp_path):
     manifest = json.loads((tmp_path / "out" / "qtool_manifest.json").read_text())
     (tmp_path / "out" / next(iter(manifest["files"]))).unlink()
     assert run("inspect", tmp_path / "out", "--verify").exit_code == 3
+
+
+def test_verbose_says_what_reading_took(folders):
+    assert re.fullmatch(r"headers: \d+\.\d\d s\n", run("inspect", folders[0], "-v").stderr)
+    assert run("inspect", folders[0]).stderr == ""

@@ -171,7 +171,7 @@ def test_packing_alike_again_is_told_before_and_after(small_adapter, tmp_path):
 def test_packing_alike_again_without_the_original_needs_a_word(small_adapter, tmp_path):
     run("quantize", DEMO, "-o", tmp_path / "packed")
     ran = run("merge", small_adapter, "-o", tmp_path / "out", "--quant", "nf4", "--json")
-    assert ran.exit_code == 1 and "part of the adapter would be lost" in ran.error["message"]
+    assert ran.exit_code == 1 and "would lose part of the adapter" in ran.error["message"]
     for way in ("--base MODEL", "without --quant", "--onto dequantized"):
         assert way in ran.error["hint"]
     assert not (tmp_path / "out").exists()
@@ -297,7 +297,7 @@ def test_errors_are_json_with_their_kind(adapter, tmp_path):
 def test_stdout_has_the_answer_and_stderr_the_rest(adapter, tmp_path):
     ran = run("merge", adapter, "-o", tmp_path / "out", "--no-check")
     assert ran.stdout.startswith("complete, ") and "plan" not in ran.stdout
-    assert "onto the original weights (the base is not packed)" in ran.stderr
+    assert "onto the original weights (model is not packed)" in ran.stderr
     quiet = run("merge", adapter, "-o", tmp_path / "quiet", "--no-check", "--quiet")
     assert quiet.stderr == "" and "complete" in quiet.stdout
 

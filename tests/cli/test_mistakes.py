@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from qtool.errors import EXIT_CODES, ErrorKind
 from tests.cli.running import run
 from tests.merge.adapters import linear_layers, lora_tensors, write_adapter
 from tests.test_structure import loaded_modules
+from tests.tiny_models import write_llama
 
 DEMO = Path(__file__).parent.parent.parent / "qtool/demo_model"
 
@@ -259,6 +261,10 @@ def test_a_gpu_that_is_not_there(
         *((name, ("--device", "gpu")) for name in COMPUTES),
         pytest.param("generate", ("--device", "cuda"), marks=WITHOUT_DRIVER),
         ("generate", ("--max-memory", "all")),
+        ("generate", ("--adapter", "./none")),
+        ("generate", ("--adapter", DEMO)),
+        ("generate", ("--path", "graph", "--device", "cpu")),
+        pytest.param("generate", ("--path", "graph"), marks=WITHOUT_DRIVER),
         ("bench generate", ("-o", "none/at/all.json")),
         ("bench finetune", ("--shape", "nothing")),
     ],
@@ -274,6 +280,21 @@ def test_what_can_be_told_at_once_loads_no_torch(
 @pytest.mark.parametrize("command", [("generate", "./none", "Hi"), ("bench", "generate", "./none")])
 def test_a_model_that_is_not_there_loads_no_torch(command: tuple[str, ...]) -> None:
     assert "torch" not in loaded_modules(*command)
+
+
+def test_a_model_that_cannot_be_read_or_packed_loads_no_torch(tmp_path: Path) -> None:
+    write_llama(tmp_path / "model")
+    (tmp_path / "weightless").mkdir()
+    shutil.copy(tmp_path / "model/config.json", tmp_path / "weightless")
+    assert run("quantize", tmp_path / "model", "-o", tmp_path / "packed").exit_code == 0
+    for name, adds, said in (
+        ("weightless", (), "expected *.safetensors, found config.json"),
+        ("packed", ("--quant", "nf4"), "packed is quantized already"),
+    ):
+        command = ("generate", tmp_path / name, "Hi", *adds)
+        ran = run(*command, "--json")
+        assert ran.exit_code == 1 and said in ran.error["message"]
+        assert "torch" not in loaded_modules(*map(str, command))
 
 
 def _no_driver() -> NoReturn:

@@ -16,6 +16,7 @@ ROW_FIELDS = {
     "usable_bytes",
     "max_context",
     "decode_tok_s_ceiling",
+    "notes",
 }
 
 
@@ -60,6 +61,21 @@ def test_speed_is_called_a_ceiling(model):
     text = run("sizing", model).stdout
     assert "my-model" in text and "RTX 4090" in text
     assert "tok/s: a ceiling" in text and "not confirmed" in text
+
+
+def test_gpus_that_qtool_does_not_run_on_are_named(model):
+    gpus = ("--gpu", "MI300X", "--gpu", "4090", "--gpu", "V100 16GB", "--gpu", "24GB")
+    text = run("sizing", model, *gpus, "--quant", "nf4", "--quant", "bf16").stdout
+    assert "memory alone: V100 16GB, AMD Instinct MI300X, where" in text
+    assert "memory alone" not in run("sizing", model, "--gpu", "4090").stdout
+    rows = run("sizing", model, *gpus, "--quant", "nf4", "--json").document["rows"]
+    assert [bool(row["notes"]) for row in rows] == [True, False, False, True]
+    assert [row["gpu"] for row in rows][1:3] == ["NVIDIA GeForce RTX 4090", "24 GiB"]
+
+
+def test_verbose_says_what_it_took(model):
+    assert "plans: 0." in run("sizing", model, "-v").stderr
+    assert run("sizing", model).stderr == ""
 
 
 def test_nothing_fits_is_exit_code_3_only_for_named_gpus():

@@ -205,7 +205,8 @@ class TestGpu:
         monkeypatch.setattr(gpu.shutil, "which", lambda program: None)
         smi = gpu.ask_nvidia_smi()
         assert smi == NO_GPU
-        assert only(gpu.check_gpus(smi)).status == "info"
+        check = only(gpu.check_gpus(smi))
+        assert check.status == "info" and "install its driver" in check.fix
 
     @pytest.mark.parametrize(
         ("script", "words"),
@@ -339,7 +340,9 @@ class TestMig:
 class TestCupy:
     def test_not_installed_is_a_fact(self, monkeypatch):
         set_versions(monkeypatch, cupy_cuda12x=None, cupy_cuda13x=None, cupy=None)
-        assert only(gpu.check_cupy(H200)).status == "info"
+        check = only(gpu.check_cupy(H200))
+        assert check.status == "info" and 'pip install "qtool[cuda13]"' in check.fix
+        assert only(gpu.check_cupy(NO_GPU)).fix == ""  # it would be of no use
 
     def test_two_at_once_fail(self, monkeypatch):
         set_versions(monkeypatch, cupy_cuda12x="14.0", cupy_cuda13x="14.0", cupy=None)
@@ -504,6 +507,7 @@ class TestModel:
         ("model_type", "found", "fix"),
         [
             ("llamma", "model_type 'llamma', which this transformers does not know", "upgrade"),
+            ("llamma", "(the nearest that it knows: llama, ", "upgrade"),
             ("t5", "t5 models do not generate text", "decoder"),
             (None, "says no model_type", "fetch config.json again"),
         ],
@@ -526,6 +530,41 @@ class TestModel:
         assert checks["architecture"].found == "helium: HeliumForCausalLM"
         assert checks["layers"].status == "warn" and "helium" in checks["layers"].found
 
+    def test_the_nearest_model_types_are_named_as_estimate_does(self, folder):
+        set_model_type(folder, "llamma")
+        layers = by_name(model.check_model(str(folder), NO_GPU))["layers"]
+        error = run("estimate", folder, "--json").error  # packed, its size alone says nothing
+        assert "the nearest of them: llama" in error["message"]
+        assert error["message"] in layers.found and error["hint"] in layers.fix
+
+    def test_a_mixture_is_a_warning_where_quantize_refuses_it(self, test_data):
+        folder = test_data / "models/tinymoe-6m"
+        check = by_name(model.check_model(str(folder), NO_GPU))["layers"]
+        assert check.status == "warn" and "8 experts per layer, which quantize" in check.found
+        ran = run("quantize", folder, "--dry-run", "--json")
+        assert ran.exit_code == 1 and "mixture of 8 experts" in ran.error["message"]
+
+    def test_a_bare_config_is_enough_for_estimate(self, folder):
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        found = by_name(model.check_model(str(folder), NO_GPU))
+        assert tuple(found) == ("model", "architecture")
+        assert found["model"].status == "warn" and "estimate" in found["model"].fix
+        assert run("estimate", folder, "--json").exit_code == 0
+
+    def test_weights_in_other_formats_fail(self, folder):
+        for file in folder.glob("*.safetensors*"):
+            file.rename(folder / "pytorch_model.bin")
+        check = only(model.check_model(str(folder), NO_GPU))
+        assert check.status == "fail" and "pickles" in check.found and "save_" in check.fix
+
+    def test_small_numbers_are_not_shown_as_nothing(self, folder):
+        found = by_name(model.check_model(str(folder), H200))
+        num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        [mib] = re.findall(r": nf4-dq, ([\d.]+) MiB of weights$", found["model"].found)
+        assert 0 < float(mib) <= num_bytes / (1 << 20) + 0.01
+        assert found["size"].found.startswith("weights take under 1 % of")
+
     def test_without_transformers_the_model_type_is_not_judged(self, folder, monkeypatch):
         monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
         check = by_name(model.check_model(str(folder), NO_GPU))["architecture"]
@@ -538,10 +577,10 @@ class TestModel:
         check = by_name(model.check_model(str(folder), NO_GPU))["compute dtype"]
         assert check.status == "warn" and "bnb_4bit_compute_dtype" in check.fix
 
-    def test_no_pad_token_is_a_warning(self, folder):
+    def test_no_pad_token_is_no_warning_since_qtool_needs_none(self, folder):
         (folder / "tokenizer_config.json").write_text('{"pad_token": null}')
         check = by_name(model.check_model(str(folder), NO_GPU))["pad token"]
-        assert check.status == "warn" and "eos_token" in check.fix
+        assert check.status == "info" and "eos_token" in check.fix
 
     def test_a_missing_tokenizer_is_a_warning(self, folder):
         (folder / "tokenizer.json").unlink()

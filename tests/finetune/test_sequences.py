@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, in_words
 from qtool.finetune.records import DataOptions
 from qtool.finetune.rows import open_rows
 from qtool.finetune.sequences import IGNORED_LABEL, Sequences, encode
@@ -104,9 +104,16 @@ def test_long_and_empty_rows_are_counted(tmp_path: Path, tokenizer: Any) -> None
     found = sequences_of(tmp_path, tokenizer, *rows, max_length=8)
     assert (found.num_cut, found.num_without_labels, found.num_empty) == (2, 1, 1)
     assert [len(item.ids) for item in found.items] == [8, len(found.items[1].ids)]
-    assert len(list(found.warnings())) == 3
+    assert [in_words(words) for words in found.warnings()] == [
+        "2 of 3 sequences are longer than max_length=8 and were cut",
+        "left out: 1 row with nothing to learn in the first 8 tokens",
+        "left out: 1 row of less than two tokens",
+    ]
     with pytest.raises(QtoolError, match="no row has anything to learn within 8 tokens"):
         sequences_of(tmp_path, tokenizer, rows[1], max_length=8)
+    with pytest.raises(QtoolError, match="no row has two tokens") as caught:
+        sequences_of(tmp_path, tokenizer, rows[2], rows[2], max_length=8)
+    assert "max_length" not in caught.value.hint  # which changes nothing
 
 
 def test_a_running_text_is_cut_into_pieces_and_loses_nothing(

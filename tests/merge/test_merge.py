@@ -455,8 +455,15 @@ def test_another_adapter_is_no_continuation(tmp_path, model):
     merge(first, tmp_path / "out")
     _, again = merge(first, tmp_path / "out")
     assert again.resumed and again.read_bytes == 0
-    with pytest.raises(QtoolError, match="made with other settings: adapter is"):
+    with pytest.raises(QtoolError) as caught:
         merge(other, tmp_path / "out")
+    said = "was made with other settings: adapter_model.safetensors is another one now"
+    assert caught.value.message == f"{tmp_path / 'out'} {said}"
+    named = write_adapter(tmp_path / "b", lora_tensors(linear_layers(config), seed=2), folder)
+    with pytest.raises(QtoolError, match=r"other settings: adapter is a there, b now$"):
+        merge(named, tmp_path / "out")
+    with pytest.raises(QtoolError, match=r"other settings: quant is none there, nf4 now$"):
+        merge(first, tmp_path / "out", recipe=Recipe(QuantFormat("nf4")))
 
 
 def test_what_is_not_finite_leaves_no_folder(tmp_path):

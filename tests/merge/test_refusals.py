@@ -195,6 +195,17 @@ def test_an_adapter_of_a_model_of_another_size(tmp_path, tensors):
     assert "[128, 128]" in error.message
 
 
+def test_another_model_is_told_from_an_adapter_that_is_incomplete(tmp_path, tensors):
+    write_llama(tmp_path / "large", hidden=128, layers=3)  # it lacks the third layer, too
+    trained = {"target_modules": list(LINEAR)}
+    error = refusal(write_adapter(tmp_path / "a", tensors, tmp_path / "large", **trained))
+    assert "implies a weight [64, 64]" in error.message and "another model" in error.hint
+    write_llama(tmp_path / "deep", layers=3)
+    error = refusal(write_adapter(tmp_path / "b", tensors, tmp_path / "deep", **trained))
+    assert "model.layers.2" in error.message
+    assert "is incomplete" in error.hint and "another model: name its own with base" in error.hint
+
+
 def test_a_vocabulary_that_was_resized(tmp_path, model):
     tensors = {f"{PREFIX}model.embed_tokens.weight": ("F32", np.ones((98, 64), np.float32))}
     error = refusal(write_adapter(tmp_path / "a", tensors, model[0]))
@@ -252,9 +263,12 @@ def test_original_that_moved_or_changed(tmp_path, model, tensors):
     packed = packed_of(model[0], tmp_path / "packed")
     adapter = write_adapter(tmp_path / "a", tensors, packed)
     shutil.rmtree(model[0])
-    assert "neither beside it nor here" in refusal(adapter, onto="original").message
+    was = f"{packed} was quantized from model, "
+    error = refusal(adapter, onto="original")
+    assert error.message == was + "which is neither beside it nor here"
     write_llama(model[0], layers=3)
-    assert "has other files now" in refusal(adapter, onto="original").message
+    error = refusal(adapter, onto="original")
+    assert error.message == was + f"but {model[0].resolve()} has other files now"
     elsewhere = tmp_path / "elsewhere"
     write_llama(elsewhere)
     planned = plan_merge(

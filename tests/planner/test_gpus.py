@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.errors import QtoolError
+from qtool.planner import gpus
 from qtool.planner.gpus import (
     MIB,
     Gpu,
@@ -92,13 +93,65 @@ def test_ambiguous_names_are_answered_with_the_candidates(name, candidates):
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("rtx 4091", "RTX 4090"), ("H1000", "H100 NVL"), ("", "'"), ("rtx", "'")]
+    ("name", "nearest"),
+    [
+        ("rtx 4091", "the nearest: 'RTX 4090'"),
+        ("H1000", "H100 NVL"),
+        ("mi300", "the nearest: 'AMD Instinct MI300X'"),
+        *((name, "names are such as '4090'") for name in ("", "rtx", "24", "nonsense")),
+    ],
 )
 def test_unknown_names_are_answered_with_the_nearest(name, nearest):
     with pytest.raises(QtoolError, match="is not in the catalogue") as raised:
         find_gpu(name)
     assert raised.value.kind == "usage"
     assert nearest in raised.value.hint
+    assert ("MI" in raised.value.hint) == (name == "mi300")  # not what has nothing in common
+
+
+@pytest.mark.parametrize("name", ["24GB", "24 gib", " 24.0GB "])
+def test_a_size_is_any_gpu_with_so_much(name):
+    assert resolve_gpus([name]) == (vram_class(24),)
+
+
+@pytest.mark.parametrize("name", ["0GB", "0.5 GiB", "24MB", "a100 24gb"])
+def test_what_is_not_quite_a_size_is_a_name(name):
+    with pytest.raises(QtoolError, match="is not in the catalogue"):
+        resolve_gpus([name])
+
+
+# -- where qtool's kernels run ---------------------------------------------------------------------
+
+
+def test_what_the_kernels_need_is_what_they_say_themselves():
+    from cupy_kernels import OLDEST_COMPUTE_CAPABILITY
+
+    assert gpus.OLDEST_COMPUTE_CAPABILITY == OLDEST_COMPUTE_CAPABILITY
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [
+        ("T4", False),
+        ("RTX 4090", False),
+        ("RTX 5090", False),  # 12.0 is newer than 7.5
+        ("V100 16GB", True),
+        ("P40", True),
+        ("MI300X", True),
+        ("M3 Max", True),
+        ("Intel Arc B580", True),
+        ("24GB", False),
+    ],
+)
+def test_kernels_run_on_nvidia_gpus_from_turing_on(name, lacks):
+    (gpu,) = resolve_gpus([name])
+    assert gpu.lacks_kernels == lacks
+
+
+def test_a_gpu_of_this_machine_that_is_not_in_the_catalogue_is_not_judged(nvidia_smi):
+    nvidia_smi("0, [N/A], 49140, 48900, NVIDIA GeForce RTX 9090")
+    (new,) = local_gpus()
+    assert not new.lacks_kernels
 
 
 @given(st.text(max_size=30))
@@ -235,6 +288,7 @@ def test_of_a_gpu_that_mig_divides_nobody_has_the_whole_memory(nvidia_smi):
 
 def test_no_nvidia_smi_is_an_error_that_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(QtoolError, match="not installed") as raised:
+    said = r"no NVIDIA driver was found \(nvidia-smi is not installed\)"
+    with pytest.raises(QtoolError, match=said) as raised:
         local_gpus()
     assert "gpu='RTX 4090'" in raised.value.hint

@@ -6,7 +6,7 @@ import pytest
 
 from qtool.planner.estimate import default_quants
 from qtool.planner.fit import fit
-from qtool.planner.gpus import vram_class
+from qtool.planner.gpus import find_gpu, vram_class
 from qtool.planner.model import open_model
 from qtool.planner.records import Tuning, Workload
 from qtool.planner.reference_models import reference_models
@@ -44,6 +44,19 @@ def test_the_device_map_leaves_a_part_of_the_gpu_free():
     (note,) = notes_on(model, "nf4-dq", 6, runtime="transformers")
     assert "81%" in note
     assert notes_on(model, "bf16", 16.5) == ()
+
+
+def test_gpus_without_kernels_of_ours_are_named_to_our_runtime_alone():
+    model = reference_models()[0].describe()
+    for name, runtime, mode, said in (
+        ("V100 16GB", "qtool", "generate", "--runtime transformers or vllm plans"),
+        ("M3 Max", "qtool", "qlora", "--runtime transformers plans"),  # vLLM does not train
+        ("V100 16GB", "transformers", "generate", None),
+        ("T4", "qtool", "generate", None),
+    ):
+        budget = budget_of(model, "nf4", runtime=runtime, mode=mode)
+        notes = fit(budget, budget.plan(budget.workload), find_gpu(name)).notes
+        assert [said in note and "7.5 or newer" in note for note in notes] == [True] * bool(said)
 
 
 def test_vllm_has_nine_tenths_of_the_gpu():

@@ -1,10 +1,11 @@
-"""What is said while a bar is drawn."""
+"""What a command says, with and without a bar."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
+from rich.table import Table
 
 from qtool.events import Advanced, Note, Started
 from qtool.report.output import Output
@@ -27,3 +28,46 @@ def test_what_is_said_beside_a_bar_has_lines_of_its_own(
     assert any(line.startswith("reading ") for line in lines)
     assert {"warning: a shard is short", "said by another"} <= set(lines)
     assert captured.out == ""
+
+
+def test_no_number_is_coloured_because_it_is_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    output = Output("sizing", color="always")
+    output.answer("reference models: Llama 3.2 1B", "[bold]8.03[/bold] B")
+    output.answer_line("complete, 2.51 MiB in 0.2 s")
+    assert capsys.readouterr().out == (
+        "reference models: Llama 3.2 1B\n\x1b[1m8.03\x1b[0m B\ncomplete, 2.51 MiB in 0.2 s\n"
+    )
+
+
+def test_what_folds_leaves_no_blanks_behind(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    output = Output("doctor", color="never")
+    line = Table.grid(padding=(0, 1))
+    line.add_column(width=8)
+    line.add_column(overflow="fold")
+    line.add_row("memory", "20 GiB of 24 are there")
+    line.add_row("", "fine")
+    output.answer("a sentence of some words, and another", "", line)
+    shown = capsys.readouterr().out
+    assert shown == (
+        "a sentence of some\nwords, and another\n\n"
+        "memory   20 GiB of\n         24 are\n         there\n         fine\n"
+    )
+
+
+def test_a_detail_is_one_line_of_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "word " * 40
+    Output("doctor", verbose=True).detail(words.strip())
+    assert capsys.readouterr().err == words.strip() + "\n"
+
+
+def test_what_a_stage_took_is_a_detail(capsys: pytest.CaptureFixture[str]) -> None:
+    for verbose in (True, False):
+        with Output("estimate", verbose=verbose).timing("plans"):
+            pass
+    assert re.fullmatch(r"plans: \d+\.\d\d s\n", capsys.readouterr().err)

@@ -191,8 +191,13 @@ def test_code_named_by_a_config_is_never_run(models: Path, tmp_path: Path) -> No
 def test_a_folder_without_a_tokenizer_is_refused(models: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mute"
     shutil.copytree(models / MODEL, folder, ignore=shutil.ignore_patterns("token*", "special*"))
-    with pytest.raises(QtoolError, match="no usable tokenizer"):
+    refusal = pytest.raises(QtoolError, match="no usable tokenizer: transformers finds none among")
+    with refusal:
         load(folder)
+    # A type whose class makes one of no file, that knows no word.
+    edit_config(folder, tmp_path / "empty", model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+    with refusal:
+        load(tmp_path / "empty")
 
 
 def test_a_broken_tokenizer_is_named(models: Path, tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ from qtool.runtime.decoders.graphed import GraphDecoder
 from qtool.runtime.decoders.network import Network
 from qtool.runtime.decoders.protocol import Decoder, Path
 from qtool.runtime.loading import LoadedModel
+from qtool.runtime.requirements import NO_GPU, cannot_take
 
 PathChoice = Literal["auto", "fused", "graph", "eager"]
 PATH_VARIABLE: Final = "QTOOL_PATH"
 SPREAD: Final = "the weights are spread over several devices"
-NO_GPU: Final = "CUDA graphs need an NVIDIA GPU"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +81,7 @@ def refuse_path(options: DecoderOptions, device: torch.device, model: str) -> No
 
 def _cannot_take(who: str, options: DecoderOptions, why: str) -> QtoolError:
     said_by = PATH_VARIABLE if options.path == "auto" else Option("path")
-    return QtoolError(
-        f"{who} cannot take the {asked_path(options)} path: {why}",
-        kind="unsupported",
-        hint=("leave out ", said_by, ": the fastest way that works is taken"),
-    )
+    return cannot_take(who, asked_path(options), why, said_by)
 
 
 # -- the ways, fastest first: each makes a decoder or says why not ------------------------------
