@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
+from importlib.resources import files
 
+import numpy as np
 import pytest
 
 from cupy_kernels import linear_many
@@ -41,6 +44,48 @@ def test_shared_memory_is_what_the_source_lays_out_and_hopper_has_it():
         barriers = 2 * stages + 2 * 2
         end = stages * stage_bytes + maps_bytes + results_bytes + barriers * 8
         assert shape.shared_bytes(bits) == end <= SHARED_KIB["sm_90"][0] << 10
+
+
+def select_bytes(first, second, selected):
+    """The instruction prmt, by its definition; `selected` of any shape."""
+    both = first | second << 32
+    found = np.zeros_like(selected)
+    for i in range(4):
+        digit = selected >> 4 * i & 15
+        byte = both >> 8 * (digit & 7) & 0xFF
+        found |= np.where(digit < 8, byte, (byte >> 7) * 0xFF) << 8 * i
+    return found
+
+
+def test_four_codes_at_a_time_find_their_values_by_bytes():
+    """As `CodeBytes` and `look_up_row` do, with the numbers in the source."""
+    source = files("cupy_kernels").joinpath("linear_many.cu").read_text()
+    flipped, signs = (
+        np.uint64(int(digits, 16))
+        for digits in re.findall(
+            r"0x(\w{4})u", re.search(r"CodeBytes\(uint32.*?}", source, re.S)[0]
+        )
+    )
+    first, second = (
+        np.uint64(int(digits, 16))
+        for digits in re.findall(r"select_bytes\(low, high, 0x(\w{4})u", source)
+    )
+    values = np.random.default_rng(0).integers(0, 1 << 16, 16, np.uint64)
+    codes = np.arange(1 << 16, dtype=np.uint64)
+    are_from_8_on = select_bytes(codes, codes << 4, np.full_like(codes, signs))
+    found = []
+    for shift in (0, 8):
+        words = [
+            sum(int(values[4 * i + j] >> shift & 0xFF) << 8 * j for j in range(4)) for i in range(4)
+        ]
+        below, above = np.array(words, np.uint64).reshape(2, 2)
+        below_8 = select_bytes(*below, codes)
+        from_8_on = select_bytes(*above, codes ^ flipped)
+        found.append((are_from_8_on & from_8_on) | (~are_from_8_on & below_8) & 0xFFFFFFFF)
+    for i, selected in enumerate((first, second)):
+        pair = select_bytes(*found, np.full_like(codes, selected))
+        upper, lower = values[codes >> (8 * i + 4) & 15], values[codes >> 8 * i & 15]
+        assert (pair == (upper | lower << 16)).all()
 
 
 def test_the_shape_that_fills_the_gpu_is_chosen():
