@@ -70,6 +70,10 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in (result,) if isinstance(result, Tensor) else tree_iter(result):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._follow(tensor, partial(self._classify, func, tensor))
+        if func is torch.ops.aten._safe_softmax.default:
+            # One operator here alone: on a GPU it asks of each score whether it is masked.
+            with self:
+                torch.isneginf(args[0])
         if self._total_bytes > self.peak_bytes:
             self._note_peak(f"{self._place()} {func.__name__.partition('.')[0]}")
         return result

@@ -11,7 +11,8 @@ state, MLP, queries and keys:
     attention        3*h + max(4*q, q + 4*kv)    rotating queries, then keys
     logits           2*h + one row of the vocabulary per sequence
 
-Attention itself is fused (no matrix of tokens x tokens) except where transformers has no such path.
+Attention itself is fused (no matrix of tokens x tokens) except where transformers has no such path,
+and where PyTorch has no kernel: float32 heads that share keys, see `spelled_out_peak`.
 A mixture of experts copies every token once per expert that it goes to, k of them of width e:
 
     experts          c*h + k*h + 4*k*e      gate and up, the activation, their product
@@ -93,6 +94,12 @@ ATTENTION_MATRIX_BYTES: Final = {
 # What of it the layer holds until its end, because attention returns it.
 KEPT_MATRIX_BYTES: Final = {"gemma2": 2, "gpt_oss": 2, "mimo_v2_flash": 2}
 
+# Bytes per score where PyTorch spells attention out in float32: scores, their softmax, and of each
+# whether it is masked, which finds rows with nothing to see.
+SPELLED_OUT_BYTES: Final = 9
+# Wider heads, and values of another width, transformers repeats: then a fused kernel takes them.
+LARGEST_GROUPED_HEAD: Final = 256
+
 # Models whose layers get an explicit mask (tokens x tokens) without a sliding window.
 MASKED_MODEL_TYPES: Final = frozenset({"falcon", "qwen2_moe"})
 
@@ -113,6 +120,7 @@ RECURRENT_COPIES: Final = {"nemotron_h": 30, "jamba": 107, "mamba2": 45}
 USUAL_RECURRENT_COPIES: Final = 16
 CONVOLUTION_WIDTH: Final = 4
 
+FLOAT32_BYTES: Final = 4
 INTEGER_INPUTS_BYTES: Final = 24  # token id, position and mask, int64 each
 LOGIT_COPY_BYTES: Final = 4  # the float32 copy that a token is chosen from
 
@@ -159,6 +167,40 @@ class RoutedRows:
         return self.rows * row_bytes + self.routing_bytes
 
 
+class GroupedHeads(NamedTuple):
+    """Query heads, of `width` elements per token in all, of which several share keys and values.
+
+    With a `window` they see no more tokens without a mask, whose heads are repeated and fused.
+    """
+
+    heads: int
+    width: int
+    window: int | None
+
+    def cut(self, num_gpus: int) -> Self:
+        """One GPU's part under tensor parallelism."""
+        heads, width = (-(-number // num_gpus) for number in (self.heads, self.width))
+        return self._replace(heads=heads, width=width)
+
+    def spelled_out_bytes(self, *, tokens: int, keys: int, batch: int) -> int:
+        """Attention of `tokens` over `keys` positions in float32, operation by operation.
+
+        After PyTorch 2.13's `_scaled_dot_product_attention_math` and `_safe_softmax`
+        (aten/src/ATen/native/transformers/attention.cpp): queries and a scaled copy, keys and
+        values once per head, a mask of numbers that sequences share, and either
+
+            scores     one of each, beside scaled keys and, of several sequences, queries in order
+            softmax    SPELLED_OUT_BYTES of each
+        """
+        if self.window is not None:
+            tokens, keys = (min(number, self.window - 1) for number in (tokens, keys))
+        queries, repeated = batch * tokens * self.width, batch * keys * self.width
+        scores = batch * self.heads * tokens * keys
+        held = 2 * queries + 2 * repeated + tokens * keys
+        multiplying = repeated + (queries if batch > 1 else 0) + scores
+        return FLOAT32_BYTES * held + max(FLOAT32_BYTES * multiplying, SPELLED_OUT_BYTES * scores)
+
+
 @dataclass(frozen=True, slots=True)
 class LayerShape:
     """What one layer's activations are made of, in elements per token; see the module's text.
@@ -167,7 +209,8 @@ class LayerShape:
     it is counted or read off. `attending` is what is alive of a chunk that looks at a longer cache,
     `repeated` per cached position: keys and values once per head of a group, or from latents.
     `attention_matrix_bytes` are per pair of tokens, 0 where attention is fused; `kept_matrix_bytes`
-    of them stay until the layer's end.
+    of them stay until the layer's end. `grouped` are the kinds of heads that PyTorch spells out in
+    float32.
     """
 
     hidden: int
@@ -185,6 +228,7 @@ class LayerShape:
     attention_matrix_bytes: int
     kept_matrix_bytes: int
     routed: RoutedRows | None
+    grouped: tuple[GroupedHeads, ...]
     basis: Literal["formula", "heuristic"]
 
     @classmethod
@@ -213,6 +257,7 @@ class LayerShape:
             kept_matrix_bytes=KEPT_MATRIX_BYTES.get(model_type, 0)
             * architecture.num_attention_heads,
             routed=RoutedRows.of(architecture),
+            grouped=tuple(_grouped_heads(architecture)),
             basis="formula" if all(map(_is_counted, architecture.cache_layers)) else "heuristic",
         )
 
@@ -229,6 +274,7 @@ class LayerShape:
             attention_matrix_bytes=-(-self.attention_matrix_bytes // num_gpus),
             kept_matrix_bytes=-(-self.kept_matrix_bytes // num_gpus),
             routed=self.routed and replace(self.routed, width=-(-self.routed.width // num_gpus)),
+            grouped=tuple(heads.cut(num_gpus) for heads in self.grouped),
         )
 
     def always_fused(self) -> Self:
@@ -239,6 +285,7 @@ class LayerShape:
             always_masked=False,
             attention_matrix_bytes=0,
             kept_matrix_bytes=0,
+            grouped=(),
         )
 
     def mask_bytes(self, context: int, element_bytes: int, keys: int | None = None) -> int:
@@ -336,12 +383,7 @@ def prefill_peak(
     """
     tokens = batch * context
     elements = tokens * element_bytes
-    in_layer = elements * layer.rotary + tokens * INTEGER_INPUTS_BYTES
-    in_layer += layer.mask_bytes(context, element_bytes, keys)
-    if keys is None:
-        in_layer += overhang_bytes(
-            layer.cache_layers, context=context, batch=batch, element_bytes=element_bytes
-        )
+    in_layer = _in_layer_bytes(layer, context, batch, element_bytes, keys)
     hidden = in_layer + elements * layer.hidden_copies * layer.hidden
     hidden += batch * context * (keys or context) * layer.kept_matrix_bytes
     mlp = elements * layer.mlp
@@ -365,6 +407,43 @@ def prefill_peak(
         *_int8_moments(layer, tokens, hidden, int8_outliers),
     )
     return max(moments, key=lambda moment: moment.total_bytes)
+
+
+def spelled_out_peak(
+    layer: LayerShape, *, tokens: int, batch: int, keys: int | None = None
+) -> PrefillPeak:
+    """The peak of attention in float32 where heads share keys, which no fused kernel takes.
+
+    That is the case without a mask: of a whole prompt or its first chunk, since later ones have
+    masks, for which transformers repeats keys and values. Layers with a window have masks once the
+    text is longer; they are counted as before then, or more tokens would need less. Nothing where
+    there are no such heads.
+
+    Args:
+        tokens: of each of `batch` sequences.
+        keys: cached positions that one token looks at; None for a prompt's own.
+    """
+    if not layer.grouped:
+        return PrefillPeak(0, 0, 0)
+    sizes = {"tokens": tokens, "keys": keys or tokens, "batch": batch}
+    attention = max(heads.spelled_out_bytes(**sizes) for heads in layer.grouped)
+    hidden = batch * tokens * 3 * layer.hidden * FLOAT32_BYTES
+    in_layer = _in_layer_bytes(layer, tokens, batch, FLOAT32_BYTES, None)
+    return PrefillPeak(in_layer + hidden + attention, 0, 0)
+
+
+def _in_layer_bytes(
+    layer: LayerShape, context: int, batch: int, element_bytes: int, keys: int | None
+) -> int:
+    """What lies beside the states of a layer from its first moment to its last."""
+    tokens = batch * context
+    num_bytes = tokens * (element_bytes * layer.rotary + INTEGER_INPUTS_BYTES)
+    num_bytes += layer.mask_bytes(context, element_bytes, keys)
+    if keys is None:
+        num_bytes += overhang_bytes(
+            layer.cache_layers, context=context, batch=batch, element_bytes=element_bytes
+        )
+    return num_bytes
 
 
 def _int8_moments(
@@ -416,6 +495,20 @@ def _repeated_elements(architecture: Architecture) -> Iterator[int]:
             yield heads * (layer.head_dim + layer.value_head_dim)
         elif isinstance(layer, LatentCache):  # keys and values made anew, and keys joined
             yield heads * (3 * architecture.head_dim - 2 * layer.rope_dim)
+
+
+def _grouped_heads(architecture: Architecture) -> Iterator[GroupedHeads]:
+    """Of each kind of layer whose attention is PyTorch's, without a mask of the model's own."""
+    model_type, heads = architecture.model_type, architecture.num_attention_heads
+    if model_type in ATTENTION_MATRIX_BYTES or model_type in MASKED_MODEL_TYPES:
+        return
+    for layer in set(architecture.cache_layers):
+        if (
+            isinstance(layer, AttentionCache)
+            and layer.num_kv_heads < heads
+            and layer.head_dim == layer.value_head_dim <= LARGEST_GROUPED_HEAD
+        ):
+            yield GroupedHeads(heads, heads * layer.head_dim, layer.window)
 
 
 def _is_counted(layer: CacheLayer) -> bool:

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Final, Self
 
 from qtool.architecture import Architecture
 from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantFormat
-from qtool.planner.activations import NO_BUFFER, LayerShape, PrefillPeak, prefill_peak
+from qtool.planner.activations import (
+    NO_BUFFER,
+    LayerShape,
+    PrefillPeak,
+    prefill_peak,
+    spelled_out_peak,
+)
 from qtool.planner.demand import Demand, Parts
 from qtool.planner.devices import Share, pipeline_shares, tensor_share
 from qtool.planner.kv_cache import (
@@ -246,7 +252,7 @@ class MemoryBudget:
         else:
             buffer = weights.buffer
         converts = weights.buffer != NO_BUFFER and weights.compute_bytes != weights.element_bytes
-        return prefill_peak(
+        peak = prefill_peak(
             layer,
             context=context,
             batch=batch,
@@ -255,6 +261,10 @@ class MemoryBudget:
             converted_bytes=weights.compute_bytes if converts else 0,
             int8_outliers=self._int8_outliers(context * batch),
         )
+        if not weights.are_float32 or self.quant == "int8":  # LLM.int8() computes in float16
+            return peak
+        attention = spelled_out_peak(layer, tokens=context, batch=batch)
+        return max(peak, attention, key=lambda moment: moment.total_bytes)
 
     def _int8_outliers(self, num_tokens: int) -> float | None:
         """The share of outlier columns where bitsandbytes' INT8 layers multiply, else None."""

@@ -21,7 +21,8 @@ Where activations are rounded to INT8 too, what `rounded_products` says stands f
 Hopper reads packed weights for some thousand tokens, and needs W only for the few tokens that are
 compared before the first prompt; a plan is for any GPU.
 
-The other paths are `qtool.planner.activations`, for a chunk that looks at a longer cache.
+The other paths are `qtool.planner.activations`, for a chunk that looks at a longer cache. In
+float32 the first chunk may take more than the last, which has a mask.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from qtool.planner.activations import (
     LayerShape,
     PrefillPeak,
     prefill_peak,
+    spelled_out_peak,
 )
 from qtool.planner.adapters import PlannedAdapter
 from qtool.planner.kv_cache import CacheLayers, cached_tokens, kv_cache_bytes
@@ -361,6 +363,8 @@ class OwnRuntime:
             yield from self.fused.moments(tokens, self.rounding, inner)
             return
         yield self._operations_peak(chunk)
+        if self.weights.are_float32:
+            yield from self._spelled_out_moments(chunk)
         if self.adapter is not None and self.adapter.layers:
             yield self._adapted_peak(chunk, self.adapter)
         yield self._head_peak(chunk)
@@ -372,6 +376,13 @@ class OwnRuntime:
         reads_packed &= weights.compute_bytes == HALF_BYTES
         buffer = weights.buffer if self.rounding is None else self._rounding_buffer(chunk)
         return self._operations_beside(chunk, NO_BUFFER if reads_packed else buffer)
+
+    def _spelled_out_moments(self, chunk: Chunk) -> Iterator[PrefillPeak]:
+        """The first chunk's, and those of a decoded token where the cache grows: a graph's has a
+        mask."""
+        yield spelled_out_peak(self.layer, tokens=chunk.tokens, batch=chunk.batch)
+        if self.path == "eager":
+            yield spelled_out_peak(self.layer, tokens=1, batch=chunk.batch, keys=chunk.context)
 
     def _adapted_peak(self, chunk: Chunk, adapter: PlannedAdapter) -> PrefillPeak:
         """The same where PEFT's layers add to what a product made: nothing is dequantized then."""

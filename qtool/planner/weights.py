@@ -60,6 +60,11 @@ class Weights:
     head_buffer_bytes: int = 0
     more_before_bytes: int = 0
 
+    @property
+    def are_float32(self) -> bool:
+        """Whether activations are, and attention is computed in it."""
+        return self.element_bytes == FLOAT32_BYTES
+
 
 class _PackedWeight(NamedTuple):
     """A packed matrix [out, in]. `decoded_bytes` per element of what dequantizing rounds to: the

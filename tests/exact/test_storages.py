@@ -34,6 +34,13 @@ def test_views_and_in_place_operators_take_nothing():
     assert storages.peak_bytes == 8 * KIB
 
 
+def test_the_softmax_of_attention_makes_a_boolean_of_each_score():
+    with torch.no_grad(), LiveStorages() as storages:
+        scores = floats(8 * KIB)
+        torch.ops.aten._safe_softmax(scores, -1)
+    assert storages.peak_bytes == (8 + 8 + 2) * KIB
+
+
 def test_requests_are_rounded_up_to_512_bytes():
     with LiveStorages() as storages:
         kept = [torch.empty(1, device="meta"), torch.empty(129, device="meta")]

@@ -1,15 +1,19 @@
 """The storages of any device that a PyTorch program holds at once: the training oracle's counter.
 
-`qtool.exact` counts on the meta device; this one shares no code with it.
+`qtool.exact` counts on the meta device; this one shares no code with it. What operators take within
+a call neither sees; the profiler does, of the processor's memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -39,6 +43,24 @@ class LiveStorages(TorchDispatchMode):
         total_bytes = sum(num_bytes for _, num_bytes in self._live.values())
         self.peak_bytes = max(self.peak_bytes, total_bytes)
         return result
+
+
+def allocated_peak_bytes(run: Callable[[], object], folder: Path) -> int:
+    """The most that PyTorch's allocator has handed out at once on the processor while `run` ran.
+
+    Args:
+        folder: for the profiler's trace.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    trace = folder / "trace.json"
+    seen.export_chrome_trace(str(trace))
+    events = [it for it in json.loads(trace.read_text())["traceEvents"] if it["name"] == "[memory]"]
+    held_bytes = peak_bytes = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        held_bytes += event["args"]["Bytes"]
+        peak_bytes = max(peak_bytes, held_bytes)
+    return peak_bytes
 
 
 def _key(tensor: Tensor) -> int:

@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.integrations import sdpa_attention
 
 from qtool.architecture import build_architecture
 from qtool.exact.models import tensors
@@ -19,8 +22,10 @@ from qtool.exact.storages import LiveStorages
 from qtool.planner import weights
 from qtool.planner.activations import (
     ATTENTION_MATRIX_BYTES,
+    LARGEST_GROUPED_HEAD,
     NO_BUFFER,
     DequantBuffer,
+    GroupedHeads,
     LayerShape,
     prefill_peak,
 )
@@ -28,6 +33,7 @@ from qtool.planner.kv_cache import kv_cache_bytes
 from qtool.runtime import dequantize, linear, products
 from tests.architecture import families
 from tests.architecture.oracle import build_model
+from tests.planner.storages import allocated_peak_bytes
 
 MIB = 1 << 20
 CONTEXT = 2048
@@ -240,6 +246,63 @@ def test_every_known_decoder_is_compared_or_flagged():
         if LayerShape.of(build_architecture(config)).basis == "formula":
             missing.append(name)
     assert not missing
+
+
+# -- attention in float32 -------------------------------------------------------------------------
+
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 40
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("tokens", "keys"), [(300, 300), (17, 17), (1, 500)])
+def test_attention_without_a_kernel_takes_what_is_planned(tmp_path, tokens, keys, batch):
+    """PyTorch's own, on the processor: queries as they come from their product, a part of a cache.
+    Its input is there already, but the plan counts queries."""
+    query = torch.randn(batch, tokens, HEADS, HEAD_DIM).transpose(1, 2)
+    cached = torch.randn(2, batch, KV_HEADS, keys + 20, HEAD_DIM)[..., :keys, :]
+
+    def attend():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            functional.scaled_dot_product_attention(
+                query, *cached, is_causal=tokens > 1, enable_gqa=True
+            )
+
+    found = allocated_peak_bytes(attend, tmp_path) + query.nbytes
+    heads = GroupedHeads(HEADS, HEADS * HEAD_DIM, None)
+    planned = heads.spelled_out_bytes(tokens=tokens, keys=keys, batch=batch)
+    assert planned == pytest.approx(found, rel=0.02)
+
+
+def test_a_window_hides_what_is_longer():
+    heads, windowed = (GroupedHeads(8, 128, window) for window in (None, 65))
+    for tokens in (63, 64):
+        sizes = {"tokens": tokens, "keys": tokens, "batch": 2}
+        assert windowed.spelled_out_bytes(**sizes) == heads.spelled_out_bytes(**sizes)
+    longer = {"tokens": 500, "keys": 500, "batch": 2}
+    assert windowed.spelled_out_bytes(**longer) == windowed.spelled_out_bytes(**sizes)
+
+
+def test_wide_heads_are_repeated_by_transformers():
+    def is_grouped(width, value_width):
+        keys, values = (torch.empty(1, 1, 1, size) for size in (width, value_width))
+        return sdpa_attention.use_gqa_in_sdpa(None, keys, values)
+
+    assert is_grouped(LARGEST_GROUPED_HEAD, LARGEST_GROUPED_HEAD)
+    assert not is_grouped(LARGEST_GROUPED_HEAD + 8, LARGEST_GROUPED_HEAD + 8)
+    assert not is_grouped(64, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_spelled_out"),
+    [("llama", True), ("llama, wide cache", False), ("gemma2", False), ("qwen2_moe", False)],
+)
+def test_heads_that_are_spelled_out_in_float32(name, is_spelled_out):
+    class_name, sizes = CONFIGS[name]
+    config = {"model_type": name.partition(",")[0], "architectures": [class_name], **sizes}
+    layer = LayerShape.of(build_architecture(config))
+    assert bool(layer.grouped) == is_spelled_out
+    assert not layer.always_fused().grouped
+    assert [it.heads for it in layer.cut(5).grouped] == [2] * is_spelled_out
 
 
 # -- qtool's own packed layers --------------------------------------------------------------------

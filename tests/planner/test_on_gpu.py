@@ -139,6 +139,35 @@ def test_qtool_s_own_runtime_takes_what_was_planned(test_data, monkeypatch, name
     assert budget.plan(asked).allocated_peak_bytes == pytest.approx(found, rel=0.01)
 
 
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("name", ["meta-llama--Meta-Llama-3.1-8B", "mlc--smollm2_135m"])
+def test_prompts_in_float32_take_what_was_planned(test_data, name, batch):
+    """Heads that share keys, which PyTorch has no kernel for: beside weights within 2 %."""
+    import torch
+
+    from qtool.runtime.decoders.choose import choose_decoder
+    from qtool.runtime.random_model import build_random_model
+
+    config = json.loads((test_data / "configs" / name / "config.json").read_text())
+    config = {**config, "num_hidden_layers": NUM_LAYERS, "dtype": "float32"}
+    asked = Workload(3000, batch)
+    planned_model = describe_model(Checkpoint.of_config("bare", config))
+    plan = MemoryBudget.of(planned_model, "fp32", asked).plan(asked)
+
+    before = allocated_before()
+    with build_random_model(config, "fp32", device="cuda") as loaded:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        decoder = choose_decoder(loaded, asked.context, batch)
+        assert decoder.path == "graph", decoder.path_reason
+        decoder.prefill(torch.randint(0, config["vocab_size"], (batch, asked.context)), 0)
+        found = torch.cuda.max_memory_allocated() - before
+        decoder.close()
+    weights_bytes = plan.components["weights"].bytes
+    planned = plan.allocated_peak_bytes - weights_bytes
+    assert planned == pytest.approx(found - weights_bytes, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("quant", "context", "settings", "path"),
     [

@@ -9,24 +9,26 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qtool.architecture import KNOWN_MODEL_TYPES
 from qtool.checkpoint import Checkpoint
 from qtool.exact.peak import exact_peak
 from qtool.exact.records import ExactRequest
 from qtool.exact.storages import LiveStorages
-from qtool.planner import own_runtime, rounded_products
+from qtool.planner import activations, own_runtime, rounded_products
 from qtool.planner.memory import MemoryBudget
 from qtool.planner.model import describe_model
 from qtool.planner.records import Workload
 from qtool.planner.reference_models import reference_models
 from qtool.runtime import products
 from qtool.runtime.decoders import caches
-from qtool.runtime.decoders.network import LENGTH_DEPENDENT_ROTARY
+from qtool.runtime.decoders.network import LENGTH_DEPENDENT_ROTARY, Network
 from qtool.runtime.linear import LinearInt8
 from qtool.runtime.model_config import find_model_class, parse_config
 from tests.architecture import families
 from tests.planner.plans import plan_of
+from tests.planner.storages import allocated_peak_bytes
 
 # Of fused types, with more sequences than the kernels take.
 MANY = {
@@ -42,6 +44,12 @@ GRAPH = {
     "mlc--starcoder2": 0.04,  # a copy of a chunk's hidden state is left out
     "mlc--deepseek_v2_lite": 0.08,  # latents, made into keys and values of the whole cache
     "Qwen--Qwen3-30B-A3B": 0.01,
+}
+# Whether heads share keys and values.
+FLOAT32 = {
+    "meta-llama--Meta-Llama-3.1-8B": True,
+    "mlc--smollm2_135m": True,
+    "mlc--llama2_7b": False,
 }
 
 
@@ -63,13 +71,14 @@ def path_and_bytes(config, quant, workload):
     planned = sum(part.bytes for name, part in plan.components.items() if name not in beside)
     request = ExactRequest(
         quant=quant,
+        runtime=workload.runtime,
         context=workload.context,
         batch=workload.batch,
         prefill_chunk=workload.prefill_chunk,
     )
     peak = exact_peak(config, request)
     own = budget._own_runtime(workload)
-    return own.path, planned, peak.allocated_peak_bytes - peak.weights_bytes
+    return own and own.path, planned, peak.allocated_peak_bytes - peak.weights_bytes
 
 
 @pytest.mark.skipif(find_spec("cupy") is None, reason="the fused path needs CuPy")
@@ -224,6 +233,89 @@ def test_prompts_of_capped_scores_go_through_operations(test_data, quant):
     assert path == "fused"
     assert planned == pytest.approx(found, rel=0.02)
     assert planned < 0.7 * path_and_bytes(config, quant, Workload(5000))[1]
+
+
+# -- float32 --------------------------------------------------------------------------------------
+
+NARROW = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 3,
+    "vocab_size": 512,
+    "dtype": "float32",
+}
+
+
+@pytest.mark.parametrize("runtime", ["qtool", "transformers"])
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("name", FLOAT32)
+def test_prompts_in_float32_allocate_what_is_planned(test_data, name, batch, runtime):
+    """Heads in groups are spelled out, others fused."""
+    config = few_layers(test_data, name)
+    for context, chunk in ((300, 1024), (3000, 1024), (3000, 128)):
+        asked = Workload(context, batch, runtime=runtime, prefill_chunk=chunk)
+        path, planned, found = path_and_bytes(config, "fp32", asked)
+        assert path == ("graph" if runtime == "qtool" else None)
+        assert planned == pytest.approx(found, rel=0.02), (context, chunk)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_prompts_in_float32_take_what_pytorch_hands_out(tmp_path, kv_heads, batch):
+    """The runtime's own code on the processor, where PyTorch is told to spell attention out as it
+    has to on a GPU."""
+    raw = {**NARROW, "num_key_value_heads": kv_heads}
+    config = parse_config(raw, "narrow")
+    model = find_model_class(config)._from_config(config, dtype=torch.float32).eval()
+    ids = torch.zeros(batch, 500, dtype=torch.int64)
+
+    def prefill():
+        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+            cache = caches.fixed_cache(model.config, 512)
+            Network(model, 512).prefill(ids, 0, cache, in_chunks=True)
+
+    planned = plan_of_config(raw, "fp32", Workload(500, batch))
+    beside = ("kv_cache", "activations", "logits", "dequant_buffer")
+    found = allocated_peak_bytes(prefill, tmp_path)
+    assert sum(planned[name] for name in beside) == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize("name", FLOAT32)
+def test_only_float32_heads_in_groups_are_spelled_out(test_data, monkeypatch, name):
+    config = few_layers(test_data, name)
+    workloads = [Workload(3000, 12), Workload(3000, 12, runtime="transformers")]
+
+    def sizes(quant):
+        return [plan_of_config(config, quant, workload) for workload in workloads]
+
+    quants = ("fp32", "bf16", "int8", "nf4-dq")
+    before = {quant: sizes(quant) for quant in quants}
+    monkeypatch.setattr(activations, "_grouped_heads", lambda architecture: ())
+    for quant in quants:
+        is_same = not (FLOAT32[name] and quant == "fp32")
+        assert (sizes(quant) == before[quant]) == is_same, quant
+
+
+def test_a_decoded_token_on_several_gpus_repeats_the_cache(test_data):
+    """Keys and values once per head, and scaled keys; nothing is spelled out in 16 bit."""
+    config = few_layers(test_data, "meta-llama--Meta-Llama-3.1-8B")
+    asked = Workload(32_768, gpus=2)
+    planned = plan_of_config(config, "fp32", asked)["activations"]
+    repeated_bytes = 3 * 32_768 * 4096 * 4
+    assert planned == pytest.approx(repeated_bytes, rel=0.01)
+    assert plan_of_config(config, "bf16", asked)["activations"] < 0.45 * planned
+
+
+def test_more_tokens_than_a_window_take_no_less():
+    raw = {**NARROW, "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 200}
+    for runtime in ("qtool", "transformers"):
+        sizes = [
+            sum(plan_of_config(raw, "fp32", Workload(context, runtime=runtime)).values())
+            for context in (1, 100, 199, 200, 201, 256, 257, 500, 5000)
+        ]
+        assert sizes == sorted(sizes)
 
 
 @pytest.mark.parametrize(
