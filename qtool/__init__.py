@@ -13,11 +13,11 @@ docs/architecture.md for the direction of imports.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from qtool.errors import QtoolError
-
+TYPE_CHECKING = False  # typing's own is an import, and the program starts with none: see qtool.cli
 if TYPE_CHECKING:
+    from typing import Any
+
+    from qtool.errors import QtoolError
     from qtool.runtime.api import load, register, release, stream, unregister
 
 __version__ = "0.1.0"
@@ -25,9 +25,13 @@ __all__ = ["QtoolError", "load", "register", "release", "stream", "unregister"]
 
 
 def __getattr__(name: str) -> Any:
-    """The functions that run models, imported when they are first asked for."""
+    """The error, and the functions that run models, imported when they are first asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "QtoolError":
+        from qtool.errors import QtoolError
+
+        return QtoolError
     from qtool.runtime.requirements import require_run_extra
 
     require_run_extra()

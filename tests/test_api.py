@@ -264,6 +264,33 @@ def test_an_adapter_may_be_a_folder_or_lie_on_the_hub(
     assert own != greedy_text(12)
 
 
+@pytest.mark.parametrize(
+    ("changes", "quant", "said"),
+    [
+        ({"model_type": "zebra"}, None, "model_type 'zebra', which this transformers"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "nf4", "is quantized already"),
+    ],
+)
+def test_of_a_model_that_cannot_run_no_weights_are_downloaded(
+    tmp_path: Path, hub_server: HubServer, changes: dict[str, Any], quant: str | None, said: str
+) -> None:
+    shutil.copytree(demo_model_path(), tmp_path / "model", copy_function=shutil.copyfile)
+    config = json.loads((demo_model_path() / "config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | changes))
+    hub_server.add_model("org/model", tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import qtool; qtool.load('org/model', quant={quant!r})"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=hub_server.environment(tmp_path / "home", PYTHONPATH=str(ROOT)),
+    )
+    assert done.returncode == 1 and said in done.stderr
+    asked = [request for request in hub_server.requests if "safetensors" in request.path]
+    assert all(request.range for request in asked)  # headers
+    assert not [*(tmp_path / "home").rglob("*.safetensors")]
+
+
 def test_arguments_are_checked_before_an_adapter_is_fetched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

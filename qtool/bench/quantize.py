@@ -40,6 +40,7 @@ from qtool.errors import Option, QtoolError
 from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import DEFAULT_PRECISION, QuantFormat, QuantizedPrecision
 from qtool.formats.tensors import SourceDtype
+from qtool.quantize.command import check_before_download
 from qtool.quantize.output_folder import MANIFEST
 from qtool.quantize.plan import QuantPlan, Recipe, build_plan
 
@@ -185,6 +186,7 @@ def _open_source(
 ) -> Iterator[_Source]:
     recipe = Recipe(format=QuantFormat(request.precision))
     if request.model is not None:
+        check_before_download(request.model, recipe)
         checkpoint = open_checkpoint(request.model, need="files", on_event=on_event)
         plan = build_plan(checkpoint, recipe)
         needed = sum(_output_sizes(plan).values())

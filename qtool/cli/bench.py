@@ -17,6 +17,7 @@ from qtool.errors import Option
 from qtool.formats.precisions import Precision, QuantizedPrecision
 
 if TYPE_CHECKING:
+    from qtool.checkpoint.records import Checkpoint
     from qtool.report.output import Output
 
 LOADING = "loading PyTorch"
@@ -307,12 +308,17 @@ def generate(
         ctx, "bench generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
         _warn_of_shape(ctx, show, model, "shape")
-        _check_torch_bench(output, device, shape=shape, model=model)
+        opened = _check_torch_bench(output, device, shape=shape, model=model)
         show.note(LOADING)
         from qtool.bench.generate import GenerateBenchRequest, bench_generate
         from qtool.report.bench import report_generate
         from qtool.runtime.decoders.choose import DecoderOptions
+        from qtool.runtime.loading import quiet_transformers
+        from qtool.runtime.model_config import require_runnable
 
+        if opened is not None:
+            with quiet_transformers():
+                require_runnable(opened)
         request = GenerateBenchRequest(
             model=model,
             shape=shape,
@@ -450,20 +456,20 @@ def optimizers(
 
 def _check_torch_bench(
     output: Path | None, device: str, *, shape: str | None = None, model: str | None = None
-) -> None:
-    """Refuse what can be told before PyTorch is loaded."""
+) -> Checkpoint | None:
+    """Refuse what can be told before PyTorch is loaded; the headers of `model`, if there is one."""
     from qtool.bench.model_shapes import read_model_shape
-    from qtool.checkpoint.open import locate_model
     from qtool.report.bench import check_output
-    from qtool.runtime.requirements import require_device, require_run_extra
+    from qtool.runtime.requirements import require_device, require_model, require_run_extra
 
     require_run_extra()
     check_output(output)
     require_device(device)
     if model is not None:
-        locate_model(model)
-    elif shape is not None:
+        return require_model(model)
+    if shape is not None:
         read_model_shape(shape, option="shape")
+    return None
 
 
 def _warn_of_shape(ctx: typer.Context, show: Output, model: str | None, name: str) -> None:

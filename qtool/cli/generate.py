@@ -238,7 +238,7 @@ def generate(
         require_path(path, device, model)
         if max_memory is not None:
             parse_max_memory(max_memory)
-        require_model(model, quant)
+        opened = require_model(model, quant)
         folder = None if adapter is None else _fetch_adapter(show, adapter)
         head_start.begin(device)
         with lean_imports():
@@ -246,8 +246,11 @@ def generate(
             from qtool.runtime.answers import Request, answer, check_request
             from qtool.runtime.decoders.choose import DecoderOptions
             from qtool.runtime.generate import Limits, Sampling
-            from qtool.runtime.loading import LoadOptions, load_model
+            from qtool.runtime.loading import LoadOptions, load_model, quiet_transformers
+            from qtool.runtime.model_config import require_runnable
 
+        with quiet_transformers():
+            require_runnable(opened, quant)
         limits = Limits(max_new_tokens, max_context, ignore_eos, tuple(stop or ()))
         sampling = Sampling(temperature, top_p, top_k, seed)
         decoder = DecoderOptions(path, prefill_chunk)

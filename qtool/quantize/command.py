@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qtool.backends import BackendChoice, ChosenBackend, choose_backend
 from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.open import HubReference, locate_model
 from qtool.checkpoint.records import Checkpoint
 from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
@@ -47,6 +48,8 @@ def plan_request(
             kind="usage",
             hint=("add -o OUT, or ", Option("dry_run"), " to see the plan only"),
         )
+    if not dry_run:
+        check_before_download(request.model, request.recipe)
     checkpoint = open_checkpoint(
         request.model,
         need="headers" if dry_run else "files",
@@ -56,6 +59,12 @@ def plan_request(
     return PlannedRequest(
         request, checkpoint, build_plan(checkpoint, request.recipe), choose_backend(request.backend)
     )
+
+
+def check_before_download(model: str, recipe: Recipe) -> None:
+    """Raise what planning raises of a Hub model, by its headers, while no weights are here yet."""
+    if isinstance(locate_model(model), HubReference):
+        build_plan(open_checkpoint(model, need="headers", need_weights=True), recipe)
 
 
 def check_request(planned: PlannedRequest, *, restart: bool = False) -> None:

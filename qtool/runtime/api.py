@@ -25,8 +25,9 @@ from qtool.runtime.decoders.choose import DecoderOptions, PathChoice
 from qtool.runtime.decoders.history import KeptHistory
 from qtool.runtime.drop_in import register, unregister
 from qtool.runtime.generate import Generation, Limits, Sampling, room_for
-from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
-from qtool.runtime.model_config import FLOAT_DTYPES, Int8Threshold
+from qtool.runtime.loading import LoadedModel, LoadOptions, load_model, quiet_transformers
+from qtool.runtime.model_config import FLOAT_DTYPES, Int8Threshold, require_runnable
+from qtool.runtime.requirements import require_device, require_model
 
 __all__ = ["load", "register", "release", "stream", "unregister"]
 
@@ -81,6 +82,9 @@ def load(
         head_quant=_check_quant("head_quant", head_quant),
         int8_threshold=_check_threshold(int8_threshold),
     )
+    require_device(options.device)
+    with quiet_transformers():  # before weights are downloaded for nothing
+        require_runnable(require_model(str(path_or_id), options.quant), options.quant)
     if adapter is not None:  # after the arguments were checked: it may have to be downloaded
         options = replace(options, adapter=fetch_adapter(adapter))
     loaded = load_model(str(path_or_id), options)

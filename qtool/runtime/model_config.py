@@ -7,7 +7,7 @@ are dropped, and `trust_remote_code` is never given.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final, Literal
 
 import torch
@@ -19,6 +19,8 @@ from transformers import (
 
 from qtool.checkpoint.records import Checkpoint
 from qtool.errors import Option, QtoolError
+from qtool.formats.bitsandbytes import find_quantized
+from qtool.formats.precisions import QuantizedPrecision
 from qtool.runtime.linear import Int8Layer, PackedLayer
 from qtool.runtime.weights import TORCH_DTYPES
 
@@ -53,6 +55,18 @@ FLOAT_DTYPES: Final = {
 
 Int8Threshold = float | Literal["config"]
 DEFAULT_INT8_THRESHOLD: Final = 6.0  # bitsandbytes', where a config does not say
+
+
+def require_runnable(checkpoint: Checkpoint, quant: QuantizedPrecision | None = None) -> None:
+    """Raise QtoolError for what config and headers tell against running the model.
+
+    Args:
+        checkpoint: its weights may be on the Hub still.
+        quant: what it is to be packed in, as `requirements.require_model` found possible.
+    """
+    find_model_class(build_config(checkpoint))
+    if quant is None:
+        check_quantization(checkpoint, find_quantized(checkpoint.tensors))
 
 
 def build_config(checkpoint: Checkpoint) -> Any:
@@ -116,8 +130,8 @@ def find_model_class(config: Any) -> Any:
     )
 
 
-def check_quantization(checkpoint: Checkpoint, layers: Mapping[str, PackedLayer]) -> None:
-    """Compare what config.json says about quantization with the packed layers found.
+def check_quantization(checkpoint: Checkpoint, packed: Collection[str]) -> None:
+    """Compare what config.json says about quantization with the packed layers or weights found.
 
     Raises:
         QtoolError: another method, nothing packed although it says so, or
@@ -144,7 +158,7 @@ def check_quantization(checkpoint: Checkpoint, layers: Mapping[str, PackedLayer]
                 " if it should be small",
             ),
         )
-    if not layers:
+    if not packed:
         raise QtoolError(
             f"{checkpoint.id}: config.json says it is quantized, but no packed weight is in it",
             kind="bad_file",

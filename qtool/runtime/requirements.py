@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib.util
 import re
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qtool.backends.cuda_driver import NoCudaError, cannot_run, find_driver
 from qtool.errors import Option, QtoolError
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.records import Checkpoint
 
 RUN_PACKAGES: Final = ("torch", "transformers", "accelerate")
 FINETUNE_PACKAGES: Final = ("trl", "peft", "datasets")
@@ -82,27 +84,27 @@ def cannot_take(who: str, path: str, why: str, said_by: str | Option | None = No
     )
 
 
-def require_model(model: str, quant: QuantizedPrecision | None) -> None:
-    """The same for MODEL in a local folder: its headers are read, and packing to `quant` planned.
+def require_model(model: str, quant: QuantizedPrecision | None = None) -> Checkpoint:
+    """The same for MODEL: its headers are read, on the Hub too, and packing to `quant` planned.
 
-    Of a Hub id nothing is asked.
+    No weights are downloaded. What is wrong with the model that only transformers knows is for
+    `model_config.require_runnable` to say, of what is returned.
 
     Raises:
         QtoolError: what `open_checkpoint` and `quantize_on_load` raise.
     """
-    from qtool.checkpoint.open import locate_model, open_checkpoint
+    from qtool.checkpoint.open import open_checkpoint
 
-    if not isinstance(locate_model(model), Path):
-        return
-    checkpoint = open_checkpoint(model, need="files")
+    checkpoint = open_checkpoint(model, need="headers", need_weights=True)
     if quant is None:
-        return
+        return checkpoint
     from qtool.architecture import build_architecture
     from qtool.quantize.plan import Recipe, plan_tensors, refuse_quantized_source
 
     refuse_quantized_source(checkpoint)
     recipe = Recipe(format=QuantFormat(quant))
     plan_tensors(checkpoint.tensors.values(), build_architecture(checkpoint.config), recipe)
+    return checkpoint
 
 
 def gpu_index(device: str) -> int:

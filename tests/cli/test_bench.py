@@ -10,7 +10,7 @@ from qtool.bench.kernels import _Group
 from qtool.bench.records import Limit
 from tests.bench.tiny_shape import shrink_sizes, write_tiny_shape
 from tests.cli.running import run
-from tests.tiny_models import llama_config
+from tests.tiny_models import llama_config, write_llama
 
 ROW_FIELDS = {
     "op",
@@ -124,6 +124,42 @@ def test_generate_says_what_it_does_before_it_takes_long(generate):
     assert first == "loading PyTorch"
     assert second.startswith("tiny in nf4-dq on cpu: batch 1, 5 + 4 tokens; ")
     assert run(*generate, "-q").stderr == ""
+
+
+UNRUNNABLE = {
+    "unknown type": (
+        {"model_type": "zebra"},
+        "model_type 'zebra', which this transformers does not know",
+        "pip install --upgrade transformers",
+    ),
+    "no weights": ({}, "expected *.safetensors, found config.json", "*.safetensors"),
+    "another's format": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "quant_method 'gptq', expected bitsandbytes",
+        "start from the full-precision model",
+    ),
+}
+
+
+@pytest.mark.parametrize("quant", [(), ("--quant", "bf16"), ("--quant", "nf4")])
+@pytest.mark.parametrize("case", UNRUNNABLE)
+def test_generate_tells_of_a_model_that_cannot_run_before_it_measures(
+    tmp_path, monkeypatch, case, quant
+):
+    changes, said, hint = UNRUNNABLE[case]
+    config = write_llama(tmp_path) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if case == "no weights":
+        (tmp_path / "model.safetensors").unlink()
+    monkeypatch.setattr("qtool.bench.generate.measure_copy", in_vain)
+    sizes = ("--prompt", "5", "--new", "4")
+    ran = run("bench", "generate", tmp_path, "--device", "cpu", *sizes, *quant, "--json")
+    assert ran.exit_code == 1 and said in ran.error["message"]
+    assert hint in ran.error["hint"]
+
+
+def in_vain(*arguments):
+    raise AssertionError("nothing should be measured")
 
 
 def test_generate_json_is_one_document_and_the_file_the_same(generate, tmp_path):

@@ -369,6 +369,92 @@ def test_an_adapter_may_lie_on_the_hub(
     assert run("generate", *arguments).document["token_ids"] != own
 
 
+USELESS = {
+    "unknown type": (
+        {"model_type": "zebra"},
+        (),
+        "model_type 'zebra', which this transformers does not know",
+    ),
+    "no text": ({"model_type": "clip_vision_model"}, (), "models do not generate text"),
+    "another's format": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        (),
+        "quant_method 'gptq', expected bitsandbytes",
+    ),
+    "nothing packed": (
+        {"quantization_config": {"load_in_4bit": True}},
+        (),
+        "no packed weight is in it",
+    ),
+    "packed twice": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        ("--quant", "nf4"),
+        "is quantized already",
+    ),
+    "unknown type to pack": (
+        {"model_type": "zebra"},
+        ("--quant", "nf4"),
+        "model type 'zebra' is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", USELESS)
+def test_of_a_model_that_cannot_run_no_weights_are_downloaded(
+    stories: Path,
+    tmp_path: Path,
+    hub_server: HubServer,  # noqa: F811
+    case: str,
+) -> None:
+    changes, options, said = USELESS[case]
+    source = tmp_path / "source"
+    shutil.copytree(stories, source, copy_function=shutil.copyfile)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | changes))
+    hub_server.add_model("org/useless", source)
+    done = generate_from(hub_server, "org/useless", "Hi", *options, "--json", home=tmp_path / "hub")
+    error = json.loads(done.stderr)["error"]
+    assert (done.returncode, said in error["message"], bool(error["hint"])) == (1, True, True), (
+        error
+    )
+    asked = [request for request in hub_server.requests if "safetensors" in request.path]
+    assert all(request.range for request in asked)  # headers
+    assert hub_server.sent_bytes(".safetensors") < weight_bytes(source) / 10
+    assert not [*(tmp_path / "hub").rglob("*.safetensors")]
+
+
+@pytest.mark.parametrize("options", [(), ("--quant", "nf4-dq")])
+def test_a_model_may_lie_on_the_hub(
+    stories: Path,
+    tmp_path: Path,
+    hub_server: HubServer,  # noqa: F811
+    options: tuple[str, ...],
+) -> None:
+    hub_server.add_model("org/stories", stories)
+    arguments = (PROMPT, "--max-new-tokens", "8", "--device", "cpu", "--json", *options)
+    own = run("generate", stories, *arguments).document["token_ids"]
+    for _ in range(2):
+        fetched = generate_from(hub_server, "org/stories", *arguments, home=tmp_path / "hub")
+        assert json.loads(fetched.stdout)["token_ids"] == own, fetched.stderr
+    sent = [r for r in hub_server.requests if r.path.endswith(".safetensors") and r.status == 200]
+    assert len(sent) == len(list(stories.glob("*.safetensors")))  # once
+
+
+def generate_from(hub: HubServer, *arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        env=hub.environment(home, PYTHONPATH=str(Path.cwd())),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def test_an_adapter_that_is_nowhere_is_not_found(stories: Path) -> None:
     pytest.importorskip("peft")
     ran = run("generate", stories, PROMPT, "--adapter", "./gone", "--json")
@@ -497,6 +583,7 @@ def test_a_terminal_without_prompt_opens_a_chat(chatty: Path) -> None:
         for _ in range(2):
             terminal.type(PROMPT + "\n")
             terminal.wait_for("there was")
+            time.sleep(0.1)  # what comes within some milliseconds of another is taken for the same
             terminal.type("\x03")  # Ctrl-C ends the answer, not the chat
             assert "(interrupted)" in terminal.wait_for(">>> ")
         terminal.type("\x04")  # Ctrl-D

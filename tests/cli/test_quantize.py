@@ -246,6 +246,39 @@ def test_a_dry_run_of_a_hub_model_knows_its_output_from_headers(hub_server, mode
         assert ran.returncode == 2 and "blocksize is 64 there, 128 now" in error["message"]
 
 
+@pytest.mark.parametrize("verb", ["quantize", "bench quantize"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "zebra"}, "model type 'zebra' is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantized already"),
+    ],
+)
+def test_of_a_model_that_cannot_be_quantized_no_weights_are_downloaded(
+    hub_server,  # noqa: F811
+    tmp_path,
+    verb,
+    changes,
+    said,
+):
+    config = write_llama(tmp_path / "model", hidden=512, num_shards=2) | changes
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    hub_server.add_model("org/model", tmp_path / "model")
+    out = ("-o", str(tmp_path / "out")) if verb == "quantize" else ()
+    program = "from qtool.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *verb.split(), "org/model", *out, "--json"],
+        env=hub_server.environment(tmp_path / "home", PYTHONPATH=str(Path.cwd())),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and said in json.loads(done.stderr)["error"]["message"]
+    asked = [request for request in hub_server.requests if "safetensors" in request.path]
+    assert all(request.range for request in asked)  # headers
+    assert not [*(tmp_path / "home").rglob("*.safetensors")]
+
+
 def test_a_dry_run_refuses_a_folder_that_is_being_written(model, tmp_path):
     work = tmp_path / "out/.qtool"
     work.mkdir(parents=True)

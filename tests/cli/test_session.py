@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qtool.cli import EXIT_INTERRUPTED
+from qtool.errors import EXIT_CODES
 from tests.cli.running import run
 
 DEMO = Path(__file__).parent.parent.parent / "qtool/demo_model"
@@ -105,6 +107,31 @@ def test_another_signal_is_heard_while_the_first_is_answered() -> None:
     )
     done = run_verb(VERB.replace("Destroyed()\n", body).format(name="SIGINT"))
     assert (done.returncode, done.stdout) == (130, "")
+
+
+STARTING = """
+import __future__, re, signal, sys  # as Python and an installed script have them by then
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name not in ("qtool", "qtool.cli"):
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["qtool", "--version"]
+from qtool.cli import main
+main()
+"""
+
+
+def test_ctrl_c_while_qtool_starts_shows_no_traceback() -> None:
+    """Whichever module is the first to be imported beside these two."""
+    done = run_verb(STARTING)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_exit_code_that_the_start_knows_by_heart_is_the_contracts() -> None:
+    assert EXIT_CODES["interrupted"] == EXIT_INTERRUPTED
 
 
 CONTINUES = "; it continues where it stopped"
