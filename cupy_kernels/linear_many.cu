@@ -442,7 +442,7 @@ linear_many(const __grid_constant__ ManyArguments args) {
     __syncthreads();
 
     if (warp >= WARPS) {
-        release_registers<OTHER_REGISTERS>();
+        release_registers<SERVER_REGISTERS>();
         if (HANDS_OVER && !HANDS_IN_RING && threadIdx.x == WORKERS + SERVERS - 1) Storer{work, ring}.store_tiles();
         Server(work, ring, warp - WARPS, lane).serve_tiles();
     } else {

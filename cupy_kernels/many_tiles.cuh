@@ -7,11 +7,11 @@ constexpr int WORKERS = WARPS * WARP;
 constexpr int GROUPS = 2, GROUP_WARPS = WARPS / GROUPS;
 constexpr int SERVERS = 4 * WARP;               // threads that do all else
 constexpr int THREADS = WORKERS + SERVERS;
-constexpr int WORKER_REGISTERS = 224, OTHER_REGISTERS = 56;
+constexpr int WORKER_REGISTERS = 224, SERVER_REGISTERS = 56;
 constexpr int ROWS = WARPS * FRAGMENT_ROWS;     // of a tile
 constexpr int GROUP_ROWS = ROWS / GROUPS;
 constexpr int TOKEN_TILES = TOKENS / 8;
-constexpr int DEPTH = TOKENS > 128 ? 1 : 2;  // chunks that the ring holds
+constexpr int DEPTH = TOKENS > 128 ? 1 : 2;     // chunks that the ring holds
 constexpr int STAGES = DEPTH * BLOCKS;
 constexpr bool HANDS_OVER = TOKENS == 256;     // results to the copy engine, if it can store them
 constexpr bool HANDS_IN_RING = HANDS_OVER && IS_4BIT;  // where tokens were; INT8 has room besides
