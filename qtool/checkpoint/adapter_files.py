@@ -17,6 +17,7 @@ from qtool.checkpoint.safetensors_header import fetch_header
 from qtool.checkpoint.strict_json import parse_json_object
 from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
+from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantizedPrecision
 
 if TYPE_CHECKING:
     from qtool.checkpoint.hub import HubRepository
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PICKLE_NAME: Final = "adapter_model.bin"
+PREFIX: Final = "base_model.model."  # what PEFT puts before the names of the model
 FINETUNE_RECORD: Final = "qtool_finetune.json"  # what `qtool finetune` writes beside an adapter
 FINETUNE_SAVES: Final = "checkpoints"  # where it saves, and what it says of a run that began
 # Files that make a tokenizer. Training may add tokens or a chat template, so that the adapter's own
@@ -146,6 +148,21 @@ def _read_files(source: FileSource, name: str) -> AdapterFiles:
         shard=Shard(WEIGHTS_NAME, status.num_bytes, header.metadata, status.modified_ns),
         tensors=header.tensors,
     )
+
+
+def trained_quant(source: LocalFolder) -> QuantizedPrecision | None:
+    """What the base was packed as in training, if `qtool finetune` made the adapter.
+
+    Raises:
+        QtoolError: bad_file, where its record is damaged.
+    """
+    if source.files.get(FINETUNE_RECORD, MAX_CONFIG_BYTES + 1) > MAX_CONFIG_BYTES:
+        return None
+    data = source.read(FINETUNE_RECORD, 0, MAX_CONFIG_BYTES)
+    hint = "fetch it again, or remove it"
+    model = parse_json_object(data, file=source.describe(FINETUNE_RECORD), hint=hint).get("model")
+    quant = model.get("quant") if isinstance(model, dict) else None
+    return quant if quant in QUANTIZED_PRECISIONS else None
 
 
 def _refuse_unfinished(folder: Path) -> None:

@@ -161,5 +161,5 @@ def merge(
                 return
             result = run_merge(planned, restart=restart, on_event=on_event)
             codes = count_changed_codes(planned)
-            change = check_merge(planned, prompt, on_event) if check else None
-        report_result(show, planned, result, codes, change)
+            checked = check_merge(planned, prompt, on_event) if check else None
+        report_result(show, planned, result, codes, checked)

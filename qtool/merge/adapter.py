@@ -26,24 +26,22 @@ from numpy.typing import NDArray
 
 from qtool.checkpoint.adapter_files import (
     CONFIG_NAME,
-    FINETUNE_RECORD,
-    MAX_CONFIG_BYTES,
+    PREFIX,
     TOKENIZER_FILES,
     WEIGHTS_NAME,
     AdapterPlace,
     read_adapter_files,
+    trained_quant,
 )
 from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.names import quoted
 from qtool.checkpoint.reading import ShardReader
 from qtool.checkpoint.records import Shard, TensorInfo
-from qtool.checkpoint.strict_json import parse_json_object
 from qtool.errors import Option, QtoolError
 from qtool.formats.floats import NUMPY_DTYPES, count_nonfinite, widen
-from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantizedPrecision
+from qtool.formats.precisions import QuantizedPrecision
 from qtool.formats.tensors import DTYPE_BITS, TORCH_NAMES, SourceDtype
 
-PREFIX: Final = "base_model.model."
 CHUNK_BYTES: Final = 8 << 20
 
 # What a config may say without changing what the tensors mean.
@@ -187,7 +185,7 @@ def open_adapter(place: AdapterPlace) -> Adapter:
         updates=updates,
         replacements=replacements,
         tokenizer_files=_tokenizer_files(source),
-        trained_quant=_trained_quant(source),
+        trained_quant=trained_quant(source),
         digests={CONFIG_NAME: files.config_sha256},
     )
 
@@ -335,17 +333,6 @@ def _is_expression(pattern: str) -> bool:
     except re.error:
         return False
     return True
-
-
-def _trained_quant(source: LocalFolder) -> QuantizedPrecision | None:
-    """What `qtool finetune` recorded, if it made the adapter."""
-    if source.files.get(FINETUNE_RECORD, MAX_CONFIG_BYTES + 1) > MAX_CONFIG_BYTES:
-        return None
-    data = source.read(FINETUNE_RECORD, 0, MAX_CONFIG_BYTES)
-    hint = "fetch it again, or remove it"
-    model = parse_json_object(data, file=source.describe(FINETUNE_RECORD), hint=hint).get("model")
-    quant = model.get("quant") if isinstance(model, dict) else None
-    return quant if quant in QUANTIZED_PRECISIONS else None
 
 
 def _tokenizer_files(source: LocalFolder) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qtool.errors import Option, QtoolError, Words
-from qtool.events import Note, OnEvent
+from qtool.events import Event, Note, OnEvent
 from qtool.merge.command import PlannedMerge
+from qtool.quantize.memory import PeakMemory
 from qtool.runtime.requirements import require_run_extra
 
 if TYPE_CHECKING:
@@ -16,9 +18,30 @@ if TYPE_CHECKING:
 LITTLE_KEPT: Final = 0.5
 
 
-def check_merge(planned: PlannedMerge, prompt: str, on_event: OnEvent) -> LogitChange | None:
-    """How far the merged model is from the base with the adapter; None, and a warning, where that
-    cannot be found out here: the folder is complete either way."""
+@dataclass(frozen=True, slots=True)
+class LogitCheck:
+    """`change` is None where the models cannot be run; the memory is as merging counts its own."""
+
+    change: LogitChange | None
+    peak_host_bytes: int
+
+
+def check_merge(planned: PlannedMerge, prompt: str, on_event: OnEvent) -> LogitCheck:
+    """How far the merged model is from the base with the adapter; no change, and a warning, where
+    that cannot be found out here: the folder is complete either way."""
+    memory = PeakMemory(planned.chosen.backend)
+
+    def watched(event: Event) -> None:
+        memory.sample()
+        on_event(event)
+
+    change = _compare(planned, prompt, watched, memory)
+    return LogitCheck(change, memory.peak_bytes)
+
+
+def _compare(
+    planned: PlannedMerge, prompt: str, on_event: OnEvent, memory: PeakMemory
+) -> LogitChange | None:
     try:
         require_run_extra()
         from qtool.merge.logits import compare_logits
@@ -30,6 +53,7 @@ def check_merge(planned: PlannedMerge, prompt: str, on_event: OnEvent) -> LogitC
             prompt,
             quant=planned.base.trained_quant,
             on_event=on_event,
+            look=memory.sample,
         )
         if change.adapter and change.merging >= LITTLE_KEPT * change.adapter:
             on_event(Note(_little_kept(planned, change), "warning"))

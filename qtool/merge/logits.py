@@ -7,6 +7,7 @@ needs `qtool[run]` and peft, and memory for one of them at a time.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -58,8 +59,11 @@ def compare_logits(
     *,
     quant: QuantizedPrecision | None = None,
     on_event: OnEvent = ignore_events,
+    look: Callable[[], None] = lambda: None,
 ) -> LogitChange:
     """Run `prompt` through both models; `quant` packs the base while it loads.
+
+    `look` is called where much memory is in use.
 
     Raises:
         QtoolError: memory, where one of them does not fit; unsupported or not_found where they
@@ -75,10 +79,12 @@ def compare_logits(
         without = _logits(loaded, token_ids)
         _add_adapter(loaded, adapter)
         unmerged = _logits(loaded, token_ids)
+        look()
     del loaded
     _free()
     with _load(str(merged), options, on_event) as loaded:
         found = _logits(loaded, token_ids)
+        look()
         device = str(loaded.device)
     del loaded
     _free()

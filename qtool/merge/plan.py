@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
 from qtool.architecture import Architecture, ModelTensor, build_architecture
-from qtool.checkpoint.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from qtool.checkpoint.adapter_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from qtool.checkpoint.reading import open_shard
 from qtool.checkpoint.records import Checkpoint, Shard, TensorInfo
 from qtool.errors import Option, QtoolError
@@ -28,7 +28,7 @@ from qtool.formats.bitsandbytes import (
     stray_statistics,
 )
 from qtool.formats.tensors import TORCH_NAMES, SourceDtype
-from qtool.merge.adapter import PREFIX, Adapter, LowRank
+from qtool.merge.adapter import Adapter, LowRank
 from qtool.merge.targets import is_saved_whole, is_target, stack_of
 from qtool.quantize.plan import ShardPlan, TensorPlan, split_into_shards
 

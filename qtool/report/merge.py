@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.safetensors_header import encode_header
 from qtool.merge.base import short_name
+from qtool.merge.check import LogitCheck
 from qtool.merge.codes import ChangedCodes
 from qtool.merge.command import PlannedMerge
 from qtool.quantize.plan import TensorPlan
@@ -45,9 +46,10 @@ def report_result(
     planned: PlannedMerge,
     result: QuantizeResult,
     codes: ChangedCodes | None,
-    change: LogitChange | None,
+    checked: LogitCheck | None,
 ) -> None:
     """Say what was written, and what it does to the logits."""
+    change = checked.change if checked else None
     size = format_bytes(result.output_bytes)
     if result.read_bytes:
         rate = format_rate(result.read_bytes, result.seconds)
@@ -60,9 +62,12 @@ def report_result(
         output.answer_line(f"{share} of the adapted weights' codes differ from the base's")
     if change is not None:
         output.answer_line(_change_line(change))
-    output.note(f"peak memory {format_bytes(result.peak_host_bytes)}, without the page cache")
+    peak = format_bytes(result.peak_host_bytes)
+    if checked is not None and change is not None:
+        peak += f" merging, {format_bytes(checked.peak_host_bytes)} checking"
+    output.note(f"peak memory {peak}, without the page cache")
     output.note(f"next: qtool generate {planned.request.output}")
-    output.document(_document(planned, result, codes, change))
+    output.document(_document(planned, result, codes, checked))
 
 
 def _change_line(change: LogitChange) -> str:
@@ -105,8 +110,10 @@ def _document(
     planned: PlannedMerge,
     result: QuantizeResult,
     codes: ChangedCodes | None,
-    change: LogitChange | None,
+    checked: LogitCheck | None,
 ) -> dict[str, Any]:
+    change = checked.change if checked else None
+    checking_bytes = checked.peak_host_bytes if checked else 0
     return {
         **_common_fields(planned),
         "output_bytes": result.output_bytes,
@@ -119,7 +126,7 @@ def _document(
         "adapter_logit_change": None if change is None else change.adapter,
         "prompt_tokens": None if change is None else change.num_tokens,
         "other_choices": None if change is None else change.num_other_choices,
-        "peak_host_bytes": result.peak_host_bytes,
+        "peak_host_bytes": max(result.peak_host_bytes, checking_bytes),
         "peak_device_bytes": result.peak_device_bytes,
     }
 

@@ -59,6 +59,29 @@ def test_json_is_one_document_with_the_contract_s_fields(adapter, tmp_path):
     assert again["resumed"] is True
 
 
+def test_peak_memory_is_that_of_the_check_too(demo_adapter, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    from qtool.merge import logits
+
+    claimed = [1 << 20]
+    run_model = logits._logits
+
+    def claiming(*arguments):
+        claimed[0] = 1 << 30
+        return run_model(*arguments)
+
+    monkeypatch.setattr("qtool.quantize.memory.anonymous_bytes", lambda: claimed[0])
+    monkeypatch.setattr(logits, "_logits", claiming)
+    ran = run("merge", demo_adapter, "-o", tmp_path / "out", "--json")
+    assert ran.document["peak_host_bytes"] == 1 << 30
+    claimed[0] = 1 << 20
+    said = run("merge", demo_adapter, "-o", tmp_path / "out2").stderr
+    assert "peak memory 1.00 MiB merging, 1.00 GiB checking, without the page cache" in said
+    claimed[0] = 1 << 20
+    said = run("merge", demo_adapter, "-o", tmp_path / "out3", "--no-check").stderr
+    assert "peak memory 1.00 MiB, without the page cache" in said
+
+
 def test_the_output_is_whole_by_every_rule(adapter, tmp_path):
     for options in ((), ("--quant", "nf4-dq"), ("--quant", "int8", "--skip", "model.layers.0")):
         output = tmp_path / f"out{len(options)}"
@@ -263,6 +286,8 @@ def test_a_model_that_cannot_be_run_is_merged_and_said_so(adapter, tmp_path):
     assert ran.exit_code == 0 and ran.document["max_logit_change"] is None
     [warning] = ran.document["warnings"]
     assert "logits were not compared" in warning and "tokenizer" in warning
+    said = run("merge", adapter, "-o", tmp_path / "out2").stderr
+    assert "peak memory" in said and " checking," not in said
 
 
 def test_without_the_run_extra_it_is_merged_and_said_so(adapter, tmp_path, monkeypatch):
