@@ -180,18 +180,37 @@ def test_a_prompt_that_cannot_be_run_is_refused_at_once(model: Any) -> None:
         ({"prefill_chunk": 0}, "prefill_chunk=0"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 1 << 63}, "seed=9223372036854775808"),
+        ({"max_new_tokens": "x"}, "max_new_tokens='x': expected a whole number, at least 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: expected a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens=True: expected a whole number"),
+        ({"max_new_tokens": None}, "max_new_tokens: expected a whole number"),
+        ({"max_context": "a"}, "max_context='a': expected a whole number"),
+        ({"prefill_chunk": 2.5}, "prefill_chunk=2.5: expected a whole number"),
+        ({"temperature": "x"}, "temperature='x': expected 0, or a number"),
+        ({"temperature": 1.0, "top_p": "x"}, "top_p='x': expected a number"),
+        ({"temperature": 1.0, "top_k": 1.5}, "top_k=1.5: expected a whole number"),
+        ({"temperature": 1.0, "seed": 1.5}, "seed=1.5: expected a whole number"),
+        ({"chat": "no"}, "chat='no': expected True, False or None"),
+        ({"system": 5}, "system: expected text, found int"),
         ({"stop": 5}, "stop: expected text, found int"),
         ({"stop": ["a", 5]}, "stop: expected text, found int"),
         ({"stop": ["a", ""]}, "stop='': expected a text, since the empty one"),
         ({"path": "fast"}, "path='fast': expected one of auto, fused, graph, eager"),
     ],
 )
-def test_numbers_out_of_range_are_refused_at_once(
+def test_arguments_out_of_range_or_of_another_type_are_refused_at_once(
     model: Any, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(qtool.QtoolError, match=message) as caught:
         qtool.stream(model, PROMPT, **arguments)
     assert caught.value.kind == "usage"
+    assert "conversation" not in caught.value.hint
+
+
+def test_an_empty_prompt_is_refused_in_words_of_python(model: Any) -> None:
+    with pytest.raises(qtool.QtoolError, match="the prompt is empty") as caught:
+        qtool.stream(model, "", chat=False)
+    assert "PROMPT" not in caught.value.hint
 
 
 @pytest.mark.parametrize("prompt", [None, 5, ["a", "b"], [{"role": "user", "content": "a"}]])
@@ -199,6 +218,7 @@ def test_a_prompt_that_is_no_text_is_refused(model: Any, prompt: Any) -> None:
     with pytest.raises(qtool.QtoolError, match="prompt: expected text, found") as caught:
         qtool.stream(model, prompt)
     assert caught.value.kind == "usage"
+    assert "apply_chat_template" in caught.value.hint
 
 
 def test_a_model_of_another_origin_is_refused() -> None:
@@ -220,6 +240,24 @@ def test_a_model_of_another_origin_is_refused() -> None:
 def test_unknown_words_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(qtool.QtoolError, match=message):
         qtool.load(demo_model_path(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path_or_id": 5}, "path_or_id: expected text, found int"),
+        ({"adapter": 5}, "adapter: expected text, found int"),
+        ({"max_memory": 5}, "max_memory=5: expected like"),
+        ({"int8_threshold": "x"}, "int8_threshold='x': expected 0 or more"),
+        ({"int8_threshold": True}, "int8_threshold=True: expected 0 or more"),
+    ],
+)
+def test_arguments_of_load_of_another_type_are_refused(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(qtool.QtoolError, match=message) as caught:
+        qtool.load(**({"path_or_id": demo_model_path()} | arguments))
+    assert caught.value.kind == "usage"
 
 
 def test_options_of_load_reach_the_model() -> None:

@@ -124,8 +124,10 @@ def bench_generate(
         head_precision=request.head_precision,
         device=request.device,
     )
+    architecture = subject.step.model.architecture
+    longest = architecture.max_context if architecture else None
     for size in request.sizes:
-        _check_context(subject, size)
+        size.check_context(longest, subject.label)
     if request.against is not None and subject.quant in QUANTIZED_PRECISIONS:
         require_bitsandbytes()
     warnings: list[str] = []
@@ -192,22 +194,6 @@ def _free_memory() -> None:
 def _rival_packages(runs: list[GenerateRun]) -> tuple[str, ...]:
     is_there = any(run.engine == "transformers+bitsandbytes" for run in runs)
     return ("bitsandbytes",) if is_there else ()
-
-
-def _check_context(subject: Subject, size: Size) -> None:
-    architecture = subject.step.model.architecture
-    longest = architecture.max_context if architecture else None
-    if longest is not None and size.context > longest:
-        raise QtoolError(
-            (
-                Option("prompt", size.prompt_tokens),
-                " and ",
-                Option("new", size.new_tokens),
-                f": {subject.label} was made for {longest} tokens together",
-            ),
-            kind="usage",
-            hint=("a smaller ", Option("prompt"), " or ", Option("new")),
-        )
 
 
 # -- taking turns ---------------------------------------------------------------------------------

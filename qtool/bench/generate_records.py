@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool.bench.records import Engine, Limit
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,20 @@ class Size:
     def text(self) -> str:
         """For people."""
         return f"batch {self.batch}, {self.prompt_tokens} + {self.new_tokens} tokens"
+
+    def check_context(self, longest: int | None, label: str) -> None:
+        """QtoolError (usage) if it is more than the `longest` that model `label` was made for."""
+        if longest is not None and self.context > longest:
+            raise QtoolError(
+                (
+                    Option("prompt", self.prompt_tokens),
+                    " and ",
+                    Option("new", self.new_tokens),
+                    f": {label} was made for {longest:,} tokens together",
+                ),
+                kind="usage",
+                hint=("a smaller ", Option("prompt"), " or ", Option("new")),
+            )
 
 
 @dataclass(frozen=True, slots=True)

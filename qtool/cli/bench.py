@@ -309,6 +309,8 @@ def generate(
     ) as show:
         _warn_of_shape(ctx, show, model, "shape")
         opened = _check_torch_bench(output, device, shape=shape, model=model)
+        if opened is not None and new is not None:
+            _check_sizes(opened, prompt or [128], new)
         show.note(LOADING)
         from qtool.bench.generate import GenerateBenchRequest, bench_generate
         from qtool.report.bench import report_generate
@@ -470,6 +472,16 @@ def _check_torch_bench(
     if shape is not None:
         read_model_shape(shape, option="shape")
     return None
+
+
+def _check_sizes(opened: Checkpoint, prompts: list[int], new_tokens: int) -> None:
+    """Refuse more tokens than MODEL was made for, where its architecture is known."""
+    from qtool.bench.generate_records import Size
+    from qtool.runtime.requirements import made_for
+
+    longest = made_for(opened)
+    for prompt_tokens in prompts:
+        Size(1, prompt_tokens, new_tokens).check_context(longest, opened.id)
 
 
 def _warn_of_shape(ctx: typer.Context, show: Output, model: str | None, name: str) -> None:

@@ -105,7 +105,7 @@ def generate(
             metavar="T",
             callback=_check_temperature,
             rich_help_panel=SAMPLING_PANEL,
-            help="0 takes the most likely token, always the same.",
+            help="0 takes the most likely token, the same in each run.",
         ),
     ] = 0.0,
     top_p: Annotated[
@@ -215,9 +215,10 @@ def generate(
     ) as show:
         from qtool.runtime import head_start
         from qtool.runtime.lean_imports import lean_imports
-        from qtool.runtime.memory_limits import parse_max_memory
+        from qtool.runtime.memory_limits import require_max_memory
         from qtool.runtime.prompts import SAID_NO, refuse_system
         from qtool.runtime.requirements import (
+            require_context,
             require_device,
             require_model,
             require_path,
@@ -230,15 +231,16 @@ def generate(
         if system is not None and chat is False:
             raise refuse_system(SAID_NO)
         if temperature == 0:
-            for name, value in (("top_p", top_p), ("top_k", top_k)):
+            for name, value in (("top_p", top_p), ("top_k", top_k), ("seed", seed)):
                 if value is not None:
                     show.warn((Option(name), " changes nothing at ", Option("temperature", 0)))
         require_run_extra()
         require_device(device)
         require_path(path, device, model)
         if max_memory is not None:
-            parse_max_memory(max_memory)
+            require_max_memory(max_memory, device)
         opened = require_model(model, quant)
+        require_context(opened, max_context)
         folder = None if adapter is None else _fetch_adapter(show, adapter)
         head_start.begin(device)
         with lean_imports():

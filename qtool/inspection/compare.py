@@ -1,4 +1,5 @@
-"""A quantized checkpoint beside its original: the error of every layer, the rest byte for byte.
+"""A quantized checkpoint beside its original: the error of every layer, the rest byte for byte,
+and the error of what of it was changed.
 
 Memory is bounded by the tile (see `weights`), sums are float64. Names are matched as they are, and
 where that fails as the model that config.json describes knows them.
@@ -25,8 +26,13 @@ from qtool.formats.bitsandbytes import QuantizedWeight, find_quantized, stray_st
 from qtool.formats.floats import widen
 from qtool.formats.tensors import TORCH_NAMES, SourceDtype
 from qtool.inspection.records import Comparison, Difference, LayerError
-from qtool.inspection.summary import known_architecture
-from qtool.inspection.weights import TensorFiles, dequantized_tiles, read_quant_state
+from qtool.inspection.summary import PRECISION_OF_DTYPE, known_architecture
+from qtool.inspection.weights import (
+    TILE_ELEMENTS,
+    TensorFiles,
+    dequantized_tiles,
+    read_quant_state,
+)
 
 # The error of a packed weight, why a tensor differs, or None for a faithful copy.
 Result = LayerError | Difference | None
@@ -202,19 +208,27 @@ class _PairReader:
         """The error of a packed weight; `original` has its number of elements."""
         sums = ErrorSums()
         for start, values in dequantized_tiles(weight, self.ours, self.backend):
-            sums.add(values, self._original_tile(original, start, start + values.size, transposed))
+            stop = start + values.size
+            sums.add(values, self._original_tile(original, start, stop, transposed=transposed))
             share = weight.weight.num_bytes * values.size // max(1, original.num_elements)
             self.on_event(Advanced(share, weight.name))
         return sums.as_layer_error(weight.name, weight.precision)
 
-    def difference(self, tensor: TensorInfo, original: TensorInfo | None) -> str | None:
-        """Why a copied tensor is not the original's; None if it is, byte for byte."""
-        if original is None:
-            return "not in the original"
-        if (reason := _other_format(tensor, original)) is not None:
-            return reason
-        num_different = sum(self._differing_bytes(tensor, original))
-        return f"{num_different:,} of {tensor.num_bytes:,} bytes differ" if num_different else None
+    def num_differing_bytes(self, tensor: TensorInfo, original: TensorInfo) -> int:
+        """Of two tensors of one dtype and shape."""
+        return sum(self._differing_bytes(tensor, original))
+
+    def copy_error(self, tensor: TensorInfo, original: TensorInfo) -> LayerError | None:
+        """How far their values are; None if they are no floats that can be compared."""
+        if tensor.dtype not in TORCH_NAMES:
+            return None
+        dtype = tensor.dtype
+        sums = ErrorSums()
+        for start in range(0, tensor.num_elements, TILE_ELEMENTS):
+            stop = min(start + TILE_ELEMENTS, tensor.num_elements)
+            values = widen(self.ours.read_values(tensor, start, stop), dtype)
+            sums.add(values, self._original_tile(original, start, stop, transposed=False))
+        return sums.as_layer_error(tensor.name, PRECISION_OF_DTYPE[tensor.dtype])
 
     def _differing_bytes(self, tensor: TensorInfo, original: TensorInfo) -> Iterator[int]:
         for start in range(0, tensor.num_bytes, CHUNK_BYTES):
@@ -224,7 +238,7 @@ class _PairReader:
             self.on_event(Advanced(stop - start, tensor.name))
 
     def _original_tile(
-        self, original: TensorInfo, start: int, stop: int, transposed: bool
+        self, original: TensorInfo, start: int, stop: int, *, transposed: bool
     ) -> NDArray[np.float32]:
         """Elements [start, stop) of the layer's [out, in] order, float32."""
         values: Any
@@ -255,8 +269,16 @@ def _compare_layer(
 
 
 def _compare_copy(tensor: TensorInfo, pairs: _Pairs, reader: _PairReader) -> Difference | None:
-    reason = reader.difference(tensor, pairs.original_of(tensor.name))
-    return None if reason is None else Difference(tensor.name, reason)
+    original = pairs.original_of(tensor.name)
+    if original is None:
+        return Difference(tensor.name, "not in the original")
+    if (reason := _other_format(tensor, original)) is not None:
+        return Difference(tensor.name, reason)
+    num_different = reader.num_differing_bytes(tensor, original)
+    if not num_different:
+        return None
+    reason = f"{num_different:,} of {tensor.num_bytes:,} bytes differ"
+    return Difference(tensor.name, reason, reader.copy_error(tensor, original))
 
 
 def _is_alike(tensor: TensorInfo, pairs: _Pairs) -> bool:

@@ -78,10 +78,14 @@ class LayerError:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A tensor that should be the original's, byte for byte, and is not."""
+    """A tensor that should be the original's, byte for byte, and is not.
+
+    `error` says how far its values are, where both sides hold floats of one dtype and shape.
+    """
 
     name: str
     reason: str
+    error: LayerError | None = None
 
 
 @dataclass(frozen=True, slots=True)

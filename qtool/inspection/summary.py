@@ -19,7 +19,7 @@ from qtool.inspection.records import InspectedTensor, Inspection, Total
 from qtool.inspection.weights import TensorFiles, read_quant_state
 
 # What the precision words say of unpacked tensors; integers and the rest have no word.
-_PRECISION_OF_DTYPE: Final = {
+PRECISION_OF_DTYPE: Final = {
     "F32": "fp32",
     "BF16": "bf16",
     "F16": "fp16",
@@ -41,7 +41,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     shapes, notes = _real_shapes(checkpoint, quantized, architecture)
     statistics = _statistics_names(checkpoint.tensors, quantized)
     quant_of = {
-        name: quantized[name].precision if name in quantized else _PRECISION_OF_DTYPE.get(t.dtype)
+        name: quantized[name].precision if name in quantized else PRECISION_OF_DTYPE.get(t.dtype)
         for name, t in checkpoint.tensors.items()
         if name not in statistics
     }

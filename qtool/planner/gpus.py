@@ -144,7 +144,7 @@ def find_gpu(name: str) -> Gpu:
             return found[0]
         if found:
             raise QtoolError(
-                (Option("gpu", name), f" fits {len(found)} GPUs of the catalogue"),
+                (Option("gpu", name), f" names {len(found)} GPUs of the catalogue"),
                 kind="usage",
                 hint="say which: " + ", ".join(_quoted(gpu.short_name) for gpu in found[:12]),
             )

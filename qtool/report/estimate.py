@@ -211,8 +211,9 @@ def _heading(estimate: Estimate) -> Iterable[Text]:
     about += f" · {format_count(facts.parameters)} parameters"
     yield Text.assemble((f"{shown_name(facts.id)}{revision}", "bold"), f"  {about}")
     workload = first.workload
-    sequences = f"{workload.batch} sequence{'s' * (workload.batch != 1)}"
-    most = f" of at most {facts.max_context:,}" if facts.max_context else ""
+    sequences = f"{workload.batch:,} sequence{'s' * (workload.batch != 1)}"
+    is_within = workload.context <= (facts.max_context or 0)  # a warning says what is beyond
+    most = f" of at most {facts.max_context:,}" if is_within else ""
     each = f" on each of {workload.gpus} GPUs ({workload.split})" if workload.gpus > 1 else ""
     yield Text(f"{_doing(estimate.plans)}: {sequences} of {workload.context:,}{most} tokens")
     unit = _unit_of(estimate.plans)
@@ -463,7 +464,7 @@ def _gpu_lines(plans: Sequence[MemoryPlan]) -> Iterable[str]:
         for (gpu, note), quants in about.items()
     )
     for (quants, note), gpus in together.items():
-        yield f"{', '.join(quants)}{': ' * bool(quants)}{', '.join(gpus)}: {note}"
+        yield f"{', '.join(quants)}{' on ' * bool(quants)}{', '.join(gpus)}: {note}"
 
 
 def _collected(pairs: Iterable[tuple[Key, str]]) -> dict[Key, list[str]]:

@@ -209,6 +209,8 @@ def _why_it_ended(output: Output, result: GenerateResult) -> str:
         return f"context full: {result.prompt_tokens + len(result.token_ids):,} tokens"
     if result.length_limit == "max_new_tokens":
         return in_words((Option("max_new_tokens"), " reached"), output.name_option)
+    if isinstance(result.interruption, Terminated):
+        return "terminated"
     return STOP_WORDS[result.stop_reason]
 
 

@@ -54,7 +54,7 @@ def inspection_document(result: InspectionResult, *, tensors: bool) -> dict[str,
         document["errors"] = [_error_fields(error) for error in result.comparison.errors]
         document["copied"] = {
             "equal": result.comparison.num_equal,
-            "different": [asdict(difference) for difference in result.comparison.differences],
+            "different": [_difference_fields(it) for it in result.comparison.differences],
         }
     if result.verification is not None:
         document["verify"] = {
@@ -104,6 +104,17 @@ def _tensor_fields(tensor: InspectedTensor) -> dict[str, Any]:
 
 
 def _error_fields(error: LayerError) -> dict[str, Any]:
+    return {"name": error.name, **_measures(error), "precision": error.precision}
+
+
+def _difference_fields(difference: Difference) -> dict[str, Any]:
+    """With the measures of an error where it has one."""
+    error = difference.error
+    measures = _measures(error) if error is not None else {}
+    return {"name": difference.name, "reason": difference.reason, **measures}
+
+
+def _measures(error: LayerError) -> dict[str, float | None]:
     """Infinite and undefined values are null: JSON has no words for them."""
     measures = {
         "mse": error.mse,
@@ -111,8 +122,7 @@ def _error_fields(error: LayerError) -> dict[str, Any]:
         "max_abs_error": error.max_abs_error,
         "sqnr_db": error.sqnr_db,
     }
-    finite = {key: value if math.isfinite(value) else None for key, value in measures.items()}
-    return {"name": error.name, **finite, "precision": error.precision}
+    return {key: value if math.isfinite(value) else None for key, value in measures.items()}
 
 
 # -- words -----------------------------------------------------------------------------------------
@@ -209,8 +219,10 @@ def _report_comparison(
 ) -> None:
     from rich.text import Text
 
-    output.answer("", Text.assemble(("error against ", "bold"), against))
     errors = sorted(comparison.errors, key=_badness, reverse=True)
+    changes = [it.error for it in comparison.differences if it.error is not None]
+    heading = "error against " if errors or changes else "beside "
+    output.answer("", Text.assemble((heading, "bold"), against))
     if errors:
         if all(error.relative_error > UNRELATED_ERROR for error in errors):
             least = f"{100 * errors[-1].relative_error:.0f} %"
@@ -221,9 +233,20 @@ def _report_comparison(
         shown = errors if in_full else errors[:NUM_WORST_LAYERS]
         title = "layer" if len(shown) == len(errors) else f"worst {len(shown)} of {len(errors)}"
         output.answer(_error_table(title, shown), "")
-    output.answer(f"{comparison.num_equal} other tensors equal the original byte for byte")
-    for line in _difference_lines(comparison.differences, in_full=in_full):
+    if changes:
+        _report_changes(output, sorted(changes, key=_badness, reverse=True), in_full=in_full)
+    other = "other " if errors or changes else ""
+    output.answer(f"{comparison.num_equal} {other}tensors equal the original byte for byte")
+    unmeasured = [it for it in comparison.differences if it.error is None]
+    for line in _difference_lines(unmeasured, in_full=in_full):
         output.answer(line)
+
+
+def _report_changes(output: Output, changes: Sequence[LayerError], *, in_full: bool) -> None:
+    """Tensors of floats that are as they were but for their values, a merged adapter's say."""
+    output.answer(_kind_table(changes, title="changed", unit="tensors"), "")
+    if in_full:
+        output.answer(_error_table("changed tensor", changes), "")
 
 
 def _difference_lines(differences: Sequence[Difference], *, in_full: bool) -> Iterator[Text]:
@@ -248,7 +271,9 @@ def _badness(error: LayerError) -> float:
     return math.inf if math.isnan(error.relative_error) else error.relative_error
 
 
-def _kind_table(errors: Sequence[LayerError]) -> Table:
+def _kind_table(
+    errors: Sequence[LayerError], *, title: str = "kind", unit: str = "layers"
+) -> Table:
     kinds: dict[str, list[LayerError]] = defaultdict(list)
     for error in errors:
         kinds[error.kind].append(error)
@@ -264,7 +289,7 @@ def _kind_table(errors: Sequence[LayerError]) -> Table:
             f"{max(error.max_abs_error for error in group):.3g}",
             f"{mean_sqnr_db:.1f} dB",
         ))  # fmt: skip
-    return _table("kind", ("layers", "mean error", "worst", "max abs", "SQNR"), rows)
+    return _table(title, (unit, "mean error", "worst", "max abs", "SQNR"), rows)
 
 
 def _error_table(title: str, errors: Iterable[LayerError]) -> Table:

@@ -182,7 +182,7 @@ def _tokens_text(tokens: int | None) -> str:
 def _footnote(sizing: Sizing) -> Text:
     from rich.text import Text
 
-    sequences = f"{sizing.workload.batch} sequence{'s' * (sizing.workload.batch != 1)}"
+    sequences = f"{sizing.workload.batch:,} sequence{'s' * (sizing.workload.batch != 1)}"
     tokens = f"up to {DEFAULT_CONTEXT:,}" if sizing.context is None else f"{sizing.context:,}"
     workload, gpus = sizing.workload, sizing.rows[0].gpus
     doing = "" if workload.mode == "generate" else f"{workload.mode}, "

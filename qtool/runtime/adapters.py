@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qtool.checkpoint.adapter_files import (
     CONFIG_NAME,
+    PREFIX,
     AdapterFiles,
     find_adapter,
     read_adapter_files,
@@ -65,7 +66,7 @@ def add_adapter(model: Any, folder: Path) -> None:
         with quiet_bitsandbytes():  # PEFT imports it where it is installed
             result = _load_adapter(model, folder, files)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise _mismatch(folder, str(error)) from error
+        raise _mismatch(folder, _misplaced(model, files, str(error)) or str(error)) from error
     if result.missing_keys:
         raise _mismatch(folder, f"the adapter lacks {min(result.missing_keys)}")
     if result.unexpected_keys:
@@ -106,6 +107,18 @@ def _check_shapes(wrapped: Any, folder: Path, files: AdapterFiles) -> None:
         if tensor.name in places and tuple(places[tensor.name].shape) != tensor.shape:
             expected, found = list(places[tensor.name].shape), list(tensor.shape)
             raise _mismatch(folder, f"{tensor.name}: expected shape {expected}, found {found}")
+
+
+def _misplaced(model: Any, files: AdapterFiles, said: str) -> str | None:
+    """The first layer that the adapter is for and `model` lacks, beside what PEFT `said`, which
+    may be about what it takes for that layer."""
+    modules = {name for name, _ in model.named_modules()}
+    for tensor in files.tensors:
+        module = tensor.name.removeprefix(PREFIX).partition(".lora_")[0]
+        if ".lora_" in tensor.name and module not in modules:
+            first_line = said.strip().partition("\n")[0]
+            return f"the model has no {module} (PEFT: {first_line})"
+    return None
 
 
 # -- what kernels are told ------------------------------------------------------------------------

@@ -114,11 +114,12 @@ def encode_prompt(loaded: LoadedModel | Preview, request: Request, text: str) ->
     Raises:
         QtoolError: what `uses_chat` raises, an empty prompt, a template that refuses it.
     """
-    if not uses_chat(loaded, request):
-        return encode_text(loaded.tokenizer, text)
-    conversation = Conversation(request.system)
-    conversation.ask(text)
-    return conversation.encode(loaded.tokenizer)
+    with quiet_transformers():
+        if not uses_chat(loaded, request):
+            return encode_text(loaded.tokenizer, text)
+        conversation = Conversation(request.system)
+        conversation.ask(text)
+        return conversation.encode(loaded.tokenizer)
 
 
 def check_request(preview: Preview, request: Request, text: str | None) -> None:

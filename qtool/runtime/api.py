@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -35,6 +37,11 @@ __all__ = ["load", "register", "release", "stream", "unregister"]
 # `stream` keeps for its next call.
 LOADED: Final = "_qtool_loaded"
 KEPT: Final = "_qtool_kept"
+
+SEE_HELP: Final = "help(qtool) shows more"
+CONVERSATION: Final = (
+    "a conversation goes through tokenizer.apply_chat_template and the model's own generate()"
+)
 
 
 def load(
@@ -74,6 +81,9 @@ def load(
     Raises:
         QtoolError: what is wrong with the checkpoint, the arguments or the memory.
     """
+    _check_place("path_or_id", path_or_id)
+    if adapter is not None:
+        _check_place("adapter", adapter)
     options = LoadOptions(
         quant=_check_quant("quant", quant),
         compute_dtype=_dtype_name(dtype),
@@ -123,8 +133,8 @@ def stream(
     Args:
         model: from `qtool.load`.
         max_context: limit of prompt and answer together; None takes the model's.
-        temperature: 0 takes the most likely token, always the same; `top_p` and `top_k` narrow the
-            choice above 0, `seed` makes it repeatable.
+        temperature: 0 takes the most likely token, the same in each run; `top_p` and `top_k` narrow
+            the choice above 0, `seed` makes it repeatable.
         chat: whether to use the chat template; None uses it where there is one.
         system: the system message of a chat.
         stop: text, or several, before which the answer ends.
@@ -139,12 +149,17 @@ def stream(
     loaded = _loaded(model)
     sampling = Sampling(temperature, top_p, top_k, seed)
     _check_sampling(sampling)
-    _check_at_least_1(
-        max_new_tokens=max_new_tokens, max_context=max_context, prefill_chunk=prefill_chunk
-    )
+    _check_at_least_1("max_new_tokens", max_new_tokens)
+    _check_at_least_1("prefill_chunk", prefill_chunk)
+    if max_context is not None:
+        _check_at_least_1("max_context", max_context)
     _check_word("path", path, get_args(PathChoice))
+    if chat is not None and not isinstance(chat, bool):
+        raise _usage(Option("chat", chat), "True, False or None")
     stops = tuple(stop) if isinstance(stop, list | tuple) else (stop,)
-    _check_text("prompt", prompt)
+    _check_text("prompt", prompt, CONVERSATION)
+    if system is not None:
+        _check_text("system", system)
     for text in stops:
         _check_text("stop", text)
         if not text:
@@ -165,14 +180,15 @@ def release(model: Any) -> None:
     setattr(model, KEPT, KeptHistory())
 
 
-def _check_text(name: str, value: Any) -> None:
+def _check_text(name: str, value: Any, hint: str = SEE_HELP) -> None:
     if not isinstance(value, str):
-        raise QtoolError(
-            f"{name}: expected text, found {type(value).__name__}",
-            kind="usage",
-            hint="a conversation goes through tokenizer.apply_chat_template and the model's own "
-            "generate()",
-        )
+        found = type(value).__name__
+        raise QtoolError(f"{name}: expected text, found {found}", kind="usage", hint=hint)
+
+
+def _check_place(name: str, value: Any) -> None:
+    if not isinstance(value, os.PathLike):
+        _check_text(name, value, "give a folder, or an id on the Hub")
 
 
 def _pieces(loaded: LoadedModel, prompt_ids: list[int], request: Request) -> Iterator[str]:
@@ -207,7 +223,7 @@ def _check_quant(name: str, quant: str | None) -> QuantizedPrecision | None:
 def _check_threshold(threshold: Int8Threshold | None) -> Int8Threshold | None:
     if threshold is None or threshold == "config":
         return threshold
-    if not isinstance(threshold, int | float) or not 0 <= threshold < math.inf:
+    if not (_is_number(threshold) and 0 <= threshold < math.inf):
         raise _usage(Option("int8_threshold", threshold), '0 or more, or "config"')
     return float(threshold)
 
@@ -222,6 +238,8 @@ def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
 def _memory_limits(limits: str | Mapping[int | str, int | str] | None) -> str | None:
     if limits is None or isinstance(limits, str):
         return limits
+    if not isinstance(limits, Mapping):
+        raise _usage(Option("max_memory", limits), 'like {0: "6GiB", "cpu": "20GiB"}')
     return ",".join(f"{place}={size}" for place, size in limits.items())
 
 
@@ -230,24 +248,32 @@ def _check_word(name: str, word: str, known: Iterable[str]) -> None:
         raise _usage(Option(name, word), f"one of {', '.join(known)}")
 
 
-def _check_at_least_1(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise _usage(Option(name, number), "at least 1")
+def _check_at_least_1(name: str, number: Any) -> None:
+    if not (_is_whole(number) and number >= 1):
+        raise _usage(Option(name, number), "a whole number, at least 1")
 
 
 def _check_sampling(sampling: Sampling) -> None:
-    if not is_temperature(sampling.temperature):
+    temperature, top_p, seed = sampling.temperature, sampling.top_p, sampling.seed
+    if not (_is_number(temperature) and is_temperature(temperature)):
         expected = f"0, or a number from {LEAST_TEMPERATURE:f} on"
-        raise _usage(Option("temperature", sampling.temperature), expected)
-    if sampling.top_p is not None and not is_top_p(sampling.top_p):
-        raise _usage(Option("top_p", sampling.top_p), "above 0 and at most 1")
-    if sampling.seed is not None and not 0 <= sampling.seed <= MAX_SEED:
-        raise _usage(Option("seed", sampling.seed), f"0 to {MAX_SEED}")
-    _check_at_least_1(top_k=sampling.top_k)
+        raise _usage(Option("temperature", temperature), expected)
+    if top_p is not None and not (_is_number(top_p) and is_top_p(top_p)):
+        raise _usage(Option("top_p", top_p), "a number above 0 and at most 1")
+    if seed is not None and not (_is_whole(seed) and 0 <= seed <= MAX_SEED):
+        raise _usage(Option("seed", seed), f"a whole number, 0 to {MAX_SEED}")
+    if sampling.top_k is not None:
+        _check_at_least_1("top_k", sampling.top_k)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it counts something; True is a mistake."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _usage(found: Option, expected: str) -> QtoolError:
-    return QtoolError(
-        (found, f": expected {expected}"), kind="usage", hint="help(qtool) shows more"
-    )
+    return QtoolError((found, f": expected {expected}"), kind="usage", hint=SEE_HELP)

@@ -21,6 +21,7 @@ from qtool.runtime.decoders.history import History
 from qtool.runtime.decoders.protocol import Decoder, Sampling
 from qtool.runtime.loading import LoadedModel, Preview, quiet_transformers
 from qtool.runtime.memory import out_of_memory_as_error
+from qtool.runtime.requirements import beyond_context
 from qtool.runtime.text_stream import TextStream
 
 __all__ = [
@@ -261,14 +262,7 @@ def context_limit(loaded: LoadedModel | Preview, max_context: int | None) -> int
     if max_context is None or loaded.max_context is None:
         return max_context or loaded.max_context
     if max_context > loaded.max_context:
-        raise QtoolError(
-            (
-                Option("max_context", max_context),
-                f": the model was made for {loaded.max_context} tokens",
-            ),
-            kind="usage",
-            hint=(Option("max_context", loaded.max_context), " or less"),
-        )
+        raise beyond_context(max_context, loaded.max_context)
     return max_context
 
 
@@ -284,7 +278,7 @@ def room_for(loaded: LoadedModel | Preview, num_prompt: int, limits: Limits) -> 
         return limits.max_new_tokens
     if num_prompt >= context:
         raise PromptTooLong(
-            f"the prompt has {num_prompt} tokens, the context only {context}",
+            f"the prompt has {num_prompt:,} tokens, the context only {context:,}",
             kind="usage",
             hint="shorten the prompt"
             if limits.max_context is None

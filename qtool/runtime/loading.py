@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import tempfile
 import time
@@ -26,8 +27,10 @@ import torch
 import transformers
 
 from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.adapter_files import FINETUNE_RECORD, trained_quant
+from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.records import Checkpoint
-from qtool.errors import QtoolError
+from qtool.errors import Option, QtoolError, Words
 from qtool.events import Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 from qtool.runtime import int8_products
@@ -150,8 +153,10 @@ def load_model(
     """
     start_s = time.perf_counter()
     # What can be told before anything is fetched or loaded.
+    trained = None
     if options.adapter is not None:
         check_adapter(options.adapter)
+        trained = trained_quant(LocalFolder(options.adapter, only=(FINETUNE_RECORD,)))
     device = resolve_device(options.device)
     if options.device == "auto" and device.type == "cpu":
         on_event(Note(f"{device}: {why_no_gpu()[0]}", level="detail"))
@@ -173,6 +178,8 @@ def load_model(
         seconds = time.perf_counter() - start_s
         on_event(Note(f"headers, config and tokenizer: {seconds:.1f} s", level="detail"))
         with _open_weights(checkpoint, options, on_event) as source, ExitStack() as offloaded:
+            if trained is not None and not source.layers:
+                on_event(Note(_trained_beside(trained)))
             threshold = None
             if options.int8_threshold is not None:
                 threshold = int8_threshold(checkpoint, source.layers, options.int8_threshold)
@@ -244,19 +251,32 @@ def _no_tokenizer(checkpoint: Checkpoint, reason: str) -> QtoolError:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' own log lines, warnings and progress bars; ours say it."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Hold back transformers' and accelerate's log lines, warnings and bars; ours say it."""
+    own = transformers.utils.logging
+    verbosity, bars = own.get_verbosity(), own.is_progress_bar_enabled()
+    spreading = logging.getLogger("accelerate")  # tells of weights that go to the disk
+    level = spreading.level
+    own.set_verbosity_error()
+    own.disable_progress_bar()
+    spreading.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        own.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            own.enable_progress_bar()
+        spreading.setLevel(level)
+
+
+def _trained_beside(quant: QuantizedPrecision) -> Words:
+    """What to know of an adapter from packed weights over others."""
+    return (
+        f"the adapter was trained against {quant} weights, and these are not packed; ",
+        Option("quant", quant),
+        " packs them alike",
+    )
 
 
 def _make_context(device: torch.device) -> None:

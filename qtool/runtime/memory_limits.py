@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from qtool.backends.cuda_driver import NoCudaError, find_driver
 from qtool.errors import Option, QtoolError
 
 SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
@@ -31,3 +32,29 @@ def parse_max_memory(text: str) -> dict[int | str, int]:
         scale = (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
         limits[int(place) if place != "cpu" else "cpu"] = int(float(number) * scale)
     return limits
+
+
+def require_max_memory(text: str, device: str) -> None:
+    """Refuse limits that are malformed, or of a GPU where none is used. PyTorch knows the rest.
+
+    Raises:
+        QtoolError: usage.
+    """
+    gpus = [place for place in parse_max_memory(text) if isinstance(place, int)]
+    if not gpus:
+        return
+    if device == "cpu":
+        raise no_such_gpu(gpus[0], device)
+    try:
+        find_driver()
+    except NoCudaError as error:
+        raise no_such_gpu(gpus[0], "cpu") from error
+
+
+def no_such_gpu(index: int, runs_on: str) -> QtoolError:
+    """The error for a limit of GPU `index`, where the model runs on another device."""
+    return QtoolError(
+        (Option("max_memory"), f" names GPU {index}, but the model runs on {runs_on}"),
+        kind="usage",
+        hint=("without a GPU give host memory only: ", Option("max_memory", "cpu=20GiB")),
+    )

@@ -15,7 +15,7 @@ import torch
 
 from qtool.backends.cuda_driver import SEE_DOCTOR, NoCudaError, cannot_run, find_gpu
 from qtool.errors import Option, QtoolError
-from qtool.runtime.memory_limits import parse_max_memory
+from qtool.runtime.memory_limits import no_such_gpu, parse_max_memory
 from qtool.runtime.requirements import gpu_index
 
 # Free GPU memory that is left for the KV cache, activations and one dequantized layer when the
@@ -88,11 +88,7 @@ def read_limits(max_memory: str, chosen: torch.device) -> dict[int | str, int]:
     num_gpus = torch.cuda.device_count() if chosen.type == "cuda" else 0
     unknown = [place for place in limits if isinstance(place, int) and place >= num_gpus]
     if unknown:
-        raise QtoolError(
-            (Option("max_memory"), f" names GPU {unknown[0]}, but the model runs on {chosen}"),
-            kind="usage",
-            hint=("without a GPU give host memory only: ", Option("max_memory", "cpu=20GiB")),
-        )
+        raise no_such_gpu(unknown[0], str(chosen))
     return limits
 
 

@@ -62,7 +62,9 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     check_text(text)
     ids: list[int] = tokenizer(text)["input_ids"]
     if not ids:
-        raise QtoolError("the prompt is empty", kind="usage", hint="give a PROMPT")
+        raise QtoolError(
+            "the prompt is empty", kind="usage", hint="give a text to answer or to continue"
+        )
     return ids
 
 

@@ -107,6 +107,38 @@ def require_model(model: str, quant: QuantizedPrecision | None = None) -> Checkp
     return checkpoint
 
 
+def made_for(checkpoint: Checkpoint) -> int | None:
+    """How many tokens; None without a limit, or where transformers alone knows the model type."""
+    from qtool.architecture import build_architecture
+
+    try:
+        return build_architecture(checkpoint.config).max_context
+    except QtoolError:
+        return None
+
+
+def require_context(checkpoint: Checkpoint, max_context: int | None) -> None:
+    """The same for a limit of prompt and answer beyond what the model was made for.
+
+    Raises:
+        QtoolError: usage.
+    """
+    if max_context is None:
+        return
+    longest = made_for(checkpoint)
+    if longest is not None and max_context > longest:
+        raise beyond_context(max_context, longest)
+
+
+def beyond_context(max_context: int, longest: int) -> QtoolError:
+    """The error for a limit of `max_context` tokens, above the `longest` of the model."""
+    return QtoolError(
+        (Option("max_context", max_context), f": the model was made for {longest:,} tokens"),
+        kind="usage",
+        hint=(Option("max_context", longest), " or less"),
+    )
+
+
 def gpu_index(device: str) -> int:
     """The N of cuda:N, 0 for cuda; QtoolError (usage) for other names."""
     match = re.fullmatch(r"cuda(?::(\d+))?", device)

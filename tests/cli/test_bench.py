@@ -158,6 +158,14 @@ def test_generate_tells_of_a_model_that_cannot_run_before_it_measures(
     assert hint in ran.error["hint"]
 
 
+def test_generate_tells_of_too_many_tokens_before_pytorch(tmp_path, monkeypatch):
+    longest = write_llama(tmp_path)["max_position_embeddings"]
+    monkeypatch.setattr("qtool.runtime.model_config.require_runnable", in_vain)
+    ran = run("bench", "generate", tmp_path, "--new", longest, "--json")
+    assert ran.exit_code == 2
+    assert f"was made for {longest:,} tokens together" in ran.error["message"]
+
+
 def in_vain(*arguments):
     raise AssertionError("nothing should be measured")
 

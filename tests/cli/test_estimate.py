@@ -245,6 +245,9 @@ def test_without_a_gpu_nothing_can_fail_to_fit(large):
     ran = run("estimate", large, "--context", 10_000_000)
     assert ran.exit_code == 0
     assert "next: add --gpu" in ran.stderr and "is longer than" in ran.stderr
+    assert "1 sequence of 10,000,000 tokens" in ran.stdout
+    ran = run("estimate", large, "--context", 4096, "--batch", 1173)
+    assert "1,173 sequences of 4,096 of at most 131,072 tokens" in ran.stdout
     assert run("estimate", large, "--quiet", "--context", 131_072).stderr == ""
 
 
@@ -499,7 +502,7 @@ def test_what_is_true_of_several_gpus_is_said_once(large, wide):
     (line,) = (line for line in ran.stdout.splitlines() if "7.5 or newer" in line)
     # 16 GB hold three of the four precisions, which changes nothing.
     assert line.startswith("AMD Instinct MI300X, P40, V100 16GB: ")
-    assert "bf16: P40: it has no bfloat16 arithmetic" in ran.stdout
+    assert "bf16 on P40: it has no bfloat16 arithmetic" in ran.stdout
     assert "7.5 or newer" not in run("estimate", large, *gpus, "--runtime", "vllm").stdout
     fits = run("estimate", large, *gpus, "--json").document["plans"][-1]["fits"]
     assert [any("7.5" in note for note in fit["notes"]) for fit in fits] == [1, 1, 1, 0]

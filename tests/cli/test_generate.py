@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from qtool.backends.cuda_driver import NoCudaError
 from qtool.runtime import requirements
 from qtool.runtime.text_stream import TextStream
 from tests.cli.running import run
@@ -178,8 +179,11 @@ def test_a_stop_text_ends_the_answer(stories: Path) -> None:
 
 
 def test_useless_sampling_options_are_a_warning(stories: Path) -> None:
-    ran = run("generate", stories, PROMPT, "--max-new-tokens", 2, "--top-k", 5, "--json")
-    assert ran.document["warnings"] == ["--top-k changes nothing at --temperature 0"]
+    options = ("--top-k", 5, "--seed", 3)
+    ran = run("generate", stories, PROMPT, "--max-new-tokens", 2, *options, "--json")
+    useless = ("--top-k", "--seed")
+    expected = [f"{name} changes nothing at --temperature 0" for name in useless]
+    assert ran.document["warnings"] == expected
 
 
 def test_the_end_of_a_text_is_told_apart(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,6 +308,26 @@ def test_what_the_command_line_tells_comes_before_a_download(
     monkeypatch.setattr("qtool.runtime.loading.open_checkpoint", in_vain)
     ran = run("generate", stories, "x", *options)
     assert ran.exit_code == 2, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--max-context", 513), "--max-context 513: the model was made for 512 tokens"),
+        (("--max-memory", "0=6GiB", "--device", "cpu"), "--max-memory names GPU 0, but"),
+        (("--max-memory", "0=6GiB"), "--max-memory names GPU 0, but the model runs on cpu"),
+    ],
+)
+def test_what_the_headers_and_the_driver_tell_comes_before_pytorch(
+    stories: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+) -> None:
+    def no_driver() -> NoReturn:
+        raise NoCudaError("no NVIDIA driver", "install one")
+
+    monkeypatch.setattr("qtool.runtime.head_start.begin", in_vain)
+    monkeypatch.setattr("qtool.runtime.memory_limits.find_driver", no_driver)
+    ran = run("generate", stories, "x", *options, "--json")
+    assert ran.exit_code == 2 and said in ran.error["message"]
 
 
 def test_a_prompt_through_a_template_is_measured_with_it(
@@ -495,7 +519,7 @@ def test_a_signal_keeps_the_text_that_was_made(
     assert ran.document["new_tokens"] == len(ran.document["token_ids"]) > 4
     ran = run("generate", stories, PROMPT, "--device", "cpu")
     assert ran.exit_code == exit_code and ran.stdout.startswith(", there was a little")
-    assert "interrupted" in ran.stderr
+    assert ("terminated" if number == signal.SIGTERM else "interrupted") in ran.stderr
 
 
 @pytest.mark.parametrize(("number", "exit_code"), SIGNALS)
@@ -508,7 +532,7 @@ def test_a_signal_from_outside_ends_the_text(stories: Path, number: int, exit_co
         stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == exit_code
     assert (first + stdout).decode().startswith(", there was")
-    assert b"interrupted" in stderr
+    assert (b"terminated" if number == signal.SIGTERM else b"interrupted") in stderr
     assert b"Traceback" not in stderr
 
 

@@ -144,6 +144,32 @@ def test_differences_are_grouped_by_reason_and_listed_with_verbose(tmp_path):
     assert full.count("layernorm.weight") == 4
 
 
+def test_changed_values_are_a_table_by_kind_and_listed_with_verbose(tmp_path):
+    _, original = quantized_llama(QuantFormat("nf4"))
+    base = original.write(tmp_path / "base")
+    for shard in original.shards.values():
+        for name, (dtype, values) in shard.items():
+            if "up_proj" in name or "q_proj" in name:
+                shard[name] = (dtype, values ^ 1)  # the last bit of each bfloat16
+    merged = original.write(tmp_path / "merged")
+    short = run("inspect", merged, "--against", base).stdout
+    assert re.search(r"^changed +tensors +mean error", short, re.MULTILINE)
+    assert re.search(r"^self_attn.q_proj +2 +0\.\d\d %", short, re.MULTILINE)
+    assert "bytes differ" not in short and "model.layers" not in short
+    assert "17 other tensors equal the original" in short
+    full = run("inspect", merged, "--against", base, "-v").stdout
+    assert sum("model.layers" in line for line in full.splitlines()) == 4
+    different = run("inspect", merged, "--against", base, "--json").document["copied"]["different"]
+    assert len(different) == 4
+    assert all(0 < it["relative_error"] < 0.01 and "differ" in it["reason"] for it in different)
+
+
+def test_equal_models_have_no_error_in_the_heading(folders):
+    equal = run("inspect", folders[1], "--against", folders[1]).stdout
+    assert "error against" not in equal
+    assert "21 tensors equal the original byte for byte" in equal
+
+
 def test_another_model_of_the_same_shapes_is_a_warning(folders, tmp_path):
     quantized, original = folders
     _, other = quantized_llama(QuantFormat("nf4"))

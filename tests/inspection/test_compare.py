@@ -117,6 +117,24 @@ def test_a_long_copy_is_compared_to_its_end(tmp_path, monkeypatch):
     assert [d.reason for d in found.differences] == ["1 of 1,680 bytes differ"]
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_a_changed_copy_has_the_error_of_its_values(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(compare, "TILE_ELEMENTS", 100)
+    _, original = quantized_llama(QuantFormat("nf4"), dtype=dtype)
+    folder = original.write(tmp_path / "original")
+    before = floats.widen(original[Q], dtype).astype(np.float64)
+    changed = floats.narrow((before * 1.125).astype(np.float32), dtype)
+    original[Q] = (dtype, changed)
+    found = compare_folders(original.write(tmp_path / "changed"), folder)
+    (difference,) = found.differences
+    after = floats.widen(changed, dtype).astype(np.float64)
+    relative = np.linalg.norm(after - before) / np.linalg.norm(before)
+    assert difference.name == Q and "bytes differ" in difference.reason
+    assert difference.error.relative_error == pytest.approx(relative, rel=1e-12)
+    assert difference.error.max_abs_error == np.abs(after - before).max()
+    assert difference.error.kind == "self_attn.q_proj"
+
+
 def test_names_without_the_base_model_s_prefix_are_matched(tmp_path):
     parts, original = quantized_llama(QuantFormat("nf4"))
     original.shards = {

@@ -86,7 +86,7 @@ def test_names_as_people_write_them(name, expected):
     ],
 )
 def test_ambiguous_names_are_answered_with_the_candidates(name, candidates):
-    with pytest.raises(QtoolError, match=f"fits {len(candidates)} GPUs") as raised:
+    with pytest.raises(QtoolError, match=f"names {len(candidates)} GPUs") as raised:
         find_gpu(name)
     assert raised.value.kind == "usage"
     assert all(f"'{candidate}'" in raised.value.hint for candidate in candidates)

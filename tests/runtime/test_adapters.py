@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, in_words
+from qtool.events import Event, Note
 from qtool.runtime import requirements
 from qtool.runtime.linear import Linear4bit, LinearInt8
 from qtool.runtime.loading import LoadOptions, load_model
@@ -98,6 +99,23 @@ def test_adapter_over_a_full_precision_model(packed_folders: PackedFolders, tmp_
     assert torch.allclose(logits(found), logits(expected), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("trained", ["nf4-dq", None])
+def test_training_beside_packed_weights_is_told_over_others(
+    packed_folders: PackedFolders, adapter: Path, trained: str | None
+) -> None:
+    if trained:
+        record = {"model": {"id": "m", "quant": trained}}
+        (adapter / "qtool_finetune.json").write_text(json.dumps(record))
+    source = packed_folders.sources / "TinyStories-656K-hf"
+    for quant in (None, "nf4-dq"):
+        events: list[Event] = []
+        options = LoadOptions(quant, device="cpu", adapter=adapter)
+        load_model(str(source), options, on_event=events.append)
+        texts = [in_words(event.text) for event in events if isinstance(event, Note)]
+        told = [text for text in texts if "was trained against nf4-dq weights" in text]
+        assert len(told) == (trained is not None and quant is None)
+
+
 # ---- What does not fit ------------------------------------------------------------------------
 
 
@@ -123,6 +141,18 @@ def test_an_adapter_of_another_model_is_refused(
         r"lora_[AB].weight: expected shape \[\d+, 4\], found",
         caught.value.message,
     )
+
+
+def test_what_peft_says_of_another_model_does_not_hide_that_it_is_one(
+    packed_folders: PackedFolders, tmp_path: Path
+) -> None:
+    source = packed_folders.sources / "TinyStories-656K-hf"
+    settings = {"target_modules": ["gate_proj", "up_proj", "down_proj"], "lora_dropout": 0.1}
+    adapter = save_adapter(plain_model(source), tmp_path / "a", **settings)
+    with pytest.raises(QtoolError, match="does not fit the model: the model has no ") as caught:
+        moe = packed_folders.sources / "tinymoe-6m"
+        load_model(str(moe), LoadOptions(device="cpu", adapter=adapter))
+    assert "model.layers.0.mlp." in caught.value.message and "lora_dropout" in caught.value.message
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])

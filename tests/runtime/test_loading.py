@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from qtool.errors import QtoolError
 from qtool.events import Advanced, Event, Finished, Started
 from qtool.runtime import loading, read_ahead
+from qtool.runtime.answers import Request, encode_prompt
+from qtool.runtime.generate import Limits, Sampling
 from qtool.runtime.loading import LoadOptions, load_model
 from qtool.runtime.placement import Placement
 from tests.runtime.folders import PackedFolders, edit_tensors
@@ -128,6 +132,28 @@ def test_saving_a_packed_model_says_why_not(
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path / "saved")
     assert "qtool quantize" in caplog.text
+
+
+@pytest.fixture
+def all_logs(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Those of transformers too, which do not go up to the root."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_what_transformers_and_accelerate_log_is_held_back(
+    packed_folders: PackedFolders, all_logs: pytest.LogCaptureFixture
+) -> None:
+    levels = [logging.getLogger(name).level for name in ("accelerate", "transformers")]
+    options = LoadOptions(device="cpu", max_memory="cpu=1KB")
+    with load_model(str(packed_folders.sources / "tinylm-19m"), options) as loaded:
+        assert "disk" in loaded.devices
+        request = Request("", None, None, Sampling(), Limits(4))
+        assert len(encode_prompt(loaded, request, "a" * 20_000)) == 20_000 > loaded.max_context
+    assert all_logs.text == ""
+    assert levels == [logging.getLogger(name).level for name in ("accelerate", "transformers")]
 
 
 def test_compiling_that_outlasts_the_loading_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
