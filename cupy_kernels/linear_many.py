@@ -34,6 +34,7 @@ _THREADS: Final = 384
 _CHUNK_STAGES: Final = CHUNK // _BLOCK
 _VALUES_BYTES: Final = _TILE_ROWS * 16 * 2  # of 4-bit codes, of a stage
 _MAPS_BYTES: Final = MAX_WEIGHTS * 256 * 4
+_GROUPS: Final = 2  # of warps that multiply
 _BARRIER_BYTES: Final = 8
 _BITS: Final = {"nf4": 4, "fp4": 4, "int8": 8}
 _NO_TILE: Final = (1 << 31) - 1
@@ -75,7 +76,7 @@ class Shape:
         """Ring, maps, results and barriers, for weights of so many bits."""
         stage = _BLOCK * (self.tokens * 16 + _TILE_ROWS * bits) // 8
         stages = _CHUNK_STAGES * (1 if self.tokens > 128 else 2)
-        barriers = (2 * stages + 4) * _BARRIER_BYTES
+        barriers = 2 * (stages + _GROUPS) * _BARRIER_BYTES  # full and empty; handed and fetched
         if bits == 4:
             return stages * (stage + _VALUES_BYTES) + _MAPS_BYTES + barriers
         results = _TILE_ROWS * self.tokens * 2 if self.hands_over else 0
@@ -168,6 +169,7 @@ def choose_plan(
         rows: of each layer.
         tokens: of the launch, not of a tile.
         num_blocks: thread blocks that run at once.
+        shapes: to choose from.
     """
     plans = []
     for shape in shapes:
@@ -232,7 +234,7 @@ class LinearMany:
         rows = tuple(weight.rows for weight in weights)
         self.shape = shape or shape_on(rows, kind.columns, num_tokens)
         self._columns, self._bits = kind.columns, _BITS[kind.format]
-        self._rows, self._row_tiles = rows, _row_tiles(rows)
+        self._rows = rows
         arguments = _Arguments()
         arguments.layers.blocksize_log2 = kind.blocksize.bit_length() - 1
         arguments.chunks = kind.columns // CHUNK

@@ -240,6 +240,18 @@ def test_what_a_signal_hints_at_is_true_of_the_command(
     assert ran.error["hint"] == f"run the command again{how}"
 
 
+def run_version_with(folder: Path) -> subprocess.CompletedProcess[str]:
+    """`qtool --version` in a process that begins with the folder's sitecustomize.py."""
+    return subprocess.run(
+        [sys.executable, "-m", "qtool", "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])},
+    )
+
+
 def test_an_interruption_before_any_verb_shows_no_traceback(tmp_path: Path) -> None:
     """The command line's own imports take a while, in which somebody may think twice."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -251,14 +263,7 @@ def test_an_interruption_before_any_verb_shows_no_traceback(tmp_path: Path) -> N
         "            signal.raise_signal(signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "qtool", "--version"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
-    )
+    done = run_version_with(tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
@@ -266,12 +271,5 @@ def test_an_interruption_after_the_verb_shows_no_traceback(tmp_path: Path) -> No
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, signal\natexit.register(signal.raise_signal, signal.SIGINT)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "qtool", "--version"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
-    )
+    done = run_version_with(tmp_path)
     assert (done.returncode, done.stderr) == (130, "")
