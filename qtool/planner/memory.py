@@ -61,7 +61,6 @@ class MemoryBudget:
     activations_basis: Basis
     layer: LayerShape | None
     shares: tuple[Share, ...]
-    overhead: Overhead
     loading: Loading | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -86,7 +85,6 @@ class MemoryBudget:
             activations_basis=_activations_basis(layer, workload),
             layer=layer,
             shares=_shares(weights, architecture, workload),
-            overhead=Overhead.of(workload),
             loading=_loading(model, quant, weights, workload),
             notes=_notes(model, quant, workload),
         )
@@ -97,7 +95,6 @@ class MemoryBudget:
             self,
             workload=workload,
             shares=_shares(self.weights, self.model.architecture, workload),
-            overhead=Overhead.of(workload),
         )
 
     @property
@@ -107,7 +104,7 @@ class MemoryBudget:
 
     def plan(self, workload: Workload) -> MemoryPlan:
         """The memory that the workload takes."""
-        demand, overhead = self._demand(workload), self.overhead
+        demand, overhead = self._demand(workload), self._overhead(workload)
         own = self._own_runtime(workload)
         components: dict[ComponentName, Component] = dict(demand.parts)
         components["workspace"] = Component(overhead.workspace_bytes, "heuristic")
@@ -134,7 +131,7 @@ class MemoryBudget:
 
     def peak_bytes(self, workload: Workload) -> int:
         """`plan(...).peak_bytes` without the rest; grows with context, batch and LoRA rank."""
-        demand, overhead = self._demand(workload), self.overhead
+        demand, overhead = self._demand(workload), self._overhead(workload)
         fixed_bytes = overhead.workspace_bytes + overhead.context_bytes
         return fixed_bytes + demand.total_bytes + overhead.allocator_bytes(demand.dynamic_bytes)
 
@@ -142,7 +139,7 @@ class MemoryBudget:
         """The same, or what loading takes where an output head shrinks only then."""
         if not self.weights.more_before_bytes:
             return self.peak_bytes(workload)
-        loading_bytes = self._load_peak_bytes() + self.overhead.context_bytes
+        loading_bytes = self._load_peak_bytes() + self._overhead(workload).context_bytes
         return max(self.peak_bytes(workload), loading_bytes)
 
     def kv_cache_bytes(self, workload: Workload) -> int:
@@ -217,6 +214,10 @@ class MemoryBudget:
     def _own_buffer_bytes(self, workload: Workload) -> int | None:
         """What qtool's packed layers take beside a product; bitsandbytes' make a whole weight."""
         return self.weights.buffer.dequantizing_bytes if workload.runtime == "qtool" else None
+
+    def _overhead(self, workload: Workload) -> Overhead:
+        own = self._own_runtime(workload)
+        return Overhead.of(workload, records_graph=own is not None and own.path == "graph")
 
     def _own_runtime(self, workload: Workload) -> OwnRuntime | None:
         """How qtool itself generates; None for other runtimes and modes."""

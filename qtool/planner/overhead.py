@@ -51,11 +51,16 @@ class Overhead(NamedTuple):
     allocator_share: float = GENERATE_SHARE
 
     @classmethod
-    def of(cls, workload: Workload) -> Overhead:
-        """Of a workload's runtime; GPUs that split matrices talk to each other through NCCL."""
+    def of(cls, workload: Workload, *, records_graph: bool = False) -> Overhead:
+        """Of a workload's runtime; GPUs that split matrices talk to each other through NCCL.
+
+        Args:
+            records_graph: PyTorch's products are recorded, on a stream of their own.
+        """
         trains, runtime = workload.mode != "generate", workload.runtime
         num_communicating = workload.gpus if workload.split == "tensor" else 1
-        handles = 2 if trains else 1  # the backward pass has a thread, and so a handle, of its own
+        # One for each stream and thread: the backward pass has a thread of its own.
+        num_workspaces = 2 if trains or records_graph else 1
         share = GENERATE_SHARE
         if trains:
             keeps = not workload.tuning.gradient_checkpointing
@@ -66,8 +71,8 @@ class Overhead(NamedTuple):
         more_bytes = VLLM_WORKSPACE_BYTES if runtime == "vllm" else 0
         return cls(
             context_bytes=CONTEXT_BYTES + nccl_bytes,
-            workspace_bytes=handles * CUBLAS_BYTES + more_bytes,
-            workspace_low_bytes=handles * CUBLAS_LOW_BYTES + more_bytes,
+            workspace_bytes=num_workspaces * CUBLAS_BYTES + more_bytes,
+            workspace_low_bytes=num_workspaces * CUBLAS_LOW_BYTES + more_bytes,
             allocator_share=share,
         )
 

@@ -3,9 +3,9 @@
     with lean_imports():
         from qtool.runtime.loading import load_model
 
-Left out are PyTorch's compiler, its tensors spread over processes, and scikit-learn; and the files
-of all models are read once where transformers reads them twice. On two cores of an EPYC the first
-token of a small model comes after 2.5 s instead of 3.7.
+Left out are PyTorch's compiler, its tensors spread over processes, torchvision and scikit-learn;
+and the files of all models are read once where transformers reads them twice. On two cores of an
+EPYC the first token of a small model comes after 2.5 s instead of 3.7.
 
 For our own commands only: a program that imports qtool may compile and spread what it loads. What
 asks for more than is expected here gets the real thing, later than usual.
@@ -17,7 +17,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib.abc import MetaPathFinder
@@ -27,6 +27,10 @@ from types import ModuleType
 from typing import Any, Final
 
 MARKS: Final = ("allow_in_graph", "assume_constant_result", "disable")
+# Packages that transformers imports where they are installed: torchvision for images, which brings
+# PyTorch's compiler along and fails where it was built for another PyTorch; scikit-learn for
+# assisted decoding (5.17 does, 5.23 does not), which brings SciPy and pandas.
+UNUSED_PACKAGES: Final = ("torchvision", "sklearn")
 INDEXING: Final = "torch._dynamo._trace_wrapped_higher_order_op"
 MODEL_PARTS: Final = "transformers.modeling_layers"
 MODEL_LISTS: Final = "transformers.utils.import_utils"
@@ -39,7 +43,7 @@ def lean_imports() -> Iterator[None]:
         yield
         return
     with ExitStack() as left_out:
-        left_out.enter_context(without_sklearn())
+        left_out.enter_context(without_packages(UNUSED_PACKAGES))
         left_out.enter_context(_reading_models_once())
         left_out.enter_context(_without_compiler())
         _say_not_distributed()
@@ -50,20 +54,16 @@ def lean_imports() -> Iterator[None]:
 
 
 @contextmanager
-def without_sklearn() -> Iterator[None]:
-    """Modules that are imported meanwhile find no scikit-learn.
-
-    transformers (5.17 did, 5.23 does not) imports it for assisted decoding, and with it SciPy and
-    pandas: 0.9 s for what no command of ours asks for.
-    """
-    if "sklearn" in sys.modules:
-        yield
-        return
-    sys.modules["sklearn"] = None  # type: ignore[assignment]  # how Python marks what is not there
+def without_packages(names: Iterable[str]) -> Iterator[None]:
+    """Modules that are imported meanwhile do not find these packages, unless they are there."""
+    hidden = [name for name in names if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # how Python marks what is not there
     try:
         yield
     finally:
-        del sys.modules["sklearn"]
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _say_not_distributed() -> None:

@@ -12,7 +12,7 @@ from qtool.architecture import AttentionCache, LatentCache, RecurrentState
 from qtool.planner.devices import pipeline_shares, tensor_share
 from qtool.planner.inventory import AFTER, BEFORE
 from qtool.planner.reference_models import reference_models
-from tests.planner.plans import budget_of, plan_of
+from tests.planner.plans import plan_of
 
 GQA = AttentionCache(8, 128, 128)
 
@@ -66,10 +66,13 @@ def test_more_gpus_take_less_each_and_more_together(split):
 
 def test_gpus_that_talk_to_each_other_hold_its_buffers():
     model = reference_models()[0].describe()
-    alone, two, four = (budget_of(model, "bf16", gpus=n, split="tensor") for n in (1, 2, 4))
-    assert two.overhead.context_bytes - alone.overhead.context_bytes == 342_000_000
-    assert four.overhead.context_bytes - alone.overhead.context_bytes == 392_000_000
-    assert budget_of(model, "bf16", gpus=4).overhead == alone.overhead
+
+    def overhead(num_gpus, split):
+        return plan_of(model, "bf16", gpus=num_gpus, split=split).components["runtime_overhead"]
+
+    alone, two, four = (overhead(num_gpus, "tensor").bytes for num_gpus in (1, 2, 4))
+    assert (two - alone, four - alone) == (342_000_000, 392_000_000)
+    assert overhead(4, "pipeline").bytes == alone
 
 
 def test_tensor_parallelism_keeps_hidden_states_whole_and_cuts_the_rest():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,14 @@ import pytest
 from qtool.resources import demo_model_path
 from qtool.runtime import lean_imports
 
-HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "sklearn")
+HEAVY = (
+    "torchvision",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.tensor",
+    "sympy",
+    "sklearn",
+)
 ONE_RUN = f"""
 import sys
 from qtool.cli import main
@@ -86,7 +94,7 @@ def test_a_run_needs_none_of_it() -> None:
     assert run(ONE_RUN).splitlines()[-1].split() == ["found"]
 
 
-def test_a_run_with_an_adapter(tmp_path: Any) -> None:
+def test_a_run_with_an_adapter(tmp_path: Path) -> None:
     """PEFT names parts of PyTorch that nothing imported."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
@@ -127,18 +135,34 @@ def test_a_folder_is_listed_once(tmp_path: Any) -> None:
     assert again is first
 
 
-def test_modules_imported_meanwhile_find_no_sklearn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
-    with lean_imports.without_sklearn():
-        assert importlib.util.find_spec("sklearn") is None
+def test_packages_are_not_found_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "wave", raising=False)
+    with lean_imports.without_packages(("wave",)):
+        assert importlib.util.find_spec("wave") is None
         with pytest.raises(ImportError):
-            importlib.import_module("sklearn")
-    assert "sklearn" not in sys.modules
+            importlib.import_module("wave")
+    assert importlib.import_module("wave") is sys.modules["wave"]
 
 
-def test_sklearn_that_is_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = ModuleType("sklearn")
-    monkeypatch.setitem(sys.modules, "sklearn", there)
-    with lean_imports.without_sklearn():
-        assert sys.modules["sklearn"] is there
-    assert sys.modules["sklearn"] is there
+def test_packages_that_are_there_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = ModuleType("wave")
+    monkeypatch.setitem(sys.modules, "wave", there)
+    with lean_imports.without_packages(("wave",)):
+        assert sys.modules["wave"] is there
+    assert sys.modules["wave"] is there
+
+
+def test_a_torchvision_that_cannot_be_imported_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of another build than PyTorch's."""
+    package, metadata = tmp_path / "torchvision", tmp_path / "torchvision-0.99.0.dist-info"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')\n")
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.99.0\n"
+    )
+    found = f"import sys; sys.path.append({str(tmp_path)!r})\n"
+    whole = "import importlib.util as util; assert util.find_spec('torchvision')\n"
+    assert run(found + whole + ONE_RUN).splitlines()[-1].split() == ["found"]
