@@ -106,11 +106,6 @@ class FixedLayer(StaticLayer):  # type: ignore[misc]
         self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
         self.is_initialized = True
 
-    def rewind(self, length: int) -> None:
-        """Forget what lies behind `length`."""
-        if self.is_initialized:
-            self.cumulative_length.fill_(length)
-
 
 def growing_cache(config: Any) -> Any:
     """An empty cache that grows with the text."""
@@ -153,9 +148,16 @@ def takes_chunks(cache: Any, model_type: str) -> bool:
 
 def rewind(cache: Any, length: int) -> None:
     """Forget what lies behind `length` in every layer of a cache that can."""
+    lengths = []
     for layer in cache.layers:
-        if isinstance(layer, GrowingLayer | FixedLayer):
+        if isinstance(layer, GrowingLayer):
             layer.rewind(length)
+        elif isinstance(layer, FixedLayer) and layer.is_initialized:
+            lengths.append(layer.cumulative_length)
+    if lengths:  # all at once: a launch for each layer would be longer than a short prompt's block
+        torch._foreach_zero_(lengths)
+        if length:
+            torch._foreach_add_(lengths, length)
 
 
 def cache_does_not_fit(cache: Any, capacity: int, device: torch.device) -> QtoolError | None:

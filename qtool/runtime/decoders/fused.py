@@ -35,7 +35,7 @@ from qtool.runtime.decoders.blocks import (
     PackedRows,
     describe_network,
 )
-from qtool.runtime.decoders.caches import CAPACITY_STEP, cache_does_not_fit, fixed_cache
+from qtool.runtime.decoders.caches import CAPACITY_STEP, cache_does_not_fit, fixed_cache, rewind
 from qtool.runtime.decoders.capture import CaptureFailed
 from qtool.runtime.decoders.fused_adapters import (
     AdapterGroup,
@@ -147,7 +147,7 @@ class FusedNetwork(Network):
             raise
         except (NotFusable, RuntimeError) as reason:
             self._prompt, self.prompt_reason = None, str(reason).partition("\n")[0]
-        _rewind(cache)
+        rewind(cache, 0)
 
     @property
     def has_own_choice(self) -> bool:
@@ -188,7 +188,7 @@ class FusedNetwork(Network):
         positions = torch.arange(tokens.shape[1], device=self.device).expand(self._batch, -1)
         logits = []
         for stop in range(1, tokens.shape[1] + 1):
-            _rewind(cache)
+            rewind(cache, 0)
             some = slice(stop)
             logits.append(super().logits(tokens[:, some], positions[:, some], cache).float())
         return logits
@@ -217,7 +217,7 @@ class FusedNetwork(Network):
 
     def _check_steps(self, tokens: Tensor, own: _Own, cache: Any) -> None:
         assert self._step is not None
-        _rewind(cache)
+        rewind(cache, 0)
         super().prefill(tokens[:, :1], 0, cache, in_chunks=False)
         for at in range(1, tokens.shape[1]):
             position = torch.full((self._batch, 1), at, device=self.device)
@@ -313,11 +313,6 @@ def _are_near(found: Tensor, expected: Tensor) -> bool:
 def _difference(found: Tensor, expected: Tensor) -> float:
     """The largest, over the largest logit."""
     return float((found.float() - expected).abs().max() / expected.abs().max())
-
-
-def _rewind(cache: Any) -> None:
-    for layer in cache.layers:
-        layer.rewind(0)
 
 
 # -- one step -------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from torch import Tensor
 # Steps that are queued before the host looks at the first: enough to hide its work between two
 # tokens, few enough that little is made in vain when a text ends.
 STEPS_AHEAD: Final = 8
+# Before the first token, which nothing hides behind: one for the device to go on with.
+FIRST_STEPS_AHEAD: Final = 2
 
 
 class TokenRing:
@@ -62,7 +64,8 @@ def run_ahead(
     """Steps 0, 1, ... in order, at most STEPS_AHEAD of them launched and not yet taken."""
     launched = 0
     for step in range(num_steps):
-        while launched < min(step + STEPS_AHEAD, num_steps):
+        num_ahead = STEPS_AHEAD if step else FIRST_STEPS_AHEAD
+        while launched < min(step + num_ahead, num_steps):
             launch(launched)
             launched += 1
         yield take(step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -58,7 +60,7 @@ def test_a_fixed_layer_counts_on_the_device() -> None:
     layer.update(states(6), states(6))
     assert layer.keys.shape == (2, 3, 16, 4)
     assert int(layer.cumulative_length) == 6
-    layer.rewind(2)
+    rewind(SimpleNamespace(layers=[layer]), 2)
     keys, _ = layer.update(states(1, first=500.0), states(1))
     assert torch.equal(keys[:, :, 2:3], states(1, first=500.0))
     assert int(layer.cumulative_length) == 3
@@ -105,3 +107,14 @@ def test_a_cache_is_rewound_as_a_whole() -> None:
         model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
     rewind(cache, 1)
     assert [layer.get_seq_length() for layer in cache.layers] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("length", [0, 2])
+def test_a_fixed_cache_is_rewound_as_a_whole(length: int) -> None:
+    model = tiny_model("llama")
+    cache = fixed_cache(model.config, 128)
+    rewind(cache, length)  # nothing there yet
+    with torch.inference_mode():
+        model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        rewind(cache, length)
+    assert [int(layer.cumulative_length) for layer in cache.layers] == [length] * 3

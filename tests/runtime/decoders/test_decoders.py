@@ -16,7 +16,7 @@ from qtool.runtime.decoders.capture import CaptureFailed
 from qtool.runtime.decoders.graphed import GraphDecoder
 from qtool.runtime.decoders.network import Network
 from qtool.runtime.decoders.protocol import Decoder, Sampling
-from qtool.runtime.decoders.token_ring import STEPS_AHEAD
+from qtool.runtime.decoders.token_ring import FIRST_STEPS_AHEAD, STEPS_AHEAD
 from qtool.runtime.loading import LoadOptions, load_model
 from tests.runtime.decoders.tiny import (
     CAPACITY,
@@ -167,7 +167,7 @@ def test_the_device_runs_ahead_but_not_far() -> None:
     hook = model.register_forward_pre_hook(lambda *_: steps.append(1))
     tokens = decoder.decode(Sampling(), 40)
     next(tokens)
-    assert len(steps) == STEPS_AHEAD - 1  # the first token comes from prefill
+    assert len(steps) == FIRST_STEPS_AHEAD - 1  # the first token comes from prefill
     next(tokens)
     assert len(steps) == STEPS_AHEAD
     hook.remove()

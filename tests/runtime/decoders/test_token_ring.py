@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qtool.runtime.decoders.token_ring import STEPS_AHEAD, TokenRing, run_ahead
+from qtool.runtime.decoders.token_ring import FIRST_STEPS_AHEAD, STEPS_AHEAD, TokenRing, run_ahead
 
 NUM_STEPS = 3 * STEPS_AHEAD + 2
 
@@ -26,7 +26,8 @@ def test_steps_are_taken_in_order_and_launched_ahead() -> None:
             assert step == launched
             launched += 1
         else:
-            assert launched == min(step + STEPS_AHEAD, NUM_STEPS), "neither less nor more"
+            num_ahead = STEPS_AHEAD if step else FIRST_STEPS_AHEAD
+            assert launched == min(step + num_ahead, NUM_STEPS), "neither less nor more"
 
 
 def test_closing_it_launches_no_more() -> None:
@@ -34,7 +35,7 @@ def test_closing_it_launches_no_more() -> None:
     tokens = run_ahead(launched.append, lambda step: [step], NUM_STEPS)
     next(tokens)
     tokens.close()
-    assert launched == list(range(STEPS_AHEAD))
+    assert launched == list(range(FIRST_STEPS_AHEAD))
 
 
 def test_nothing_is_launched_for_no_steps() -> None:
