@@ -29,8 +29,8 @@ from typing import Any, Final
 MARKS: Final = ("allow_in_graph", "assume_constant_result", "disable")
 # Packages that transformers imports where they are installed: torchvision for images, which brings
 # PyTorch's compiler along and fails where it was built for another PyTorch; scikit-learn for
-# assisted decoding (5.17 does, 5.23 does not), which brings SciPy and pandas.
-UNUSED_PACKAGES: Final = ("torchvision", "sklearn")
+# assisted decoding (5.17 does, 5.23 does not), which brings pandas; SciPy for losses.
+UNUSED_PACKAGES: Final = ("torchvision", "sklearn", "scipy")
 INDEXING: Final = "torch._dynamo._trace_wrapped_higher_order_op"
 MODEL_PARTS: Final = "transformers.modeling_layers"
 MODEL_LISTS: Final = "transformers.utils.import_utils"
