@@ -105,7 +105,7 @@ _RELATIVE_CLOCKS: Final = {"int8": 0.97}
 # that PyTorch's product reads, and products that it makes; what two launches take besides.
 _DEQUANTIZED_PER_CLOCK: Final = 6.0
 _READ_PER_CLOCK: Final = 8.9
-_PRODUCTS_PER_CLOCK: Final = 2010.0
+_PRODUCTS_PER_CLOCK: Final = 1990.0
 _LAUNCH_CLOCKS: Final = 5000
 
 
