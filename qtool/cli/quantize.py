@@ -83,7 +83,6 @@ def quantize(
             open_in_background()
         from qtool.quantize.command import (
             QuantizeRequest,
-            check_request,
             plan_request,
             run_request,
         )
@@ -98,9 +97,7 @@ def quantize(
             max_shard_bytes=max_shard_size,
         )
         request = QuantizeRequest(model, output, recipe, backend, threads, tile_size)
-        planned = plan_request(request, dry_run=dry_run, on_event=show.on_note)
-        if dry_run:
-            check_request(planned, restart=restart)
+        planned = plan_request(request, dry_run=dry_run, restart=restart, on_event=show.on_note)
         for words in planned.plan.warnings():
             show.warn(words)
         report_plan(show, planned, dry_run=dry_run)

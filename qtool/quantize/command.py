@@ -39,9 +39,17 @@ class PlannedRequest:
 
 
 def plan_request(
-    request: QuantizeRequest, *, dry_run: bool = False, on_event: OnEvent = ignore_events
+    request: QuantizeRequest,
+    *,
+    dry_run: bool = False,
+    restart: bool = False,
+    on_event: OnEvent = ignore_events,
 ) -> PlannedRequest:
-    """Open MODEL (for a dry run its headers only) and plan it."""
+    """Open MODEL (for a dry run its headers only) and plan it.
+
+    What `run_request` would refuse about the output is refused here, too, in a dry run and before
+    anything is downloaded.
+    """
     if request.output is None and not dry_run:
         raise QtoolError(
             "no output folder was given",
@@ -49,29 +57,31 @@ def plan_request(
             hint=("add -o OUT, or ", Option("dry_run"), " to see the plan only"),
         )
     if not dry_run:
-        check_before_download(request.model, request.recipe)
+        check_before_download(request.model, request.recipe, request.output, restart=restart)
     checkpoint = open_checkpoint(
         request.model,
         need="headers" if dry_run else "files",
         need_weights=True,
         on_event=on_event,
     )
-    return PlannedRequest(
-        request, checkpoint, build_plan(checkpoint, request.recipe), choose_backend(request.backend)
-    )
+    plan = build_plan(checkpoint, request.recipe)
+    if dry_run and request.output is not None:
+        check_output(plan_folder(checkpoint, plan), request.output, restart=restart)
+    return PlannedRequest(request, checkpoint, plan, choose_backend(request.backend))
 
 
-def check_before_download(model: str, recipe: Recipe) -> None:
-    """Raise what planning raises of a Hub model, by its headers, while no weights are here yet."""
-    if isinstance(locate_model(model), HubReference):
-        build_plan(open_checkpoint(model, need="headers", need_weights=True), recipe)
-
-
-def check_request(planned: PlannedRequest, *, restart: bool = False) -> None:
-    """Refuse the output that `run_request` would refuse, and write nothing."""
-    if planned.request.output is not None:
-        folder_plan = plan_folder(planned.checkpoint, planned.plan)
-        check_output(folder_plan, planned.request.output, restart=restart)
+def check_before_download(
+    model: str, recipe: Recipe, output: Path | None = None, *, restart: bool = False
+) -> None:
+    """Raise what planning a Hub model and writing it to `output` raise, by its headers, while no
+    weights are here yet; write nothing.
+    """
+    if not isinstance(locate_model(model), HubReference):
+        return
+    checkpoint = open_checkpoint(model, need="headers", need_weights=True)
+    plan = build_plan(checkpoint, recipe)
+    if output is not None:
+        check_output(plan_folder(checkpoint, plan), output, restart=restart)
 
 
 def run_request(

@@ -1,4 +1,7 @@
-"""Numbers as people read them. GiB is 2^30 bytes, MiB 2^20; GB/s is 1e9 bytes per second."""
+"""Numbers as people read them.
+
+GiB is 2^30 bytes, MiB 2^20; GB/s is 1e9 bytes per second, MB/s 1e6.
+"""
 
 from __future__ import annotations
 
@@ -44,5 +47,8 @@ def format_count(num: int) -> str:
 
 
 def format_rate(num_bytes: int, seconds: float) -> str:
-    """Bytes per second as GB/s."""
-    return f"{num_bytes / seconds / 1e9:.2f} GB/s" if seconds > 0 else "- GB/s"
+    """Bytes per second as GB/s, or MB/s where that would be 0.0."""
+    if seconds <= 0:
+        return "- GB/s"
+    rate = num_bytes / seconds
+    return f"{rate / 1e9:.2f} GB/s" if rate >= 1e8 else f"{rate / 1e6:.1f} MB/s"

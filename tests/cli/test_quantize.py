@@ -279,6 +279,25 @@ def test_of_a_model_that_cannot_be_quantized_no_weights_are_downloaded(
     assert not [*(tmp_path / "home").rglob("*.safetensors")]
 
 
+def test_to_a_folder_that_cannot_be_written_nothing_is_downloaded(hub_server, tmp_path):  # noqa: F811
+    write_llama(tmp_path / "model", hidden=512)
+    hub_server.add_model("org/model", tmp_path / "model")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").touch()
+    program = "from qtool.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "quantize", "org/model", "-o", str(out), "--json"],
+        env=hub_server.environment(tmp_path / "home", PYTHONPATH=str(Path.cwd())),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "thesis.txt" in json.loads(done.stderr)["error"]["message"]
+    asked = [request for request in hub_server.requests if "safetensors" in request.path]
+    assert all(request.range for request in asked)  # headers
+
+
 def test_a_dry_run_refuses_a_folder_that_is_being_written(model, tmp_path):
     work = tmp_path / "out/.qtool"
     work.mkdir(parents=True)
