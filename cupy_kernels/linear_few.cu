@@ -3,7 +3,7 @@
 // Defines: ACTIVATION (Bf16, F16), FORMAT (NF4, FP4, INT8, PLAIN: weights of the activations' dtype),
 // NESTED (0, 1), UNIT (64; 32 for 4-bit blocks of 32), TOKENS (1, 2, 4, 8: the most that a launch takes), NORM
 // (0; 1: RMS norm before; 2: its weight plus one), EPILOGUE (0: bias; 1: and residual; 2: gate and up), GATE
-// (SILU, GELU_TANH, GELU), COLUMNS, NUM_WEIGHTS (1 to 3), WARPS, STAGES (of a warp's ring), FRAGMENTS (1, 2: of
+// (of EPILOGUE 2: SILU, GELU_TANH, GELU), COLUMNS, NUM_WEIGHTS (1 to 3), WARPS, STAGES (of a warp's ring), FRAGMENTS (1, 2: of
 // 16 rows in a tile), SLICE (columns of x that are held at a time, a multiple of a chunk; with several slices
 // at least WARPS chunks), PASS (tiles between two sums over the warps), MIN_BLOCKS (thread blocks per
 // multiprocessor), HELD_X (0; 1: a warp has the same chunks of every tile, and their activations in registers;

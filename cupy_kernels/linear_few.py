@@ -25,14 +25,15 @@ OLDEST_COMPUTE_CAPABILITY: Final = (8, 0)  # asynchronous copies, bfloat16 in te
 RANK_MULTIPLE: Final = 8  # of adapters; their matrices are filled up with zeros
 NORMS: Final[dict[Norm, int]] = {"none": 0, "rms": 1, "rms_plus_one": 2}
 _EPILOGUES: Final[dict[Epilogue, int]] = {"bias": 0, "residual": 1, "gated": 2}
-_BITS: Final[dict[Format, int]] = {"nf4": 4, "fp4": 4, "int8": 8, "plain": 16}
+BITS: Final[dict[Format, int]] = {"nf4": 4, "fp4": 4, "int8": 8, "plain": 16}  # of a weight
+
+RESERVED_SHARED_BYTES: Final = 1024  # that the driver takes of each thread block's
 
 # As in the .cu
 _FRAGMENT_ROWS: Final = 16
 _LINE_BYTES: Final = 128
 _NUM_LINES: Final = 256
 _BLOCK: Final = 64
-_RESERVED_SHARED_BYTES: Final = 1024  # that the driver takes of each thread block's
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,13 +359,13 @@ def _fit(
     kind: LinearKind, num_weights: int, tokens: int, tuning: Tuning, gpu: SharedMemory
 ) -> _Fit | None:
     """How `tuning` goes, if it does."""
-    chunk = _LINE_BYTES * 8 // _BITS[kind.format]
+    chunk = _LINE_BYTES * 8 // BITS[kind.format]
     columns = ceil_div(kind.columns, chunk) * chunk
-    line_stride = 2 * _LINE_BYTES if _BITS[kind.format] == 4 else _LINE_BYTES
+    line_stride = 2 * _LINE_BYTES if BITS[kind.format] == 4 else _LINE_BYTES
     ring_bytes = tuning.warps * tuning.stages * _FRAGMENT_ROWS * _LINE_BYTES
     scratch_bytes = tuning.warps * tokens * 4
     fixed_bytes = _NUM_LINES * line_stride + ring_bytes + scratch_bytes
-    limit = min(gpu.block_bytes, gpu.multiprocessor_bytes // tuning.blocks - _RESERVED_SHARED_BYTES)
+    limit = min(gpu.block_bytes, gpu.multiprocessor_bytes // tuning.blocks - RESERVED_SHARED_BYTES)
     lines = _NUM_LINES - (8 * num_weights if kind.nested else 0)
     tile_lines = max(tuning.warps * _FRAGMENT_ROWS * tokens // 32, 1)
     held_columns = _held_columns(kind, tokens, tuning)
@@ -402,11 +403,11 @@ def _held_columns(kind: LinearKind, tokens: int, tuning: Tuning) -> int:
 
     0 if a warp's chunks are not the same in every tile, or its registers too few.
     """
-    chunk = _LINE_BYTES * 8 // _BITS[kind.format]
+    chunk = _LINE_BYTES * 8 // BITS[kind.format]
     warp_chunks, others = divmod(ceil_div(kind.columns, chunk), tuning.warps)
     if others:
         return 0
-    if tokens == 1 and _BITS[kind.format] != 4:
+    if tokens == 1 and BITS[kind.format] != 4:
         return 0  # bytes are the limit
     # of a single token a lane has one block of two chunks
     chunk_registers = _BLOCK_REGISTERS // 2 if tokens == 1 else chunk // _BLOCK * _BLOCK_REGISTERS
@@ -420,15 +421,15 @@ def _held_columns(kind: LinearKind, tokens: int, tuning: Tuning) -> int:
 def _defines(
     kind: LinearKind, num_weights: int, tokens: int, tuning: Tuning, fit: _Fit
 ) -> dict[str, str | int]:
-    return {
+    gate: dict[str, str | int] = {"GATE": kind.gate.upper()} if kind.epilogue == "gated" else {}
+    return gate | {
         "ACTIVATION": cuda_dtype(kind.dtype),
         "FORMAT": kind.format.upper(),
         "NESTED": int(kind.nested),
-        "UNIT": 32 if kind.blocksize == 32 and _BITS[kind.format] == 4 else _BLOCK,
+        "UNIT": 32 if kind.blocksize == 32 and BITS[kind.format] == 4 else _BLOCK,
         "TOKENS": tokens,
         "NORM": NORMS[kind.norm],
         "EPILOGUE": _EPILOGUES[kind.epilogue],
-        "GATE": kind.gate.upper(),
         "COLUMNS": kind.columns,
         "NUM_WEIGHTS": num_weights,
         "WARPS": tuning.warps,

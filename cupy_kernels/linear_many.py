@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from cupy_kernels.launch import Launch, ceil_div, cuda_dtype, current_gpu
 from cupy_kernels.linear_few import (
+    BITS,
     MAX_WEIGHTS,
     LinearKind,
     LinearWeight,
@@ -36,7 +37,7 @@ _VALUES_BYTES: Final = _TILE_ROWS * 16 * 2  # of 4-bit codes, of a stage
 _MAPS_BYTES: Final = MAX_WEIGHTS * 256 * 4
 _GROUPS: Final = 2  # of warps that multiply
 _BARRIER_BYTES: Final = 8
-_BITS: Final = {"nf4": 4, "fp4": 4, "int8": 8}
+_FORMATS: Final = ("nf4", "fp4", "int8")
 _NO_TILE: Final = (1 << 31) - 1
 
 
@@ -112,7 +113,7 @@ _LAUNCH_CLOCKS: Final = 5000
 def fits(kind: LinearKind) -> bool:
     """Whether the kernel takes such layers, on the current device."""
     return (
-        kind.format in _BITS
+        kind.format in _FORMATS
         and (kind.format == "int8" or kind.blocksize >= _BLOCK)
         and kind.columns % CHUNK == 0
         and kind.norm == "none"
@@ -233,7 +234,7 @@ class LinearMany:
             raise ValueError(f"{len(weights)} layers, a launch takes 1 to {MAX_WEIGHTS}")
         rows = tuple(weight.rows for weight in weights)
         self.shape = shape or shape_on(rows, kind.columns, num_tokens)
-        self._columns, self._bits = kind.columns, _BITS[kind.format]
+        self._columns, self._bits = kind.columns, BITS[kind.format]
         self._rows = rows
         arguments = _Arguments()
         arguments.layers.blocksize_log2 = kind.blocksize.bit_length() - 1
@@ -357,7 +358,7 @@ def defines_of(kind: LinearKind, shape: Shape) -> dict[str, str | int]:
         "NUM_WEIGHTS": MAX_WEIGHTS,
         "EPILOGUE": 0,
         "UNIT": _BLOCK,
-        "LINE": CHUNK * _BITS[kind.format] // 8,
+        "LINE": CHUNK * BITS[kind.format] // 8,
         "WARPGROUPS": 1,
     }
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from cupy_kernels.launch import Launch, ceil_div, cuda_dtype
 from cupy_kernels.linear_few import (
+    BITS,
+    RESERVED_SHARED_BYTES,
     LinearKind,
     LinearWeight,
     SharedMemory,
@@ -33,7 +35,6 @@ TOKEN_CLASSES: Final = (8, 16, 32, 64)  # that kernels are made for
 MAX_TOKENS: Final = TOKEN_CLASSES[-1]
 
 # As in the .cu
-_BITS: Final = {"nf4": 4, "fp4": 4, "int8": 8, "plain": 16}
 _FRAGMENT_ROWS: Final = 16
 _BLOCK: Final = 64
 _LINE_BYTES: Final = 128
@@ -43,7 +44,6 @@ _USED_GAPS: Final = _MAP_LINES + 5  # of linear_groups.cu: map, offset and barri
 _GROUP_CHUNK: Final = 256  # columns
 _SUM_BYTES: Final = 512  # of a warp's lanes, four sums each
 _X_BUFFERS: Final = 3
-_RESERVED_SHARED_BYTES: Final = 1024  # that the driver takes of each thread block's
 
 # For warps to count arrivals in, whatever the layer: four bytes for each warp of the launch.
 COUNTER_BYTES: Final = 1 << 14
@@ -360,21 +360,21 @@ def _best(plans: Sequence[Plan]) -> Plan | None:
 
 def multiplies_in_groups(kind: LinearKind) -> bool:
     """Whether there is a kernel of warpgroups for it."""
-    return _BITS[kind.format] == 4 and kind.blocksize > 32
+    return BITS[kind.format] == 4 and kind.blocksize > 32
 
 
 def plan_with(
     tuning: Tuning, kind: LinearKind, rows: int, tokens: int, gpu: SharedMemory
 ) -> Plan | None:
     """The plan with a given shape of thread blocks, where they have room."""
-    bits = _BITS[kind.format]
+    bits = BITS[kind.format]
     chunk = _LINE_BYTES * 8 // bits
     step_columns = min(max(tuning.step_values // tokens, _BLOCK), chunk)
     if tuning.x_stages:
         shared_bytes = _shared_bytes_of_groups(tuning, tokens)
     else:
         shared_bytes = _shared_bytes(tuning, kind, tokens, step_columns)
-    if shared_bytes > min(gpu.block_bytes, gpu.multiprocessor_bytes - _RESERVED_SHARED_BYTES):
+    if shared_bytes > min(gpu.block_bytes, gpu.multiprocessor_bytes - RESERVED_SHARED_BYTES):
         return None
     chunks = ceil_div(kind.columns, chunk)
     tile_units = ceil_div(chunks, tuning.column_warps)
@@ -437,7 +437,7 @@ def _partial_tiles(tiles: int, tile_units: int, block_units: int) -> int:
 
 def _shared_bytes(tuning: Tuning, kind: LinearKind, tokens: int, step_columns: int) -> int:
     """Table; activations, dynamic map and barrier; rings; sums of column warps."""
-    is_4bit = _BITS[kind.format] == 4
+    is_4bit = BITS[kind.format] == 4
     table_bytes = _TABLE_LINES * 2 * _LINE_BYTES if is_4bit else 0
     lines = _X_BUFFERS * tuning.column_warps * step_columns // _BLOCK * tokens
     lines += (_MAP_LINES if kind.nested else 0) + 1

@@ -159,12 +159,18 @@ def _own_folder() -> Path:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    """Another process never sees half a file."""
+    """Another process never sees half a file, nor one after a power cut; what fails leaves none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    Path(partial).replace(path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
 
 
 def _options(defines: Defines, target: str) -> tuple[str, ...]:

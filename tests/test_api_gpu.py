@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -65,6 +67,50 @@ def test_texts_overlap(decoders: list[Any]) -> None:
     texts = ["".join(parts) for parts in zip(*zip(*pieces, strict=True), strict=True)]
     assert texts == [expected] * 2
     assert len(decoders) == 2
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_threads_begin_at_once(path: str, decoders: list[Any]) -> None:
+    """Each with a decoder of its own, whose graph is recorded while the other makes its own."""
+    if path == "fused":
+        pytest.importorskip("cupy")
+    model = load()
+    expected = text(model, path=path)
+    rounds = 3
+    for _ in range(rounds):
+        qtool.release(model)
+        begin = threading.Barrier(2)
+
+        def make_text(_: int, begin: threading.Barrier = begin) -> str:
+            begin.wait()
+            return text(model, path=path)
+
+        with ThreadPoolExecutor(2) as threads:
+            assert list(threads.map(make_text, range(2))) == [expected] * 2
+    assert set(decoders) == {path}
+    assert len(decoders) > rounds + 1, "no two overlapped"
+
+
+@pytest.mark.parametrize("path", ("fused", "graph"))
+def test_another_stream_waits_for_steps_that_nobody_reads(path: str, decoders: list[Any]) -> None:
+    if path == "fused":
+        pytest.importorskip("cupy")
+    model = load()
+    expected = text(model, path=path)
+    one, other = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(one):
+        begun = qtool.stream(model, "Once", max_new_tokens=24, path=path)
+        for _ in range(3):
+            next(begun)
+        torch.cuda._sleep(1 << 30)  # half a second or so, many times what a text takes
+        next(begun)  # launches steps behind it
+        begun.close()  # type: ignore[attr-defined]
+        late = one.record_event()
+    assert not late.query(), "the steps are through already"
+    with torch.cuda.stream(other):
+        assert text(model, path=path) == expected
+    assert late.query(), "it did not wait"
+    assert decoders == [path]
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Work that takes long enough to be told about depends on the machine, and so does the backend.
 PROGRESS = re.compile(
-    r"^(kernels made ready|backend  |\w+: .* in [\d.]+ s \(.* GB/s\)$).*$", re.MULTILINE
+    r"^(kernels made ready|backend  |\w+: .* in [\d.]+ s( \(.* GB/s\))?$).*$", re.MULTILINE
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
@@ -25,6 +26,36 @@ def check_linear_layers(
             _check_source(tensor, parameter)
     if missing:
         _raise_missing(sorted(missing), architecture)
+
+
+def missing_parameters(names: Iterable[str], architecture: Architecture) -> list[str]:
+    """Parameters that no stored tensor of these `names` is loaded into, sorted.
+
+    Only those for which that is sure: none where a tensor is stored that the architecture does not
+    know, and beside tensors that are no parameters (some are taken apart into parameters) only
+    those whose like in another layer is stored.
+    """
+    found: set[str] = set()
+    others = False
+    for name in names:
+        parameter = architecture.find(name)
+        if parameter is not None:
+            # Of two that are tied, transformers takes the one that is stored for both.
+            found |= {parameter.name, parameter.tied_to or parameter.name}
+        elif architecture.stored_names.why_ignored(name) is not None:
+            others = True
+        else:
+            return []
+    missing = {t.name for t in architecture.tensors.values() if t.tied_to is None} - found
+    if others:
+        alike = {_without_numbers(name) for name in found}
+        missing = {name for name in missing if _without_numbers(name) in alike}
+    return sorted(missing)
+
+
+def _without_numbers(name: str) -> str:
+    """The same for a parameter of each layer."""
+    return re.sub(r"\.\d+(?=\.)", ".N", name)
 
 
 def _check_source(tensor: TensorLayout, parameter: ModelTensor) -> None:

@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, Self, cast
+from typing import Any, Final, Literal, Self
 
 import torch
 from torch import Tensor
@@ -236,7 +236,7 @@ class _Turns:
         try:
             with self._subject.load(on_event) as loaded:
                 on_event(Note(f"{self._subject.label} is ready after {loaded.load_s:.1f} s"))
-                rival = self._share(loaded)
+                rival = self._share(loaded, on_event)
                 for size in self._request.sizes:
                     try:
                         for samples in self._measure(loaded, rival, size, on_event):
@@ -250,7 +250,7 @@ class _Turns:
         finally:
             _free_memory()
 
-    def _share(self, loaded: LoadedModel) -> Any | None:
+    def _share(self, loaded: LoadedModel, on_event: OnEvent) -> Any | None:
         if self._request.against is None:
             return None
         if " + " in loaded.devices:
@@ -258,6 +258,7 @@ class _Turns:
                 f"transformers is not measured: the weights are spread over {loaded.devices}"
             )
             return None
+        on_event(Note(f"loading {_rival_of(loaded)} over the same weights"))
         try:
             with quiet_bitsandbytes():
                 return share_network(loaded.model)
@@ -312,8 +313,10 @@ class _Turns:
         step = Advanced(self._subject.step_bytes(size), "warm-up")
         rival_player = None
         if rival is not None:
+            on_event(Note(f"warming up {_rival_of(loaded)}, {size.text}"))
             rival_player = self._warm_up_rival(loaded, rival, size, ids)
             on_event(step._replace(num_bytes=step.num_bytes * size.new_tokens))
+        on_event(Note(f"warming up qtool, {size.text}"))
         memory = DeviceMemory(loaded.device)
         own = QtoolEngine(
             loaded, capacity=size.context, batch=size.batch, options=self._request.decoding
@@ -328,8 +331,8 @@ class _Turns:
         self, loaded: LoadedModel, network: Any, size: Size, ids: Tensor
     ) -> _Player | None:
         """A rival that fails is a warning."""
-        name = "transformers" if loaded.num_packed_layers == 0 else "transformers+bitsandbytes"
-        engine = TransformersEngine(cast(Engine, name), network)
+        name = _rival_of(loaded)
+        engine = TransformersEngine(name, network)
         memory = DeviceMemory(loaded.device)
         try:
             timing = engine.run(ids, size.new_tokens)
@@ -338,6 +341,10 @@ class _Turns:
             self._warnings.append(f"{name} is not measured at {size.text}: {first_line}")
             return None
         return _Player(engine, memory.allocated_peak_bytes(), warm_up_s=timing.seconds)
+
+
+def _rival_of(loaded: LoadedModel) -> Engine:
+    return "transformers" if loaded.num_packed_layers == 0 else "transformers+bitsandbytes"
 
 
 def _random_prompts(loaded: LoadedModel, size: Size) -> Tensor:

@@ -17,7 +17,7 @@ from qtool.formats.precisions import (
     Precision,
     QuantizedPrecision,
 )
-from qtool.planner.model import open_model
+from qtool.planner.model import PlannedModel, open_model
 from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
 from qtool.runtime.random_model import build_random_model
 
@@ -58,6 +58,7 @@ class Subject:
                 head_precision=self.step.head_precision,
                 model_id=self.label,
             )
+        on_event(Note(f"loading {self.label}"))
         options = LoadOptions(
             quant=self.packs,
             compute_dtype=COMPUTE_DTYPES.get(self.quant),
@@ -136,6 +137,7 @@ def _checkpoint_subject(
 ) -> Subject:
     planned = open_model(model)
     quant = precision or planned.stored_precision or DEFAULT_PRECISION
+    _refuse_other_than_stored(planned, quant)
     planned.check_precision(quant)
     packs = quant in QUANTIZED_PRECISIONS and not planned.packed
     return Subject(
@@ -146,3 +148,21 @@ def _checkpoint_subject(
         model=model,
         packs=cast(QuantizedPrecision, quant) if packs else None,
     )
+
+
+def _refuse_other_than_stored(planned: PlannedModel, quant: str) -> None:
+    """What is packed runs as it is; the planner would say that it cannot plan."""
+    stored = planned.stored_precision
+    if stored is not None and planned.stored_format is None and quant != stored:
+        raise QtoolError(
+            (
+                f"{planned.id} is quantized already ({stored}), so it does not run with ",
+                Option("quant", quant),
+            ),
+            kind="unsupported",
+            hint=(
+                "leave out ",
+                Option("quant"),
+                " to run it as it is, or give the full-precision model",
+            ),
+        )

@@ -194,13 +194,18 @@ class _Groups:
                 yield group_rows(measured, shape_text(shape), DTYPE_WORDS[dtype])
                 _release(device, self.rival)
             if not (self.on_gpu and dtype == "F32"):  # models there have 16 bit
-                yield from self._measure_products(shape, dtype)
+                yield from self._measure_products(shape, dtype, warnings)
 
-    def _measure_products(self, shape: Shape, dtype: SourceDtype) -> Iterator[list[Row]]:
+    def _measure_products(
+        self, shape: Shape, dtype: SourceDtype, warnings: list[str]
+    ) -> Iterator[list[Row]]:
         for tokens in self.request.tokens:
             place = _ProductPlace(self.on_gpu, self.num_threads, shape, dtype, tokens)
             if taken := [p for p in self.products if tokens >= p.min_tokens]:
-                yield place.rows(taken, self.rival, self.request.repeats, self.on_event)
+                repeats = self.request.repeats
+                rows, failures = place.measure(taken, self.rival, repeats, self.on_event)
+                warnings.extend(failures)
+                yield rows
 
 
 # -- one shape and dtype --------------------------------------------------------------------------
@@ -256,13 +261,14 @@ class _ProductPlace:
     dtype: SourceDtype
     tokens: int
 
-    def rows(
+    def measure(
         self,
         products: Sequence[Product],
         rival: Bitsandbytes | None,
         repeats: int,
         on_event: OnEvent,
-    ) -> list[Row]:
+    ) -> tuple[list[Row], list[str]]:
+        """The rows, and a sentence for each product that the rival failed at."""
         import torch
 
         from qtool.bench.products import ProductGroup
@@ -272,13 +278,15 @@ class _ProductPlace:
         group = ProductGroup(
             device, self.shape, self.dtype, self.tokens, products, with_rival=rival is not None
         )
-        measured, errors = group.measure(repeats, on_event)
+        measured, compared = group.measure(repeats, on_event)
         if self.on_gpu:
             torch.cuda.empty_cache()
-        return [
+        errors = compared.errors
+        rows = [
             replace(row, tokens=self.tokens, relative_error=errors.get((row.op, row.engine)))
             for row in group_rows(measured, shape_text(self.shape), DTYPE_WORDS[self.dtype])
         ]
+        return rows, compared.warnings
 
 
 def _why_no_products(*, on_gpu: bool) -> str | None:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from qtool.checkpoint.config_json import CONFIG_NAME, MAX_CONFIG_BYTES
-from qtool.checkpoint.strict_json import parse_json_object
 from qtool.errors import Option, QtoolError
 
 DEFAULT_SHAPE: Final = "llama-3.1-8b"
@@ -60,6 +58,9 @@ MODEL_SHAPES: Final[dict[str, Mapping[str, Any]]] = {
 # How many layers the models have whose shapes have few.
 FULL_LAYERS: Final = {"llama-3.1-70b-4layers": 80, "llama-3.1-405b-2layers": 126}
 
+# For help and errors.
+SHAPE_NAMES: Final = ", ".join(MODEL_SHAPES)
+
 
 def read_model_shape(name: str, *, option: str = "model_shape") -> tuple[str, Mapping[str, Any]]:
     """A short name and the config of the model shape `name`, or of a config.json or its folder.
@@ -69,6 +70,10 @@ def read_model_shape(name: str, *, option: str = "model_shape") -> tuple[str, Ma
     Raises:
         QtoolError: usage, if it is neither; bad_file, if the file is no JSON object.
     """
+    # Help lists the names, and is to load no checkpoints for it.
+    from qtool.checkpoint.config_json import CONFIG_NAME, MAX_CONFIG_BYTES
+    from qtool.checkpoint.strict_json import parse_json_object
+
     if name in MODEL_SHAPES:
         return name, MODEL_SHAPES[name]
     path = Path(name)
@@ -78,7 +83,7 @@ def read_model_shape(name: str, *, option: str = "model_shape") -> tuple[str, Ma
         raise QtoolError(
             (Option(option, name), ": neither a known shape nor a config.json"),
             kind="usage",
-            hint=f"{', '.join(MODEL_SHAPES)}, or the path of a model's config.json",
+            hint=f"{SHAPE_NAMES}, or the path of a model's config.json",
         )
     hint = "give the config.json of a model"
     config = parse_json_object(path.read_bytes(), file=str(path), hint=hint, allow_infinity=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qtool.checkpoint.file_source import FileSource
 from qtool.checkpoint.local_folder import LocalFolder
-from qtool.checkpoint.open import HubReference, locate_model, naming_the_nearest
+from qtool.checkpoint.open import MODEL_HINT, HubReference, locate_model, naming_the_nearest
 from qtool.checkpoint.records import Shard, TensorInfo
 from qtool.checkpoint.safetensors_header import fetch_header
 from qtool.checkpoint.strict_json import parse_json_object
@@ -73,7 +73,7 @@ def find_adapter(adapter: str | Path, on_event: OnEvent = ignore_events) -> Adap
     Raises:
         QtoolError: neither; on the Hub, no adapter; auth, network or no_space.
     """
-    reference = adapter if isinstance(adapter, Path) else locate_model(adapter)
+    reference = _locate(adapter)
     if not isinstance(reference, HubReference):
         return AdapterPlace(reference)
     from qtool.checkpoint.hub import HubRepository, download
@@ -92,10 +92,23 @@ def read_adapter(adapter: str | Path, on_event: OnEvent = ignore_events) -> Adap
     Raises:
         QtoolError: what `find_adapter` and `read_adapter_files` raise.
     """
-    reference = adapter if isinstance(adapter, Path) else locate_model(adapter)
+    reference = _locate(adapter)
     if not isinstance(reference, HubReference):
         return read_adapter_files(reference)
     return _read_files(_list_on_hub(reference, on_event), reference.repo_id)
+
+
+def _locate(adapter: str | Path) -> Path | HubReference:
+    if isinstance(adapter, Path):
+        return adapter
+    try:
+        return locate_model(adapter)
+    except QtoolError as error:
+        if error.hint != MODEL_HINT:
+            raise
+        raise error.with_hint(
+            f"give a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, or a Hub id that has them"
+        ) from None
 
 
 def _list_on_hub(reference: HubReference, on_event: OnEvent) -> HubRepository | LocalFolder:

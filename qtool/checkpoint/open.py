@@ -22,6 +22,7 @@ from qtool.checkpoint.weight_files import (
     check_against_index,
     find_weight_files,
     no_weights,
+    unfinished,
 )
 from qtool.errors import QtoolError
 from qtool.events import Note, OnEvent, ignore_events
@@ -221,7 +222,7 @@ def _read_config_if_any(source: FileSource, *, need_config: bool) -> Mapping[str
         return read_config(source)
     if not need_config:
         return {}
-    raise QtoolError(
+    raise unfinished(source) or QtoolError(
         f"{source.describe('').rstrip('/')}: expected a config.json beside the weights, found none",
         kind="bad_file",
         hint=source.missing_hint,

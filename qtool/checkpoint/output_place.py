@@ -17,6 +17,8 @@ from typing import Any
 
 from qtool.errors import Option, QtoolError
 
+WORK_FOLDER = ".qtool"  # in OUT while it is being written, and after an interruption
+
 
 def refuse_file(path: Path) -> None:
     """Raise QtoolError (usage) where OUT is there and is no folder."""

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from qtool.checkpoint.file_source import FileSource, read_whole
 from qtool.checkpoint.names import is_shard_name, quoted
+from qtool.checkpoint.output_place import WORK_FOLDER
 from qtool.checkpoint.records import TensorInfo
 from qtool.checkpoint.strict_json import json_type, parse_json_object
 from qtool.errors import QtoolError
@@ -75,7 +76,7 @@ def find_weight_files(
             hint="give the base model that adapter_config.json names",
         )
     if len(files) > 1:
-        raise _several_without_index(source, files)
+        raise unfinished(source) or _several_without_index(source, files)
     return WeightFiles(tuple(files))
 
 
@@ -134,9 +135,22 @@ def check_against_index(
     return by_name
 
 
+def unfinished(source: FileSource) -> QtoolError | None:
+    """The error for the output of a qtool command that was interrupted, or still runs."""
+    if source.path is None or not (source.path / WORK_FOLDER).is_dir():
+        return None
+    return QtoolError(
+        f"{source.path}: expected a model, found the output of a qtool command that did not finish",
+        kind="not_found",
+        hint="run that command again: it goes on with what is missing",
+    )
+
+
 def no_weights(source: FileSource) -> QtoolError:
     """The error for a place without safetensors files, which says what lies there instead."""
     where = source.describe("").rstrip("/")
+    if (error := unfinished(source)) is not None:
+        return error
     names = _top_level(source)
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qtool.backends import BackendChoice
+from qtool.bench.model_shapes import SHAPE_NAMES
 from qtool.cli import options
 from qtool.cli.option_names import is_given
-from qtool.cli.session import verb_session
+from qtool.cli.session import LOADING, verb_session
 from qtool.defaults import PREFILL_CHUNK
 from qtool.errors import Option
 from qtool.formats.precisions import Precision, QuantizedPrecision
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from qtool.checkpoint.records import Checkpoint
     from qtool.report.output import Output
 
-LOADING = "loading PyTorch"
 SUBVERBS = ("quantize", "kernels", "generate", "finetune", "optimizers")
 EXAMPLES = (
     "qtool bench quantize",
@@ -70,8 +70,7 @@ def quantize(
         str,
         typer.Option(
             metavar="NAME",
-            help="llama-3.1-8b, llama-3.2-1b, llama-3.1-70b-4layers, llama-3.1-405b-2layers, or "
-            "the path of a config.json.",
+            help=f"{SHAPE_NAMES}, or the path of a config.json.",
         ),
     ] = "llama-3.1-8b",
     work_dir: Annotated[
@@ -236,8 +235,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="llama-3.1-8b, llama-3.2-1b, llama-3.1-70b-4layers, or the path of a "
-            "config.json. Nothing is written; the weights are made on the device.",
+            help=f"{SHAPE_NAMES}, or the path of a config.json. Nothing is written; the weights "
+            "are made on the device.",
             show_default="llama-3.1-8b on a GPU, else llama-3.2-1b",
         ),
     ] = None,
@@ -345,8 +344,7 @@ def finetune(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="llama-3.1-8b, llama-3.2-1b, or the path of a config.json; the weights are "
-            "random.",
+            help=f"{SHAPE_NAMES}, or the path of a config.json; the weights are random.",
             show_default="llama-3.1-8b on a GPU, else llama-3.2-1b",
         ),
     ] = None,

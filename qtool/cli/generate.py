@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qtool.cli import options
-from qtool.cli.session import verb_session
+from qtool.cli.session import LOADING, verb_session
 from qtool.cli.sizes import parse_threshold
 from qtool.defaults import (
     LEAST_TEMPERATURE,
@@ -70,7 +70,8 @@ def generate(
         ),
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Read the prompt from a file, but its last line break."),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Stop after so many tokens.")
@@ -243,6 +244,7 @@ def generate(
         require_context(opened, max_context)
         folder = None if adapter is None else _fetch_adapter(show, adapter)
         head_start.begin(device)
+        show.note(LOADING)
         with lean_imports():
             from qtool.report.generate import converse, report_loaded, report_result
             from qtool.runtime.answers import Request, answer, check_request

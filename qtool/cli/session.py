@@ -31,6 +31,7 @@ LOCKING: Final = ("threading", "concurrent.futures._base", "concurrent.futures.t
 STARTING: Final = ("threading", "start")
 WAITING: Final = [("threading", name) for name in ("wait", "join", "_wait_for_tstate_lock")]
 RUN_AGAIN: Final[Hint] = ("run the command again",)
+LOADING: Final = "loading PyTorch"  # takes seconds, in which there is nothing else to say
 CONTINUING: Final = ("quantize", "merge")  # they go on with what is in OUT, if told nothing
 
 

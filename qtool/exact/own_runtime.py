@@ -55,7 +55,7 @@ def run_own_runtime(
         held = None if fixed is None else _fused_path(model, fixed, request.batch, capacity)
         moments.filling_cache = False
         prompt, _attention, buffers = held or (None, None, None)
-        if prompt is not None and ids.numel() > products.MAX_FUSED_TOKENS:
+        if prompt is not None and ids.numel() > products.MAX_PACKED_TOKENS:
             _run_fused(prompt, buffers, ids, request.prefill_chunk)
         else:
             _run_operations(model, fixed, ids, moments, request.prefill_chunk)
@@ -208,7 +208,7 @@ def _linear_int8(
 def reads_packed(x: Tensor) -> bool:
     """Whether a GPU multiplies x (..., in_features) straight from packed weights."""
     columns = x.shape[-1]
-    few = x.numel() <= products.MAX_FUSED_TOKENS * columns
+    few = x.numel() <= products.MAX_PACKED_TOKENS * columns
     return few and columns % 64 == 0 and x.dtype in KERNEL_DTYPES
 
 

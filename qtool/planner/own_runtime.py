@@ -59,7 +59,9 @@ WHOLE_TYPES: Final = frozenset({"deepseek_v32", "falcon_mamba", "glm_moe_dsa", "
 # Rotary frequencies that depend on the length of the text, so that a long prompt is run whole.
 LENGTH_DEPENDENT_ROTARY: Final = frozenset({"longrope", "dynamic"})
 
-# What the fused kernels take; a refused block goes the graph path.
+# What the fused kernels take; a refused block goes the graph path. Of more columns, all of which a
+# norm needs at once, one thread block does not hold the activations.
+LARGEST_FUSED_HIDDEN: Final = 14_336
 FUSED_TYPES: Final = frozenset(
     {
         "gemma",
@@ -142,6 +144,7 @@ class FusedBlock:
             and heads // kv_heads <= LARGEST_GROUP
             and head_dim % 8 == 0
             and head_dim <= LARGEST_HEAD_DIM
+            and hidden <= LARGEST_FUSED_HIDDEN
             and not _text_config(config).get("use_bidirectional_attention")
             and not any(
                 n % FUSED_COLUMNS for n in (hidden, queries, architecture.intermediate_size)

@@ -172,8 +172,8 @@ def _expert_notes(model: PlannedModel, quant: str, workload: Workload) -> list[s
         ]
     if workload.runtime == "qtool":
         return [
-            "with every routed expert packed; qtool itself does not quantize or run mixtures of "
-            "experts yet"
+            "with every routed expert packed; qtool itself neither quantizes nor runs packed "
+            "mixtures of experts yet"
         ]
     return []
 

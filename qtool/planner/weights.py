@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 from qtool.architecture import Architecture, ModelTensor
 from qtool.formats.bitsandbytes import QuantizedWeight, packed_layouts
+from qtool.formats.pieces import rows_at_a_time
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 from qtool.formats.tensors import DTYPE_BITS, TensorLayout
 from qtool.planner.activations import NO_BUFFER, DequantBuffer
@@ -29,10 +30,8 @@ FLOATS: Final = {2: "BF16", 4: "F32"}  # by their bytes
 COMPUTE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 # How qtool's packed linear layers multiply more than a few tokens (tests hold these against the
-# runtime): a weight becomes floating point in pieces of whole rows, a multiple of PIECE_ROWS where
-# so many fit. The backward pass of INT8 makes its pieces in chunks through float32.
-PIECE_ELEMENTS: Final = 1 << 26
-PIECE_ROWS: Final = 256
+# runtime): a weight becomes floating point in pieces of whole rows (`qtool.formats.pieces`). The
+# backward pass of INT8 makes its pieces in chunks through float32.
 CHUNK_ELEMENTS: Final = 1 << 24
 FLOAT32_BYTES: Final = 4
 
@@ -280,9 +279,7 @@ def _add_up(
 def piece_rows(num_rows: int, columns: int) -> list[int]:
     """The rows that are dequantized at a time, of a matrix of so many rows and columns: the first
     two of the pieces that are alike, and the rest."""
-    most = max(PIECE_ELEMENTS // columns, 1)
-    if most >= PIECE_ROWS:
-        most -= most % PIECE_ROWS
+    most = rows_at_a_time(columns)
     full, rest = divmod(num_rows, most)
     return [most] * min(full, 2) + [rest] * bool(rest)
 

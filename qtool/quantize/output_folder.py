@@ -28,6 +28,7 @@ from typing import Any
 
 from qtool import __version__
 from qtool.checkpoint.output_place import (
+    WORK_FOLDER,
     encode_json,
     hold_lock,
     refuse_file,
@@ -37,7 +38,6 @@ from qtool.checkpoint.output_place import (
 from qtool.errors import Option, QtoolError
 from qtool.quantize.growing_file import GrowingFile
 
-WORK_FOLDER = ".qtool"
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
 MANIFEST = "qtool_manifest.json"

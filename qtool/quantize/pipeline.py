@@ -279,7 +279,8 @@ def _nonfinite_error(
         else floats[where]
     )
     return QtoolError(
-        f"{source.shard}: {source.name}: {num_bad} values are not finite; "
+        f"{source.shard}: {source.name}: {num_bad} {'value is' if num_bad == 1 else 'values are'} "
+        "not finite; "
         f"element {index + where} is {found}",
         kind="bad_file",
         hint=hint,

@@ -182,9 +182,7 @@ def _generate_table(runs: Sequence[GenerateRun]) -> Table:
 
 
 def _generate_lines(runs: Sequence[GenerateRun]) -> Iterable[str]:
-    for run in runs:
-        if run.path is not None:
-            yield f"{run.engine} ran on the {run.path} path: {run.path_reason}"
+    yield from _path_lines([run for run in runs if run.path is not None])
     for run in runs:
         if run.scaled is not None:
             fewer, more = run.scaled.measured_layers
@@ -192,6 +190,33 @@ def _generate_lines(runs: Sequence[GenerateRun]) -> Iterable[str]:
                 f"{run.scaled.layers} layers: from the time that {more} layers take longer than "
                 f"{fewer}"
             )
+
+
+def _path_lines(runs: Sequence[GenerateRun]) -> Iterable[str]:
+    """How qtool ran; where that differs, with the sizes in as few words as tell them apart."""
+    taken: dict[tuple[str | None, str | None], list[GenerateRun]] = {}
+    for run in runs:
+        taken.setdefault((run.path, run.path_reason), []).append(run)
+    places: list[dict[str, None]] = []
+    for name_size in (_batch_text, _length_text, _size_text):
+        places = [dict.fromkeys(map(name_size, group)) for group in taken.values()]
+        if len(set().union(*places)) == sum(map(len, places)):
+            break
+    for (path, reason), names in zip(taken, places, strict=True):
+        where = f" ({'; '.join(names)})" if len(taken) > 1 else ""
+        yield f"qtool ran on the {path} path{where}: {reason}"
+
+
+def _batch_text(run: GenerateRun) -> str:
+    return f"batch {run.batch}"
+
+
+def _length_text(run: GenerateRun) -> str:
+    return f"{run.prompt_tokens} + {run.new_tokens} tokens"
+
+
+def _size_text(run: GenerateRun) -> str:
+    return run.size.text
 
 
 def _rate_text(mean: float | None, deviation: float | None) -> str:

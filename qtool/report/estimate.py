@@ -242,7 +242,7 @@ def _own_parts(plans: Sequence[MemoryPlan]) -> Iterable[str]:
     if workload.head_quant:
         yield f"output head {workload.head_quant}"
     for threshold in {plan.int8_threshold for plan in plans} - {None}:
-        yield f"int8 activations of prompts, threshold {threshold:g}"
+        yield f"in int8 also the activations of prompts, threshold {threshold:g}"
     if (adapter := workload.adapter) is not None:
         rank = "" if adapter.rank is None else f" (rank {adapter.rank})"
         yield f"adapter {shown_name(adapter.name)}{rank}"

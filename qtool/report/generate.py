@@ -140,6 +140,8 @@ def _take_turn(
     if isinstance(result.interruption, Terminated):  # which ends more than the answer
         raise result.interruption
     output.detail(_speed(result))
+    if not result.reused_tokens:  # a new decoder
+        output.detail(_way(loaded, result))
     if result.stop_reason in ("length", "interrupted"):
         output.note(f"({_why_it_ended(output, result)})")
 
@@ -173,8 +175,13 @@ def _statistics(output: Output, loaded: LoadedModel, result: GenerateResult) -> 
         f"loaded in {loaded.load_s:.1f} s"
         + (f" · first token after {result.first_token_s:.1f} s" if result.first_token_s else "")
         + _memory_words(loaded.memory.device_peak()),
-        f"{loaded.devices} · {result.path}: {result.path_reason}{rounded}",
+        f"{_way(loaded, result)}{rounded}",
     ]
+
+
+def _way(loaded: LoadedModel, result: GenerateResult) -> str:
+    """Where the model ran, and how."""
+    return f"{loaded.devices} · {result.path}: {result.path_reason}"
 
 
 def _phases(loaded: LoadedModel, result: GenerateResult) -> str:
@@ -217,8 +224,9 @@ def _why_it_ended(output: Output, result: GenerateResult) -> str:
 def _speed(result: GenerateResult) -> str:
     prefill, decode = result.prefill_tok_s, result.decode_tok_s
     num_new = len(result.token_ids)
+    known = f", {result.reused_tokens:,} in the cache" if result.reused_tokens else ""
     return (
-        f"prompt {result.prompt_tokens:,} token{'s' * (result.prompt_tokens != 1)}"
+        f"prompt {result.prompt_tokens:,} token{'s' * (result.prompt_tokens != 1)}{known}"
         + (f", {prefill:,.1f} tok/s" if prefill else "")
         + f" · new {num_new:,} token{'s' * (num_new != 1)}"
         + (f", {decode:,.1f} tok/s" if decode else "")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qtool.report.output import Output
 
 WORTH_A_LINE_S = 1.0  # quicker stages are not worth a line in a log
+WORTH_A_RATE_BYTES = 64 << 20  # of less most time goes to something else
 # When a stage first says how far it is; then after twice as long, and so on: logs stay short.
 FIRST_LINE_S = {False: 10.0, True: 2.0}  # by --verbose
 
@@ -83,8 +84,9 @@ class _LineEvents:
     def _report(self, stage: str, seconds: float) -> None:
         line = f"{stage}: {seconds:.1f} s"
         if self._stage.is_transfer:
-            rate = format_rate(self._done_bytes, seconds)
-            line = f"{stage}: {format_bytes(self._done_bytes)} in {seconds:.1f} s ({rate})"
+            line = f"{stage}: {format_bytes(self._done_bytes)} in {seconds:.1f} s"
+            if self._done_bytes >= WORTH_A_RATE_BYTES:
+                line += f" ({format_rate(self._done_bytes, seconds)})"
         if seconds >= WORTH_A_LINE_S:
             self._output.note(line)
         else:

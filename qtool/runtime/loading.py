@@ -42,13 +42,21 @@ from qtool.runtime.linear import Int8Layer, LinearInt8, PackedLayer
 from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
 from qtool.runtime.meta_device import WithoutMetaArithmetic
 from qtool.runtime.model_config import (
+    DO_NOT_BELONG,
+    GENERATION_CONFIG,
     Int8Threshold,
+    as_list,
     build_config,
     check_quantization,
     find_model_class,
+    first_of,
+    in_no_file,
     int8_threshold,
     layer_compute_dtype,
     model_dtype,
+    place_of,
+    read_generation_config,
+    require_weights,
 )
 from qtool.runtime.on_load import quantize_on_load
 from qtool.runtime.output_head import quantize_head
@@ -64,7 +72,8 @@ from qtool.runtime.weights import WeightSource, open_stored_weights
 
 QUIET_S: Final = 0.5  # work that takes longer is told about
 NO_TOKENIZER: Final = "transformers finds none among its files"
-GENERATION_CONFIG: Final = "generation_config.json"
+TOKENIZER_JSON: Final = ("tokenizer.json", "tokenizer_config.json")
+OTHER_TOKENIZER_JSON: Final = ("special_tokens_map.json", "added_tokens.json", "vocab.json")
 SLOW_FLOAT32: Final = (
     "config.json asks for products in float32, which is slow on a GPU; "
     "--compute-dtype bfloat16 is faster"
@@ -171,13 +180,16 @@ def load_model(
     ):
         context = background.submit(_make_context, device)
         config = build_config(checkpoint)
-        find_model_class(config)  # or there is none, which says more than its tokenizer would
+        # Or there is none, which says more than its tokenizer would.
+        model_class = find_model_class(config)
+        generation = read_generation_config(checkpoint)
         tokenizer = load_tokenizer(checkpoint)
         max_context = getattr(config.get_text_config(), "max_position_embeddings", None)
         check(Preview(tokenizer, max_context, device))
         seconds = time.perf_counter() - start_s
         on_event(Note(f"headers, config and tokenizer: {seconds:.1f} s", level="detail"))
         with _open_weights(checkpoint, options, on_event) as source, ExitStack() as offloaded:
+            require_weights(checkpoint, model_class, source.layers)
             if trained is not None and not source.layers:
                 on_event(Note(_trained_beside(trained)))
             threshold = None
@@ -214,7 +226,7 @@ def load_model(
             return LoadedModel(
                 model=network,
                 tokenizer=tokenizer,
-                eos_token_ids=_eos_token_ids(checkpoint, config, tokenizer),
+                eos_token_ids=_eos_token_ids(generation, config, tokenizer),
                 max_context=max_context,
                 num_packed_layers=len(source.layers),
                 load_s=time.perf_counter() - start_s,
@@ -235,6 +247,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     except Exception as error:  # the tokenizers library raises plain Exception for bad files
         first_line = str(error).strip().partition("\n")[0].rstrip()
         is_whole = not first_line.endswith(":")  # else a list follows of what there might have been
+        _refuse_broken_json(checkpoint)
         raise _no_tokenizer(checkpoint, first_line if is_whole else NO_TOKENIZER) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made from no file, by some types
         raise _no_tokenizer(checkpoint, NO_TOKENIZER)
@@ -242,11 +255,34 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def _no_tokenizer(checkpoint: Checkpoint, reason: str) -> QtoolError:
+    assert checkpoint.folder is not None
+    are_there = all((checkpoint.folder / name).is_file() for name in TOKENIZER_JSON)
     return QtoolError(
         f"{checkpoint.id}: no usable tokenizer: {reason}",
-        kind="not_found",
-        hint="tokenizer.json and tokenizer_config.json belong into the model's folder",
+        kind="bad_file" if are_there else "not_found",
+        hint=(
+            "fetch tokenizer.json and tokenizer_config.json again"
+            if are_there
+            else "tokenizer.json and tokenizer_config.json belong into the model's folder"
+        ),
     )
+
+
+def _refuse_broken_json(checkpoint: Checkpoint) -> None:
+    """Name the first of the tokenizer's files that is no JSON; transformers tells only where."""
+    assert checkpoint.folder is not None
+    for name in (*TOKENIZER_JSON, *OTHER_TOKENIZER_JSON):
+        path = checkpoint.folder / name
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            continue
+        except (ValueError, RecursionError) as error:
+            raise QtoolError(
+                f"{path}: expected JSON, found an error: {error}",
+                kind="bad_file",
+                hint=f"fetch {name} again from the model's original source",
+            ) from error
 
 
 @contextmanager
@@ -320,7 +356,8 @@ def _compile_kernels(
     if layers and device.type == "cuda" and importlib.util.find_spec("cupy") is not None:
         from qtool.runtime.warm_up import warm_up_kernels
 
-        warm_up_kernels(layers, device, dtypes.of_products, adapted=options.adapter is not None)
+        is_adapted = options.adapter is not None
+        warm_up_kernels(config, layers, device, dtypes.of_products, adapted=is_adapted)
         if threshold is not None:
             widths = [la.in_features for la in layers.values() if isinstance(la, Int8Layer)]
             int8_products.warm_up(widths, device, dtypes.of_products)
@@ -375,7 +412,7 @@ def _build_model(
         ) from error
     on_event(Finished("loading"))
     _check_report(checkpoint, report, on_event)
-    network.generation_config = _generation_config(checkpoint, network)
+    network.generation_config = _generation_config(checkpoint, network, on_event)
     return network
 
 
@@ -401,25 +438,16 @@ def _wait_for_kernels(compiling: Future[None], on_event: OnEvent) -> None:
 
 def _check_report(checkpoint: Checkpoint, report: dict[str, Any], on_event: OnEvent) -> None:
     """Weights that are missing or of another shape are errors, superfluous ones a warning."""
-    hint = "config.json and the weights do not belong together, or the download is incomplete"
-    for name, found, expected in report["mismatched_keys"]:
-        raise wrong_shape(f"{checkpoint.id}: {name}", expected, found)
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise wrong_shape(place_of(checkpoint, name), expected, found)
     if report["missing_keys"]:
-        raise QtoolError(
-            f"{checkpoint.id}: {_first_of(report['missing_keys'])} in no file",
-            kind="bad_file",
-            hint=hint,
-        )
+        raise in_no_file(checkpoint, report["missing_keys"])
     if report.get("error_msgs"):
-        raise QtoolError(f"{checkpoint.id}: {report['error_msgs'][0]}", kind="bad_file", hint=hint)
+        text = f"{checkpoint.id}: {report['error_msgs'][0]}"
+        raise QtoolError(text, kind="bad_file", hint=DO_NOT_BELONG)
     if report["unexpected_keys"]:
-        text = f"{_first_of(report['unexpected_keys'])} stored, but not part of the model"
+        text = f"{first_of(report['unexpected_keys'])} stored, but not part of the model"
         on_event(Note(text, level="warning"))
-
-
-def _first_of(names: Any) -> str:
-    first, *others = sorted(names)
-    return f"{first} and {len(others)} more are" if others else f"{first} is"
 
 
 def _loaded_bytes(source: WeightSource, dtype: torch.dtype) -> int:
@@ -432,26 +460,26 @@ def _loaded_bytes(source: WeightSource, dtype: torch.dtype) -> int:
     return total
 
 
-def _generation_config(checkpoint: Checkpoint, network: Any) -> Any:
+def _generation_config(checkpoint: Checkpoint, network: Any, on_event: OnEvent) -> Any:
     """What `network.generate` goes by: generation_config.json, else what config.json implies."""
     assert checkpoint.folder is not None
+    path = checkpoint.folder / GENERATION_CONFIG
+    if not path.exists():
+        return network.generation_config
     try:
         return transformers.GenerationConfig.from_pretrained(
             str(checkpoint.folder), local_files_only=True
         )
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        text = f"{path}: transformers does not take it, so the library's defaults hold: {error}"
+        on_event(Note(text, level="warning"))
         return network.generation_config
 
 
-def _eos_token_ids(checkpoint: Checkpoint, config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """From generation_config.json, else config.json; and the tokenizer's own."""
-    assert checkpoint.folder is not None
-    path = checkpoint.folder / GENERATION_CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        found = None
+def _eos_token_ids(generation: Mapping[str, Any], config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """From what generation_config.json holds, else config.json; and the tokenizer's own."""
+    found = generation.get("eos_token_id")
     if found is None:
         found = getattr(config.get_text_config(), "eos_token_id", None)
-    ids = found if isinstance(found, list) else [found]
-    return tuple(dict.fromkeys(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int)))
+    ids = (*as_list(found), tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))

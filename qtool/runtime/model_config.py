@@ -1,4 +1,5 @@
-"""The model's config.json, made safe and turned into transformers' own config.
+"""The model's config.json, made safe and turned into transformers' own config, and what it and
+generation_config.json say of the weights and of the end of a text.
 
 Nothing in a config may choose code: entries that name Python files, kernels or other weight files
 are dropped, and `trust_remote_code` is never given.
@@ -17,10 +18,17 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from qtool.architecture import Architecture, build_architecture
+from qtool.architecture.stored_weights import missing_parameters
+from qtool.checkpoint.config_json import MAX_CONFIG_BYTES
+from qtool.checkpoint.file_source import read_whole
+from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.records import Checkpoint
+from qtool.checkpoint.strict_json import parse_json_object
 from qtool.errors import Option, QtoolError
 from qtool.formats.bitsandbytes import find_quantized
 from qtool.formats.precisions import QuantizedPrecision
+from qtool.runtime.hf_quantizer import wrong_shape
 from qtool.runtime.linear import Int8Layer, PackedLayer
 from qtool.runtime.weights import TORCH_DTYPES
 
@@ -53,6 +61,11 @@ FLOAT_DTYPES: Final = {
     "bfloat16": torch.bfloat16,
 }
 
+GENERATION_CONFIG: Final = "generation_config.json"
+DO_NOT_BELONG: Final = (
+    "config.json and the weights do not belong together, or the download is incomplete"
+)
+
 Int8Threshold = float | Literal["config"]
 DEFAULT_INT8_THRESHOLD: Final = 6.0  # bitsandbytes', where a config does not say
 
@@ -64,9 +77,98 @@ def require_runnable(checkpoint: Checkpoint, quant: QuantizedPrecision | None = 
         checkpoint: its weights may be on the Hub still.
         quant: what it is to be packed in, as `requirements.require_model` found possible.
     """
-    find_model_class(build_config(checkpoint))
+    model_class = find_model_class(build_config(checkpoint))
     if quant is None:
         check_quantization(checkpoint, find_quantized(checkpoint.tensors))
+    require_weights(checkpoint, model_class)
+
+
+def require_weights(
+    checkpoint: Checkpoint, model_class: Any, layers: Mapping[str, PackedLayer] | None = None
+) -> None:
+    """Raise QtoolError for weights that headers already show to be missing, or of another shape.
+
+    What cannot be told for sure shows once the weights are loaded: of model types that transformers
+    alone knows, and of classes other than the one that the architecture describes.
+
+    Args:
+        layers: the packed layers, by stored module name, where their shapes are known.
+    """
+    try:
+        architecture = build_architecture(checkpoint.config)
+    except QtoolError:
+        return
+    if architecture.class_name != model_class.__name__:
+        return
+    for module, layer in (layers or {}).items():
+        _check_packed_shape(checkpoint, architecture, f"{module}.weight", layer)
+    packed = find_quantized(checkpoint.tensors)
+    parts = {part.name for weight in packed.values() for part in weight.statistics.values()}
+    missing = missing_parameters(checkpoint.tensors.keys() - parts, architecture)
+    if missing:
+        raise in_no_file(checkpoint, missing)
+
+
+def _check_packed_shape(
+    checkpoint: Checkpoint, architecture: Architecture, name: str, layer: PackedLayer
+) -> None:
+    parameter = architecture.find(name)
+    if parameter is None or not parameter.is_linear:
+        return
+    expected = parameter.shape[::-1] if parameter.kind == "conv1d" else parameter.shape
+    found = (layer.out_features, layer.in_features)
+    if found != expected:
+        raise wrong_shape(place_of(checkpoint, name), expected, found)
+
+
+def place_of(checkpoint: Checkpoint, name: str) -> str:
+    """How messages name a tensor: with the model, and its file where it is stored as `name`."""
+    stored = checkpoint.tensors.get(name)
+    return (
+        f"{checkpoint.id}: {name}" if stored is None else f"{checkpoint.id}: {stored.shard}: {name}"
+    )
+
+
+def in_no_file(checkpoint: Checkpoint, names: Collection[str]) -> QtoolError:
+    """The error for parameters that are stored nowhere."""
+    return QtoolError(
+        f"{checkpoint.id}: {first_of(names)} in no file", kind="bad_file", hint=DO_NOT_BELONG
+    )
+
+
+def first_of(names: Collection[str]) -> str:
+    """The first name, how many more there are, and the verb: "a.weight and 8 more are"."""
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} more are" if others else f"{first} is"
+
+
+def read_generation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What generation_config.json holds; {} where there is none.
+
+    Raises:
+        QtoolError: bad_file: too large, no JSON object, or an eos_token_id that is no token.
+    """
+    assert checkpoint.folder is not None
+    source = LocalFolder(checkpoint.folder, only=(GENERATION_CONFIG,))
+    if GENERATION_CONFIG not in source.files:
+        return {}
+    hint = "fetch the file again, or remove it: then config.json says where a text ends"
+    data = read_whole(source, GENERATION_CONFIG, max_bytes=MAX_CONFIG_BYTES, hint=hint)
+    file = source.describe(GENERATION_CONFIG)
+    values = parse_json_object(data, file=file, hint=hint, allow_infinity=True)
+    found = values.get("eos_token_id")
+    if found is not None and not all(type(token) is int for token in as_list(found)):
+        raise QtoolError(
+            f"{file}: eos_token_id: expected a whole number or a list of them, found {found!r:.80}",
+            kind="bad_file",
+            hint=hint,
+        )
+    return values
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, anything else as the only entry of one."""
+    return value if isinstance(value, list) else [value]
 
 
 def build_config(checkpoint: Checkpoint) -> Any:

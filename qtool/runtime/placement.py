@@ -59,7 +59,7 @@ def choose_placement(device: str, max_memory: str | None, weights_bytes: int) ->
     chosen = resolve_device(device)
     if max_memory is not None:
         limits = read_limits(max_memory, chosen)
-        return Placement(chosen, "sequential", limits, "spread by the limits that were given")
+        return Placement(chosen, "sequential", limits, "placed by the limits that were given")
     if chosen.type == "cuda" and device == "auto":
         free_bytes, _ = torch.cuda.mem_get_info(chosen)
         if weights_bytes + RESERVED_BYTES > free_bytes:

@@ -1,12 +1,12 @@
-"""Products with packed layers as PyTorch operators, on any device.
+"""Products with packed layers as PyTorch operators, on a GPU or the CPU.
 
     y = linear_4bit(x, packed, absmax, quant_type="nf4", blocksize=64, out_features=4096, ...)
 
 They run on the current stream, may be captured in CUDA graphs and compiled by torch.compile, and
-have a gradient for x. Up to 64 tokens go through kernels that read the packed bytes, and so do more
-where a GPU of Hopper is faster that way (up to some thousand tokens); else through a dequantized
-copy and PyTorch's product, or with INT8 weights, where that is asked for, through an INT8 product
-(`qtool.runtime.int8_products`).
+have a gradient for x. A few tokens go through kernels that read the packed bytes: up to 64 on a
+GPU, and more where one of Hopper is faster that way (up to some thousand); up to 32 on the CPU. The
+others go through a dequantized copy and PyTorch's product, or with INT8 weights, where that is
+asked for, through an INT8 product (`qtool.runtime.int8_products`).
 """
 
 from __future__ import annotations
@@ -22,18 +22,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from cupy_kernels import OLDEST_COMPUTE_CAPABILITY
+from qtool.formats.pieces import rows_at_a_time
 from qtool.formats.precisions import NESTED_BLOCKSIZE, QuantType
 from qtool.runtime.dequantize import dequantize_4bit, dequantize_absmax, dequantize_int8
 from qtool.runtime.dequantize_host import KERNEL_DTYPES, SOURCE_DTYPES
 from qtool.runtime.int8_products import fits_kernels, multiply_rounded, multiply_rounded_host
 from qtool.runtime.products_host import NestedAbsmax, linear_4bit_host, linear_int8_host
 
-# The largest piece of a weight that exists in floating point at a time: 128 MiB in bfloat16. Layers
-# beyond it (the MLP of a 70B model) are multiplied in several pieces of whole rows.
-MAX_DEQUANTIZED_ELEMENTS: Final = 1 << 26
-PIECE_ROWS: Final = 256
-# Tokens that go through the kernels for few and some.
-MAX_FUSED_TOKENS: Final = 64
+# Tokens that go through the kernels for few and some on a GPU, and that are never rounded to INT8.
+MAX_PACKED_TOKENS: Final = 64
 
 # Any: PyTorch declares no types for its methods.
 _library: Any = torch.library.Library("qtool", "DEF")  # type: ignore[no-untyped-call]
@@ -69,6 +66,9 @@ def linear_4bit(
 
     Returns:
         x's dtype (..., out_features).
+
+    Raises:
+        RuntimeError: x is not as wide as the weight.
     """
     statistics = (
         (None, *absmax.tensors)
@@ -98,6 +98,12 @@ def linear_int8(
         scb: float32 (out_features,), absmax of each row.
         threshold: where `rounds_activations`, x is rounded to INT8 but for columns with a value of
             at least so much (0: all of it); None never rounds. The gradient is that of None.
+
+    Returns:
+        x's dtype (..., out_features).
+
+    Raises:
+        RuntimeError: x is not as wide as the weight.
     """
     return cast(Tensor, torch.ops.qtool.linear_int8(x, codes, scb, bias, threshold))
 
@@ -108,7 +114,7 @@ def rounds_activations(x: Tensor, codes: Tensor, threshold: float | None) -> boo
     Where that is asked for, and there are more than 64 tokens. On a GPU in 16 bit and with our
     kernels only, in the shapes that they take: elsewhere nothing is rounded, which is more exact.
     """
-    if threshold is None or x.numel() <= MAX_FUSED_TOKENS * codes.shape[1]:
+    if threshold is None or x.numel() <= MAX_PACKED_TOKENS * codes.shape[1]:
         return False
     if x.device.type == "cpu":
         return True
@@ -122,7 +128,7 @@ def runs_fused(x: Tensor, columns: int) -> bool:
     from cupy_kernels import linear_few
 
     num_tokens = x.numel() // columns
-    fits = num_tokens <= MAX_FUSED_TOKENS and columns % 64 == 0
+    fits = num_tokens <= MAX_PACKED_TOKENS and columns % 64 == 0
     return (
         fits and torch.cuda.get_device_capability(x.device) >= linear_few.OLDEST_COMPUTE_CAPABILITY
     )
@@ -130,7 +136,7 @@ def runs_fused(x: Tensor, columns: int) -> bool:
 
 def _runs_many(x: Tensor, kind: Any, out_features: int) -> bool:
     num_tokens = x.numel() // kind.columns
-    if num_tokens <= MAX_FUSED_TOKENS:
+    if num_tokens <= MAX_PACKED_TOKENS:
         return False
     from qtool.runtime.packed_products import takes_many
 
@@ -163,6 +169,7 @@ def _linear_4bit_cpu(
     out_features: int,
     weight_dtype: str,
 ) -> Tensor:
+    _check_columns(x, packed, out_features, bits=4)
     nested = (absmax_codes, nested_absmax, nested_quant_map, nested_offset)
     return linear_4bit_host(
         x,
@@ -190,6 +197,7 @@ def _linear_4bit_cuda(
     out_features: int,
     weight_dtype: str,
 ) -> Tensor:
+    _check_columns(x, packed, out_features, bits=4)
     columns = x.shape[-1]
     statistics = (absmax, absmax_codes, nested_absmax, nested_quant_map, nested_offset)
     if x.dtype in KERNEL_DTYPES and has_kernels(x.device) and packed.data_ptr() % 16 == 0:
@@ -293,6 +301,7 @@ def _launch_dequantize(
 def _linear_int8_cpu(
     x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None, threshold: float | None = None
 ) -> Tensor:
+    _check_columns(x, codes, codes.shape[0], bits=8)
     if threshold is not None and rounds_activations(x, codes, threshold):
         return multiply_rounded_host(x, codes, scb, bias, threshold)
     return linear_int8_host(x, codes, scb, bias=bias)
@@ -302,6 +311,7 @@ def _linear_int8_cuda(
     x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None, threshold: float | None = None
 ) -> Tensor:
     out_features, columns = codes.shape
+    _check_columns(x, codes, out_features, bits=8)
     if threshold is not None and rounds_activations(x, codes, threshold):
         return multiply_rounded(x, codes, scb, bias, threshold)
     if x.dtype in KERNEL_DTYPES and has_kernels(x.device) and codes.data_ptr() % 16 == 0:
@@ -346,14 +356,28 @@ def dequantize_rows_int8(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tens
 # -- what both share ------------------------------------------------------------------------------
 
 
-class _Launches(threading.local):
+def _check_columns(x: Tensor, weight: Tensor, out_features: int, *, bits: int) -> None:
+    """See that x (..., in_features) is as wide as the weight, by the packed bytes of any dtype.
+
+    Of a single row of 4-bit values they do not tell whether the last nibble is one.
+
+    Raises:
+        RuntimeError: it is not, as with PyTorch's own product.
+    """
+    num_bytes = weight.nbytes
+    if -(-out_features * x.shape[-1] * bits // 8) != num_bytes:
+        in_features = num_bytes * 8 // bits // out_features
+        raise RuntimeError(f"x: expected shape [..., {in_features}], found {list(x.shape)}")
+
+
+class _LaunchCache(threading.local):
     """Launches by kind, shape and device; a launch's arguments belong to one thread at a time."""
 
     def __init__(self) -> None:
         self.by_key: dict[Any, Any] = {}
 
 
-_launches = _Launches()
+_launch_cache = _LaunchCache()
 
 
 def _multiply_packed(
@@ -376,7 +400,7 @@ def _multiply_packed(
             out_features, *(0 if t is None else t.data_ptr() for t in (*tensors, bias))
         )
         with torch.cuda.device(x.device):
-            if rows.shape[0] <= MAX_FUSED_TOKENS:
+            if rows.shape[0] <= MAX_PACKED_TOKENS:
                 _launch_for(kind, weight, rows).queue(rows, out)
             else:
                 _launch_for_many(kind, weight, rows).queue(rows, (out,))
@@ -389,9 +413,9 @@ def _launch_for(kind: Any, weight: Any, rows: Tensor) -> Any:
 
     max_tokens = tokens_of_kernel(rows.shape[0])
     key = (kind, weight.rows, max_tokens, rows.device)
-    launch = _launches.by_key.get(key)
+    launch = _launch_cache.by_key.get(key)
     if launch is None:
-        launch = _launches.by_key[key] = PackedProduct(kind, weight, max_tokens)
+        launch = _launch_cache.by_key[key] = PackedProduct(kind, weight, max_tokens)
     launch.set_weight(weight)
     return launch
 
@@ -401,21 +425,16 @@ def _launch_for_many(kind: Any, weight: Any, rows: Tensor) -> Any:
 
     shape = many_shape(kind, (weight.rows,), rows.shape[0])
     key = (kind, weight.rows, shape, rows.device)
-    launch = _launches.by_key.get(key)
+    launch = _launch_cache.by_key.get(key)
     if launch is None:
-        launch = _launches.by_key[key] = ManyProducts(kind, (weight,), rows.shape[0])
+        launch = _launch_cache.by_key[key] = ManyProducts(kind, (weight,), rows.shape[0])
     launch.set_weights((weight,))
     return launch
 
 
 def row_pieces(out_features: int, columns: int) -> list[slice]:
-    """Which rows of a weight (out_features, columns) are dequantized at a time, in order.
-
-    So many that a piece has at most MAX_DEQUANTIZED_ELEMENTS, if more than one row; and that most
-    begin with a whole group of absmax.
-    """
-    step = MAX_DEQUANTIZED_ELEMENTS // columns
-    step = max(step // PIECE_ROWS * PIECE_ROWS, 1) if step >= PIECE_ROWS else max(step, 1)
+    """Which rows of a weight (out_features, columns) are dequantized at a time, in order."""
+    step = rows_at_a_time(columns)
     return [slice(row, min(row + step, out_features)) for row in range(0, out_features, step)]
 
 
@@ -444,24 +463,27 @@ def _make_output(x: Tensor, out_features: int) -> Tensor:
 
 def _fake_4bit(x: Tensor, packed: Tensor, *others: Any) -> Tensor:
     out_features: int = others[8]
+    _check_columns(x, packed, out_features, bits=4)
     return _make_output(x, out_features)
 
 
 def _fake_int8(
     x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None, threshold: float | None = None
 ) -> Tensor:
+    _check_columns(x, codes, codes.shape[0], bits=8)
     return _make_output(x, codes.shape[0])
 
 
 def _keep_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*(t for t in inputs[1:7]))
+    ctx.columns = inputs[0].shape[-1]
     ctx.layer = inputs[8:]
 
 
 def _gradient_4bit(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     packed, *statistics = ctx.saved_tensors
-    quant_type, blocksize, out_features, weight_dtype = ctx.layer
-    columns = packed.numel() * 2 // out_features
+    quant_type, blocksize, _, weight_dtype = ctx.layer
+    columns = ctx.columns
     dtype = getattr(torch, weight_dtype)
 
     def make_weight(rows: slice) -> Tensor:

@@ -33,7 +33,7 @@ from qtool.runtime.dequantize_host import SOURCE_DTYPES
 # decoding (it returns blocks above 32 MiB to the system at once).
 MAX_HOST_ELEMENTS: Final = 1 << 22
 # Up to as many rows of x the packed weight is the faster one.
-MAX_FUSED_TOKENS: Final = 32
+MAX_HOST_PACKED_TOKENS: Final = 32
 MAX_DENSE_TOKENS: Final = 4  # the same where the weight is not packed
 # Rows of x that a kernel takes at once: more of a usual length would not stay in the first cache.
 TILE_TOKENS: Final = {torch.bfloat16: 8, torch.float32: 4}
@@ -94,7 +94,7 @@ def linear_4bit_host(
         (..., out_features) in the dtype of x.
     """
     size = x.shape[-1]
-    if x.numel() > MAX_FUSED_TOKENS * size or not _in_groups(size, blocksize):
+    if x.numel() > MAX_HOST_PACKED_TOKENS * size or not _in_groups(size, blocksize):
         decode = _four_bit_decoder(
             packed,
             absmax.dequantize() if isinstance(absmax, NestedAbsmax) else absmax,
@@ -119,7 +119,7 @@ def linear_int8_host(
     Weights are float32; activations are not quantized.
     """
     out_features, size = codes.shape
-    if x.numel() > MAX_FUSED_TOKENS * size or not _in_groups(size, size):
+    if x.numel() > MAX_HOST_PACKED_TOKENS * size or not _in_groups(size, size):
 
         def decode(first: int, last: int) -> Tensor:
             return dequantize_int8(codes[first:last], scb[first:last], torch.float32)

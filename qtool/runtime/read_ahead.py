@@ -117,7 +117,7 @@ class ReadAhead:
 
         Raises:
             QtoolError: what `fill` raised, for this part or for one read ahead.
-        CancelledError: the context was left meanwhile.
+            CancelledError: the context was left meanwhile.
         """
         with self._may_read:
             pending = self._pending.pop(part.tensor.name)

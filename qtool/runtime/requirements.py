@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qtool.backends.cuda_driver import NoCudaError, cannot_run, find_driver
@@ -15,6 +18,7 @@ from qtool.errors import Option, QtoolError
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 
 if TYPE_CHECKING:
+    from qtool.architecture import Architecture
     from qtool.checkpoint.records import Checkpoint
 
 RUN_PACKAGES: Final = ("torch", "transformers", "accelerate")
@@ -93,9 +97,7 @@ def require_model(model: str, quant: QuantizedPrecision | None = None) -> Checkp
     Raises:
         QtoolError: what `open_checkpoint` and `quantize_on_load` raise.
     """
-    from qtool.checkpoint.open import open_checkpoint
-
-    checkpoint = open_checkpoint(model, need="headers", need_weights=True)
+    checkpoint = _open_headers(model)
     if quant is None:
         return checkpoint
     from qtool.architecture import build_architecture
@@ -103,8 +105,61 @@ def require_model(model: str, quant: QuantizedPrecision | None = None) -> Checkp
 
     refuse_quantized_source(checkpoint)
     recipe = Recipe(format=QuantFormat(quant))
-    plan_tensors(checkpoint.tensors.values(), build_architecture(checkpoint.config), recipe)
+    with _naming(checkpoint):
+        architecture = build_architecture(checkpoint.config)
+    if architecture.experts is not None:
+        raise _packed_mixture(checkpoint, architecture, quant)
+    with _naming(checkpoint):
+        plan_tensors(checkpoint.tensors.values(), architecture, recipe)
     return checkpoint
+
+
+def _open_headers(model: str) -> Checkpoint:
+    """Where MODEL is an adapter's folder, the next step names its base."""
+    from qtool.checkpoint.open import open_checkpoint
+
+    try:
+        return open_checkpoint(model, need="headers", need_weights=True)
+    except QtoolError as error:
+        base = _base_of_adapter(Path(model).expanduser())
+        if error.kind != "unsupported" or base is None:
+            raise
+        adapter = Option("adapter", model)
+        hint = (f"give its base model, {base}; generate takes the adapter beside it: ", adapter)
+        raise error.with_hint(hint) from error
+
+
+def _base_of_adapter(folder: Path) -> str | None:
+    """What the adapter_config.json of a folder names; None where there is none that says."""
+    from qtool.checkpoint.adapter_files import read_adapter_files
+
+    try:
+        base = read_adapter_files(folder).config.get("base_model_name_or_path")
+    except QtoolError:
+        return None
+    return base if isinstance(base, str) and base else None
+
+
+@contextmanager
+def _naming(checkpoint: Checkpoint) -> Iterator[None]:
+    """Put the model before what is said of its config.json and tensors."""
+    try:
+        yield
+    except QtoolError as error:
+        text = f"{checkpoint.id}: {error.message}"
+        raise QtoolError(text, kind=error.kind, hint=error.hint) from error
+
+
+def _packed_mixture(
+    checkpoint: Checkpoint, architecture: Architecture, quant: QuantizedPrecision
+) -> QtoolError:
+    assert architecture.experts is not None
+    return QtoolError(
+        f"{checkpoint.id}: config.json: {architecture.class_name} is a mixture of "
+        f"{architecture.experts.num_experts} experts per layer, whose packed experts do not run",
+        kind="unsupported",
+        hint=("leave out ", Option("quant", quant), " to run it as it is stored"),
+    )
 
 
 def made_for(checkpoint: Checkpoint) -> int | None:

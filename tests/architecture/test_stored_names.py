@@ -9,6 +9,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from qtool.architecture import KNOWN_MODEL_TYPES, Architecture, build_architecture
+from qtool.architecture.stored_weights import missing_parameters
 from tests.architecture import oracle
 from tests.architecture.families import TINY
 
@@ -146,3 +147,41 @@ def test_reasons_say_what_the_tensor_is():
     assert tied.why_kept("lm_head.weight") == "tied to model.embed_tokens.weight"
     falcon = "transformer.h.0.mlp.dense_h_to_4h.weight"
     assert "subclass of nn.Linear" in (tiny("falcon").why_kept(falcon) or "")
+
+
+def test_what_is_in_no_file_is_known_from_the_names():
+    llama = tiny("llama")
+    names = set(llama.tensors)
+    norm, up = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+    assert missing_parameters(names, llama) == []
+    assert missing_parameters(names - {norm, up}, llama) == [up, norm]
+    bare = {name.removeprefix("model.") for name in names - {up}}  # as base models are saved
+    assert missing_parameters(bare, llama) == [up]
+
+
+def test_what_is_in_no_file_is_left_open_where_names_are_not_all_known():
+    llama = tiny("llama")
+    norm, up = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+    names = set(llama.tensors) - {norm, up}
+    assert missing_parameters({*names, "some.other.weight"}, llama) == []
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert missing_parameters({*names, buffer}, llama) == [up]  # its like in layer 0 is there
+
+
+def test_either_of_two_tied_weights_is_enough():
+    tied = tiny("llama", tie_word_embeddings=True)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    assert tied.tensors[head].tied_to == embedding
+    for name in (embedding, head):
+        assert missing_parameters(set(tied.tensors) - {name}, tied) == []
+    assert missing_parameters(set(tied.tensors) - {embedding, head}, tied) == [embedding]
+
+
+@pytest.mark.parametrize(
+    "folder", ["mirror--medgemma-27b-it", "mirror--bloom-176b", "mirror--gemma-2b-it"]
+)
+def test_nothing_is_missing_from_a_published_index(test_data, folder):
+    path = test_data / "configs" / folder
+    config = json.loads((path / "config.json").read_text())
+    stored = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert missing_parameters(stored, build_architecture(config)) == []

@@ -10,6 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from qtool.architecture import build_architecture
+from qtool.architecture.stored_weights import missing_parameters
 from tests.architecture import oracle
 from tests.architecture.families import TINY
 
@@ -36,6 +37,13 @@ def test_every_written_tensor_is_found_and_the_parameters_are_complete(model_typ
     missing = [name for name, tensor in ours.tensors.items() if tensor.tied_to is None]
     missing = [name for name in missing if name not in stored]
     assert len(missing) == TAKEN_APART.get(model_type, 0), missing
+    with safe_open(tmp_path / "model.safetensors", framework="np") as file:
+        names = list(file.keys())
+    assert missing_parameters(names, ours) == []  # nothing that loads would be refused
+    for dropped in names:
+        parameter = ours.find(dropped)
+        found = missing_parameters([name for name in names if name != dropped], ours)
+        assert found in ([], [parameter and parameter.name])
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_a_packed_checkpoint_runs_as_it_is(bench, tmp_path):
     ran = run("quantize", demo_model_path(), "-o", tmp_path / "packed", "--quant", "fp4")
     assert ran.exit_code == 0
     assert bench(model=str(tmp_path / "packed")).quant == "fp4"
-    with pytest.raises(QtoolError, match="quantized already"):
+    with pytest.raises(QtoolError, match=r"already \(fp4\), so it does not run with quant='nf4'"):
         bench(model=str(tmp_path / "packed"), precision="nf4")
     plain, packed = (
         bench(model=str(tmp_path / "packed"), head_precision=head) for head in (None, "int8")
@@ -283,6 +283,22 @@ def test_what_runs_is_told_before_it_begins_and_how_long_it_may_take(
     assert notes[1].startswith("this takes at least ") and "rate of a copy" in notes[1]
     # 4 layers take 6 s a step, so 10 for the prompt and 3 for the tokens make 78 s.
     assert notes.count("2 runs come, about 156 s") == 2
+
+
+def test_what_takes_long_is_told_when_it_begins(bench):
+    pytest.importorskip("bitsandbytes")
+    events = []
+    model = str(demo_model_path())
+    bench(on_event=events.append, model=model, against="bitsandbytes", new_tokens=24)
+    notes = [event.text for event in events if isinstance(event, Note) and event.level == "info"]
+    task, loading, ready, sharing, *warm_ups = notes
+    assert "in nf4-dq on cpu" in task and loading == f"loading {model}"
+    assert ready.startswith(f"{model} is ready after")
+    assert sharing == "loading transformers+bitsandbytes over the same weights"
+    assert warm_ups[:2] == [  # a slow machine is told how long the rest takes
+        "warming up transformers+bitsandbytes, batch 1, 6 + 24 tokens",
+        "warming up qtool, batch 1, 6 + 24 tokens",
+    ]
 
 
 def test_a_warm_up_moves_with_each_token(bench):

@@ -13,7 +13,7 @@ from qtool.bench.kernels import KernelRequest, bench_kernels, double_quant_ratio
 from qtool.bench.operations import OPERATIONS, PRODUCTS
 from qtool.bench.records import Moved, time_ratio
 from qtool.errors import QtoolError
-from qtool.runtime.products import MAX_FUSED_TOKENS
+from qtool.runtime.products import MAX_PACKED_TOKENS
 from tests.bench.tiny_shape import shrink_sizes
 
 CODECS = ("quantize", "dequantize")
@@ -155,7 +155,7 @@ def test_products_are_compared_with_float64(dtype, error):
 
 def test_products_of_rounded_activations_take_many_tokens():
     rounded = [product for product in PRODUCTS if product.threshold is not None]
-    assert {product.min_tokens for product in rounded} == {MAX_FUSED_TOKENS + 1}
+    assert {product.min_tokens for product in rounded} == {MAX_PACKED_TOKENS + 1}
     rows = bench(words=("linear int8",), shapes=((64, 256),), tokens=(65,)).rows
     errors = {row.op: row.relative_error for row in rows if row.engine == "qtool"}
     # With outliers most of the result is exact.
@@ -174,6 +174,27 @@ def test_bitsandbytes_multiplies_the_same_bytes():
     # It would wait for the device to find outliers.
     assert errors.keys() == {product.name for product in PRODUCTS if not product.threshold}
     assert all(0 < error < 0.03 for error in errors.values())
+
+
+def test_products_of_rows_that_share_a_block_are_measured():
+    rows = bench(words=("linear",), shapes=((64, 100), (3, 5))).rows
+    errors = [row.relative_error for row in rows if row.engine == "qtool"]
+    assert len(errors) == 8 and all(0 < error < 4e-3 for error in errors)
+
+
+def test_a_shape_that_bitsandbytes_cannot_multiply_is_a_warning(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+
+    def fail(input):
+        raise RuntimeError("shape '[64, 1]' is invalid\nat all")
+
+    monkeypatch.setattr("qtool.bench.products.share_layer", lambda module, **options: fail)
+    result = bench(words=("linear fp4",), with_rival=True, shapes=((64, 100),), tokens=(2,))
+    assert result.warnings == (
+        "bitsandbytes is not measured at linear fp4 bf16 64x100, 2 tokens: shape '[64, 1]' is "
+        "invalid",
+    )
+    assert [row.engine for row in result.rows] == ["limit", "qtool", "torch"]
 
 
 def test_a_product_that_is_wrong_is_not_measured(monkeypatch):

@@ -31,6 +31,20 @@ def sharded(tmp_path: Path) -> Path:
     return tiny_models.write_sharded(tmp_path / "model")
 
 
+@pytest.mark.parametrize("left", [set(), {FIRST}, {FIRST, SECOND}, {FIRST, SECOND, INDEX_NAME}])
+def test_a_folder_whose_run_did_not_finish_is_called_that(sharded: Path, left: set[str]) -> None:
+    """config.json comes last."""
+    for file in sharded.iterdir():
+        if file.name not in left:
+            file.unlink()
+    (sharded / ".qtool").mkdir()
+    for need in ("headers", "files"):
+        with pytest.raises(QtoolError, match="a qtool command that did not finish") as caught:
+            open_checkpoint(str(sharded), need=need)  # type: ignore[arg-type]
+        assert str(sharded) in caught.value.message
+        assert "run that command again" in str(caught.value.hint)
+
+
 def warnings_of(model: Path, **options: object) -> list[str]:
     events: list[Event] = []
     open_checkpoint(str(model), need="headers", on_event=events.append, **options)  # type: ignore[arg-type]

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from qtool.bench.generate_records import GenerateRun
 from qtool.bench.kernels import _Group
 from qtool.bench.records import Limit
+from qtool.report.bench import _path_lines
 from tests.bench.tiny_shape import shrink_sizes, write_tiny_shape
 from tests.cli.running import run
 from tests.tiny_models import llama_config, write_llama
@@ -124,6 +126,68 @@ def test_generate_says_what_it_does_before_it_takes_long(generate):
     assert first == "loading PyTorch"
     assert second.startswith("tiny in nf4-dq on cpu: batch 1, 5 + 4 tokens; ")
     assert run(*generate, "-q").stderr == ""
+
+
+def test_generate_says_which_sizes_ran_on_which_path(generate):
+    def paths(*sizes):
+        ran = run(*generate, *sizes)
+        return [line for line in ran.stdout.splitlines() if line.startswith("qtool ran on")]
+
+    (alone,) = paths("--prompt", "4")
+    assert alone.startswith("qtool ran on the fused path: ")
+    first, second = paths("--prompt", "4", "--batch", "1", "--batch", "2")
+    assert first.startswith("qtool ran on the fused path (batch 1): ")
+    assert second.startswith("qtool ran on the eager path (batch 2): ")
+
+
+def test_paths_are_told_apart_by_as_few_words_as_do():
+    def lines(*runs):
+        found = []
+        for batch, prompt_tokens, path in runs:
+            rates = dict.fromkeys(("prefill_tok_s", "decode_tok_s", "bandwidth_share"), 1.0)
+            found.append(
+                GenerateRun(
+                    engine="qtool",
+                    path=path,
+                    path_reason="told",
+                    batch=batch,
+                    prompt_tokens=prompt_tokens,
+                    new_tokens=4,
+                    n=1,
+                    prefill_tok_s_sd=None,
+                    decode_tok_s_sd=None,
+                    step_bytes=1,
+                    allocated_peak_bytes=0,
+                    **rates,
+                )
+            )
+        return list(_path_lines(found))
+
+    assert lines() == []
+    assert lines((1, 5, "fused"), (2, 5, "fused")) == ["qtool ran on the fused path: told"]
+    assert lines((1, 5, "fused"), (2, 5, "eager"), (4, 5, "eager")) == [
+        "qtool ran on the fused path (batch 1): told",
+        "qtool ran on the eager path (batch 2; batch 4): told",
+    ]
+    assert lines((1, 5, "fused"), (1, 9, "eager"), (2, 5, "fused")) == [
+        "qtool ran on the fused path (5 + 4 tokens): told",
+        "qtool ran on the eager path (9 + 4 tokens): told",
+    ]
+    assert lines((1, 5, "fused"), (1, 9, "eager"), (2, 5, "eager"), (2, 9, "eager")) == [
+        "qtool ran on the fused path (batch 1, 5 + 4 tokens): told",
+        "qtool ran on the eager path (batch 1, 9 + 4 tokens; batch 2, 5 + 4 tokens; batch 2, 9 + 4 "
+        "tokens): told",
+    ]
+
+
+@pytest.mark.parametrize("verb", ["quantize", "generate", "finetune"])
+def test_help_lists_the_shapes_that_an_error_offers(verb):
+    option = "--model-shape" if verb == "quantize" else "--shape"
+    ran = run("bench", verb, option, "bogus", "--json")
+    shapes = ran.error["hint"].removesuffix(", or the path of a model's config.json").split(", ")
+    assert len(shapes) == 4
+    help_text = run("bench", verb, "--help").stdout
+    assert all(shape in help_text for shape in shapes)
 
 
 UNRUNNABLE = {

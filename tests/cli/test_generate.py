@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from qtool.backends.cuda_driver import NoCudaError
 from qtool.runtime import requirements
@@ -75,7 +77,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(stories: Path) -> None:
 
 def test_one_token_is_no_tokens(stories: Path) -> None:
     ran = run("generate", stories, "", "--max-new-tokens", 1)
-    assert ran.stderr.startswith("prompt 1 token, ") and " · new 1 token · " in ran.stderr
+    assert "\nprompt 1 token, " in ran.stderr and " · new 1 token · " in ran.stderr
 
 
 def test_quiet_says_the_text_only(stories: Path) -> None:
@@ -484,6 +486,7 @@ def test_an_adapter_that_is_nowhere_is_not_found(stories: Path) -> None:
     ran = run("generate", stories, PROMPT, "--adapter", "./gone", "--json")
     assert ran.exit_code == 1 and ran.error["kind"] == "not_found"
     assert "./gone: no such folder" in ran.error["message"]
+    assert "adapter_config.json" in ran.error["hint"]
 
 
 @pytest.fixture
@@ -677,3 +680,44 @@ def test_a_chat_that_fills_the_context_begins_anew_after_clear(chatty: Path) -> 
         terminal.wait_for(r"\(context full: 24 tokens\)")
     finally:
         terminal.close()
+
+
+def test_a_broken_generation_config_is_an_error_that_names_it(
+    stories: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(stories, folder, copy_function=shutil.copyfile)
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    ran = run("generate", folder, PROMPT, "--json")
+    assert ran.exit_code == 1 and ran.error["kind"] == "bad_file"
+    assert f"{folder}/generation_config.json: eos_token_id: expected" in ran.error["message"]
+
+
+def test_a_mixture_that_is_to_be_packed_is_refused_with_the_way_to_run_it(test_data: Path) -> None:
+    folder = test_data / "models" / "tinymoe-6m"
+    ran = run("generate", folder, PROMPT, "--quant", "nf4-dq", "--json")
+    assert ran.exit_code == 1
+    assert ran.error["message"].startswith(f"{folder}: config.json: Qwen3MoeForCausalLM is a mix")
+    assert "leave out --quant nf4-dq to run it as it is stored" in ran.error["hint"]
+
+
+def test_an_unknown_type_is_told_with_its_folder(stories: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "foo"
+    shutil.copytree(stories, folder, copy_function=shutil.copyfile)
+    (folder / "config.json").write_text('{"model_type": "foo"}')
+    ran = run("generate", folder, PROMPT, "--quant", "nf4", "--json")
+    assert ran.error["message"].startswith(f"{folder}: config.json: model type 'foo' is not")
+
+
+def test_an_adapter_given_as_the_model_is_refused_with_its_base(
+    stories: Path, tmp_path: Path
+) -> None:
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(stories)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"lora": np.zeros((2, 2), np.float32)}, tmp_path / "adapter_model.safetensors")
+    ran = run("generate", tmp_path, PROMPT, "--json")
+    assert ran.exit_code == 1 and "found a PEFT adapter alone" in ran.error["message"]
+    assert f"give its base model, {stories};" in ran.error["hint"]
+    assert f"--adapter {tmp_path}" in ran.error["hint"]
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "base model" in run("generate", tmp_path, PROMPT, "--json").error["hint"]

@@ -267,12 +267,12 @@ def test_an_input_changed_in_between_is_noticed() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("quant", ["nf4-dq", "int8"])
 def test_weights_in_pieces(device: str, quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool.runtime import linear, products
+    from qtool.runtime import linear
 
     layer = make_layer(quant, 600, 128, bias=True, device=device)
     inputs = make_inputs(layer, 50)
     monkeypatch.setattr(linear, "MAX_HOST_ELEMENTS", 256 * 128)
-    monkeypatch.setattr(products, "MAX_DEQUANTIZED_ELEMENTS", 256 * 128)
+    monkeypatch.setattr("qtool.formats.pieces.MAX_DEQUANTIZED_ELEMENTS", 256 * 128)
     out = lora_linear(*inputs, layer, scaling=SCALING)
     out.sum().backward()
     expected, leaves = exact(layer, *inputs)

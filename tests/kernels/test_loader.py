@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("cupy", exc_type=ImportError)
@@ -45,6 +48,21 @@ def test_what_it_is_made_from_decides_its_name(monkeypatch):
 def test_nothing_half_written_is_left(cache_folder):
     image_of()
     assert [path.suffix for path in cache_folder.iterdir()] == [".cubin"]
+
+
+def test_of_a_write_that_fails_nothing_is_left(cache_folder, monkeypatch):
+    """On a full disk each kernel of each run would add a file."""
+    replace = Path.replace
+
+    def replace_elsewhere(partial, path):
+        if path.parent == cache_folder:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(partial, path)
+
+    monkeypatch.setattr(Path, "replace", replace_elsewhere)
+    path = image_of()
+    assert path.read_bytes().startswith(b"\x7fELF") and path.parent != cache_folder
+    assert not [*cache_folder.iterdir()]
 
 
 def test_without_a_place_for_the_cache_the_process_has_its_own(cache_folder, monkeypatch):

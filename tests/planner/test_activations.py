@@ -310,9 +310,7 @@ def test_heads_that_are_spelled_out_in_float32(name, is_spelled_out):
 OUT_FEATURES, IN_FEATURES, MANY_TOKENS = 1280, 512, 65
 
 
-def test_dequantizing_in_the_pieces_that_the_plan_assumes(monkeypatch):
-    assert products.MAX_DEQUANTIZED_ELEMENTS == weights.PIECE_ELEMENTS
-    assert products.PIECE_ROWS == weights.PIECE_ROWS
+def test_dequantizing_in_the_pieces_that_the_plan_assumes():
     assert dequantize.CHUNK_ELEMENTS["cuda"] == weights.CHUNK_ELEMENTS
     for num_rows, columns in ((1280, 512), (28_672, 8192), (8192, 28_672), (3, 1 << 27), (700, 3)):
         found = [rows.stop - rows.start for rows in products.row_pieces(num_rows, columns)]
@@ -327,10 +325,8 @@ def test_packed_product_allocates_its_buffer(monkeypatch, precision, compute_dty
     """One product of many tokens on the meta device: the planned buffer, the outputs of the
     pieces, and nothing else."""
     num_elements = OUT_FEATURES * IN_FEATURES
-    for module, name in ((products, "MAX_DEQUANTIZED_ELEMENTS"), (weights, "PIECE_ELEMENTS")):
-        monkeypatch.setattr(module, name, num_elements // pieces)
-    for module in (products, weights):
-        monkeypatch.setattr(module, "PIECE_ROWS", 64)
+    monkeypatch.setattr("qtool.formats.pieces.MAX_DEQUANTIZED_ELEMENTS", num_elements // pieces)
+    monkeypatch.setattr("qtool.formats.pieces.PIECE_ROWS", 64)
     if precision == "int8":
         layer: Any = linear.Int8Layer(OUT_FEATURES, IN_FEATURES)
     else:

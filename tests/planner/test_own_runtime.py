@@ -334,7 +334,7 @@ def test_the_limits_are_the_runtime_s():
     from qtool.runtime.decoders import blocks
 
     assert own_runtime.CAPACITY_STEP == caches.CAPACITY_STEP
-    assert own_runtime.FEW_TOKENS == products.MAX_FUSED_TOKENS
+    assert own_runtime.FEW_TOKENS == products.MAX_PACKED_TOKENS
     assert own_runtime.FUSED_TYPES == blocks.MODEL_TYPES
     assert set(LENGTH_DEPENDENT_ROTARY) == own_runtime.LENGTH_DEPENDENT_ROTARY
     pytest.importorskip("cupy")
@@ -349,6 +349,11 @@ def test_the_limits_are_the_runtime_s():
     assert own_runtime.ANGLE_POSITIONS == fused_attention.ANGLE_POSITIONS
     assert own_runtime.LARGEST_GROUP == decode_attention.LARGEST_GROUP
     assert own_runtime.LARGEST_HEAD_DIM == decode_attention.LARGEST_HEAD_DIM
+    kind = linear_few.LinearKind("nf4", own_runtime.LARGEST_FUSED_HIDDEN, "BF16", norm="rms")
+    h200 = linear_few.SharedMemory(232_448, 233_472, 132)
+    linear_few.specialise(kind, 3, 1, h200)
+    with pytest.raises(ValueError, match="shared memory"):
+        linear_few.specialise(replace(kind, columns=kind.columns + 2048), 3, 1, h200)
 
 
 @pytest.mark.parametrize("model_type", sorted(set(KNOWN_MODEL_TYPES) - NOT_IN_TRANSFORMERS))

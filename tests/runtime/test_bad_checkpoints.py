@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 import torch
 
 from qtool.errors import QtoolError
+from qtool.events import Started
 from qtool.runtime.loading import LoadOptions, load_model
+from qtool.runtime.model_config import require_runnable
+from qtool.runtime.requirements import require_model
 from tests.runtime.folders import PackedFolders, edit_config, edit_tensors
 
 MODEL = "TinyStories-656K-hf"
@@ -188,6 +192,10 @@ def test_code_named_by_a_config_is_never_run(models: Path, tmp_path: Path) -> No
     assert not marker.exists()
 
 
+def copy_of(models: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(models / MODEL, tmp_path / "copy", copy_function=shutil.copyfile))
+
+
 def test_a_folder_without_a_tokenizer_is_refused(models: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mute"
     shutil.copytree(models / MODEL, folder, ignore=shutil.ignore_patterns("token*", "special*"))
@@ -201,10 +209,118 @@ def test_a_folder_without_a_tokenizer_is_refused(models: Path, tmp_path: Path) -
 
 
 def test_a_broken_tokenizer_is_named(models: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "garbled"
-    shutil.copytree(models / MODEL, folder, copy_function=shutil.copyfile)
+    folder = copy_of(models, tmp_path)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(QtoolError, match="no usable tokenizer"):
+    with pytest.raises(QtoolError, match="no usable tokenizer") as caught:
+        load(folder)
+    assert "again" in caught.value.hint  # not that it is missing
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizers_file_that_is_no_json_is_named(
+    models: Path, tmp_path: Path, name: str
+) -> None:
+    folder = copy_of(models, tmp_path)
+    (folder / name).write_text("{\n")
+    with pytest.raises(QtoolError) as caught:
+        load(folder)
+    assert str(caught.value).startswith(f"{folder / name}: expected JSON, found an error")
+    assert "line 2 column 1" in str(caught.value)
+    assert caught.value.kind == "bad_file"
+    assert caught.value.hint.startswith(f"fetch {name} again")
+
+
+BAD_GENERATION = {
+    "{": "expected JSON, found an error at line 1 column 2",
+    "[]": "expected a JSON object, found an array",
+    '{"eos_token_id": "x"}': "eos_token_id: expected a whole number or a list of them, found 'x'",
+    '{"eos_token_id": [1, "x"]}': "eos_token_id: expected a whole number or a list of them",
+    '{"eos_token_id": true}': "eos_token_id: expected a whole number or a list of them, found True",
+}
+
+
+@pytest.mark.parametrize("text", BAD_GENERATION)
+def test_a_broken_generation_config_is_named(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    folder = copy_of(models, tmp_path)
+    (folder / "generation_config.json").write_text(text)
+    monkeypatch.delattr("qtool.runtime.loading._open_weights")  # told before
+    with pytest.raises(QtoolError) as caught:
+        load(folder)
+    assert str(caught.value).startswith(
+        f"{folder / 'generation_config.json'}: {BAD_GENERATION[text]}"
+    )
+    assert caught.value.kind == "bad_file"
+    assert "remove it" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["{}", '{"eos_token_id": null}', '{"eos_token_id": [7, 9]}', None])
+def test_a_whole_generation_config_or_none_loads(
+    models: Path, tmp_path: Path, text: str | None
+) -> None:
+    folder = copy_of(models, tmp_path)
+    path = folder / "generation_config.json"
+    path.unlink(missing_ok=True)
+    if text is not None:
+        path.write_text(text)
+    ids = load_model(str(folder), LoadOptions(device="cpu")).eos_token_ids
+    assert ids == ((7, 9, 2) if "7" in (text or "") else (2,))
+
+
+def test_what_transformers_makes_nothing_of_is_a_warning(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise ValueError("no such strategy")
+
+    folder = copy_of(models, tmp_path)
+    monkeypatch.setattr("transformers.GenerationConfig.from_pretrained", refuse)
+    notes: list[object] = []
+    load_model(str(folder), LoadOptions(device="cpu"), on_event=notes.append)
+    assert any("generation_config.json: transformers does not" in str(note) for note in notes)
+
+
+@pytest.mark.parametrize("precision", [None, "nf4-dq"])
+def test_a_missing_layer_is_told_before_weights_are_read(
+    packed_folders: PackedFolders, models: Path, tmp_path: Path, precision: str | None
+) -> None:
+    source = packed_folders.by_qtool(MODEL, precision) if precision else models / MODEL
+    config = json.loads((source / "config.json").read_text())
+    more = config["num_hidden_layers"] + 1
+    folder = edit_config(source, tmp_path / "more", num_hidden_layers=more)
+    events: list[object] = []
+    with pytest.raises(QtoolError) as caught:
+        load_model(str(folder), LoadOptions(device="cpu"), on_event=events.append)
+    first = f"model.layers.{more - 1}.input_layernorm.weight"
+    assert str(caught.value) == f"{folder}: {first} and 8 more are in no file"
+    assert not any(isinstance(event, Started) for event in events)
+    with pytest.raises(QtoolError, match="and 8 more are in no file"):
+        require_runnable(require_model(str(folder)))  # so no weights are fetched either
+
+
+def test_what_headers_do_not_show_is_told_once_weights_are_read(
+    models: Path, tmp_path: Path
+) -> None:
+    def rename(tensors: Tensors) -> None:
+        tensors["model.layers.1.input_norm.weight"] = tensors.pop(
+            "model.layers.1.input_layernorm.weight"
+        )
+
+    folder = edit_tensors(models / MODEL, tmp_path / "renamed", rename)
+    with pytest.raises(QtoolError, match=r"layers\.1\.input_layernorm\.weight is in no file"):
+        load(folder)
+
+
+@pytest.mark.parametrize("precision", [None, "nf4-dq", "int8"])
+def test_another_shape_is_told_with_its_file(
+    packed_folders: PackedFolders, models: Path, tmp_path: Path, precision: str | None
+) -> None:
+    source = packed_folders.by_qtool(MODEL, precision) if precision else models / MODEL
+    width = json.loads((source / "config.json").read_text())["intermediate_size"]
+    folder = edit_config(source, tmp_path / "wide", intermediate_size=2 * width)
+    place = re.escape(f"{folder}: model.safetensors: model.layers.0.mlp.")
+    with pytest.raises(QtoolError, match=place + r"\w+.weight: config.json implies shape"):
         load(folder)
 
 

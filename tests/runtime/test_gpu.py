@@ -9,7 +9,6 @@ import torch
 
 from qtool.formats.precisions import QuantizedPrecision
 from qtool.resources import demo_model_path
-from qtool.runtime import products
 from qtool.runtime.generate import Limits, Sampling, generate
 from qtool.runtime.linear import FourBitLayer, Linear4bit, LinearInt8
 from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
@@ -64,7 +63,7 @@ def test_layers_in_host_memory_give_the_same_tokens(quant: QuantizedPrecision | 
 def test_large_layers_need_little_memory_beside_the_weight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products, "MAX_DEQUANTIZED_ELEMENTS", 1 << 24)
+    monkeypatch.setattr("qtool.formats.pieces.MAX_DEQUANTIZED_ELEMENTS", 1 << 24)
     with torch.device("cuda"):
         layer = Linear4bit(FourBitLayer(28672, 8192, "nf4", 64, torch.bfloat16, True))
         x = torch.randn(1, 8192, dtype=torch.bfloat16)

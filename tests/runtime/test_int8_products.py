@@ -9,7 +9,7 @@ from qtool.bench.bitsandbytes_layers import share_layer
 from qtool.formats.reciprocal import reciprocal
 from qtool.runtime import int8_products
 from qtool.runtime.int8_products import multiply_rounded_host, round_rows
-from qtool.runtime.products import MAX_FUSED_TOKENS, linear_int8, rounds_activations
+from qtool.runtime.products import MAX_PACKED_TOKENS, linear_int8, rounds_activations
 from tests.runtime.packed_layers import exact_product, exact_weight, make_layer, relative_error
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -111,7 +111,7 @@ def test_no_piece_has_so_few_tokens_that_torch_refuses_it():
 
 def test_up_to_64_tokens_and_without_a_threshold_nothing_is_rounded():
     layer = layer_with(0.0, 32, 64, dtype=torch.float32)
-    few, many = (activations(n, 64, torch.float32) for n in (MAX_FUSED_TOKENS, 65))
+    few, many = (activations(n, 64, torch.float32) for n in (MAX_PACKED_TOKENS, 65))
     codes = layer.weight
     assert not rounds_activations(few, codes, 0.0) and not rounds_activations(many, codes, None)
     assert rounds_activations(many, codes, 0.0)
@@ -170,7 +170,7 @@ def test_products_are_those_of_bitsandbytes_and_as_exact(dtype, threshold):
 
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_gradients_are_those_of_exact_activations(monkeypatch, pieces):
-    monkeypatch.setattr("qtool.runtime.products.MAX_DEQUANTIZED_ELEMENTS", 96 * 192 // pieces)
+    monkeypatch.setattr("qtool.formats.pieces.MAX_DEQUANTIZED_ELEMENTS", 96 * 192 // pieces)
     layer = layer_with(6.0, 96, 192, dtype=torch.float32, bias=True)
     x = activations(70, 192, torch.float32, (3,)).view(2, 35, 192).requires_grad_()
     layer.bias.requires_grad_(True)

@@ -75,7 +75,7 @@ def test_many_tokens_are_multiplied_with_pieces_of_rows(
 ) -> None:
     """A few go straight through the packed bytes, of which rows of whole groups allow it."""
     layer = filled(WHOLE_IN, dtype=torch.float32) if kind == "4bit" else filled_int8(WHOLE_IN)
-    few = torch.randn(products_host.MAX_FUSED_TOKENS, WHOLE_IN)
+    few = torch.randn(products_host.MAX_HOST_PACKED_TOKENS, WHOLE_IN)
     many = torch.cat((few, few[:1]))
     sizes = watch_dequantized_sizes(monkeypatch)
     expected = layer(few)

@@ -93,7 +93,7 @@ def test_any_number_of_tokens_in_any_dtype(
     check(stored.multiply(x), x, stored.weight())
     check(stored.multiply(x, nested=True), x, stored.weight())
     with_bias = stored.multiply(x, bias=bias.to(dtype))
-    if num_tokens <= products_host.MAX_FUSED_TOKENS or dtype == torch.float32:
+    if num_tokens <= products_host.MAX_HOST_PACKED_TOKENS or dtype == torch.float32:
         check(with_bias, x, stored.weight(), bias.to(dtype))
 
 
@@ -149,7 +149,7 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("forbidden")
-@pytest.mark.parametrize("num_tokens", [1, products_host.MAX_FUSED_TOKENS])
+@pytest.mark.parametrize("num_tokens", [1, products_host.MAX_HOST_PACKED_TOKENS])
 def test_few_tokens_leave_the_weight_packed(num_tokens: int) -> None:
     x = torch.randn(num_tokens, 128)
     FourBit(128).multiply(x, nested=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cupy_kernels import linear_many
 from cupy_kernels.launch import Gpu
-from cupy_kernels.linear_few import LinearKind
+from cupy_kernels.linear_few import LinearKind, SharedMemory, specialise
+from qtool.defaults import PREFILL_CHUNK
 from qtool.runtime import warm_up
 from qtool.runtime.linear import FourBitLayer, Int8Layer
 
@@ -47,8 +50,17 @@ def compiled(monkeypatch):
     return found
 
 
+def config_of(model_type="llama", **settings):
+    text = SimpleNamespace(model_type=model_type, **{"hidden_act": "silu", **settings})
+    return SimpleNamespace(get_text_config=lambda: text)
+
+
 def programs(layers):
-    return warm_up._programs(layers, torch.bfloat16, adapted=False)
+    return warm_up._programs(config_of(), layers, torch.bfloat16, adapted=False)
+
+
+def kinds(layers, config):
+    return set(warm_up._kinds(config, layers, torch.bfloat16, adapted=False))
 
 
 def test_layers_of_a_launch_are_taken_together(layers):
@@ -81,3 +93,59 @@ def test_what_has_no_such_kernel_has_none_compiled(compiled):
     for program in programs(layers):
         program()
     assert not compiled
+
+
+def test_a_chunk_of_a_prompt_needs_no_other_kernel(layers, compiled):
+    """The shape of tiles depends on the number of tokens; that of a whole chunk is there."""
+    for program in programs(layers):
+        program()
+    shapes = {shape for _, shape in compiled}
+    for kind, rows in warm_up._prompt_launches(layers, torch.bfloat16):
+        assert linear_many.shape_on(rows, kind.columns, PREFILL_CHUNK) in shapes
+
+
+def test_norms_and_gates_are_those_of_the_config(layers):
+    llama = kinds(layers, config_of())
+    assert (replace(KIND, norm="rms"), 3) in llama
+    assert (replace(KIND, norm="rms", epilogue="gated"), 2) in llama
+    settings = {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}
+    gemma = kinds(layers, config_of("gemma2", **settings))
+    assert (replace(KIND, norm="rms_plus_one"), 3) in gemma
+    gated = replace(KIND, norm="rms_plus_one", epilogue="gated", gate="gelu_tanh")
+    assert (gated, 2) in gemma
+
+
+def test_joined_layers_are_launched_as_their_parts(layers):
+    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
+    joined = {f"{attention}.qkv_proj": four_bit(1536), f"{mlp}.gate_up_proj": four_bit(5632)}
+    assert {(replace(KIND, norm="rms"), 3), (replace(KIND, norm="rms", epilogue="gated"), 2)} <= (
+        kinds(joined, config_of("phi3"))
+    )
+
+
+def test_only_gated_launches_are_compiled_for_a_gate():
+    h200 = SharedMemory(232_448, 233_472, 132)
+
+    def defines(**settings):
+        return specialise(replace(KIND, **settings), 2, 1, h200)[0]
+
+    assert defines(gate="gelu") == defines(gate="silu")
+    assert defines(gate="gelu", epilogue="gated") != defines(gate="silu", epilogue="gated")
+
+
+def test_what_is_guessed_and_not_to_be_had_is_left_out(monkeypatch):
+    """Llama 3.1 405B: no kernel holds 16,384 columns beside a norm."""
+    h200, compiled = SharedMemory(232_448, 233_472, 132), []
+
+    def compile_for(kind, count, max_tokens):
+        specialise(kind, count, max_tokens, h200)
+        compiled.append(kind)
+
+    monkeypatch.setattr(warm_up, "compile_for", compile_for)
+    monkeypatch.setattr(linear_many, "compiles_for", lambda target: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    layers = {"model.layers.0.self_attn.q_proj": four_bit(16_384, 16_384)}
+    device = torch.device("cuda")
+    warm_up.warm_up_kernels(config_of(), layers, device, torch.bfloat16)
+    assert [kind.norm for kind in compiled] == ["none"]

@@ -8,12 +8,12 @@ from typing import Final
 
 from qtool.checkpoint.config_json import CONFIG_NAME
 from qtool.checkpoint.names import is_shard_name, quoted
+from qtool.checkpoint.output_place import WORK_FOLDER
 from qtool.checkpoint.safetensors_header import Header
 from qtool.checkpoint.weight_files import SINGLE_FILE
 from qtool.errors import QtoolError
 from qtool.inspection.rules.rule import Finding, unreadable
 from qtool.inspection.stored_folder import INDEX_NAME, StoredFolder
-from qtool.quantize.output_folder import WORK_FOLDER
 
 _LEFTOVERS: Final = (".partial", ".incomplete", ".tmp")
 

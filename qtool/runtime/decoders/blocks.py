@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cupy_kernels.linear_few import Format, Gate, LinearKind, LinearWeight, fits
 from cupy_kernels.linear_few import Norm as NormKind
+from qtool.formats.precisions import NESTED_BLOCKSIZE
 from qtool.runtime.adapters import LowRank, OtherAdapter, is_peft_layer, split_adapter
 from qtool.runtime.dequantize_host import KERNEL_DTYPES
 from qtool.runtime.linear import Linear4bit, LinearInt8
@@ -412,7 +413,7 @@ def four_bit_rows(
             raise NotFusable("gate and up share a block of absmax")
         absmax = module.absmax.data_ptr() + first * 4
         return kind, LinearWeight(stop - start, packed, absmax, bias=bias_at)
-    group, rest = divmod(start * layer.in_features, layer.blocksize * 256)
+    group, rest = divmod(start * layer.in_features, layer.blocksize * NESTED_BLOCKSIZE)
     if rest:
         raise NotFusable("gate and up share a group of absmax")
     weight = LinearWeight(

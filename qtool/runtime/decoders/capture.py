@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
@@ -11,6 +12,10 @@ import torch
 from qtool.errors import Option, QtoolError
 
 NUM_WARM_UPS = 2  # kernels are loaded, workspaces and autotuned choices made, before the recording
+
+# Recordings take turns: they share a stream, and PyTorch begins each with waiting for the device,
+# which would break another thread's. One within another fails, where a plain lock would hang.
+_turn = threading.RLock()
 
 
 class CaptureFailed(QtoolError):
@@ -41,12 +46,11 @@ class GraphCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = _recording_stream(device)
 
     def __call__(
         self, step: Callable[[], Any], *, warm_up: Callable[[], Any], generator: torch.Generator
     ) -> Callable[[], None]:
-        """Run `warm_up` a few times, then record `step`.
+        """Run `warm_up` a few times, then record `step`, while no other thread does.
 
         Args:
             warm_up: runs whatever kernels of the step have not run yet.
@@ -54,11 +58,21 @@ class GraphCapture:
         Raises:
             CaptureFailed: the step waits for the device, or does what else no graph can hold.
         """
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        with _turn:
+            stream = _recording_stream(self._device)
+            self._run(warm_up, stream)
+            return self._record(step, stream, generator)
+
+    def _run(self, warm_up: Callable[[], Any], stream: torch.cuda.Stream) -> None:
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
             for _ in range(NUM_WARM_UPS):
                 warm_up()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+    def _record(
+        self, step: Callable[[], Any], stream: torch.cuda.Stream, generator: torch.Generator
+    ) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(generator)
         default = torch.cuda.default_generators[self._device.index or 0]
@@ -66,9 +80,9 @@ class GraphCapture:
         try:
             # The outer stream context puts the stream back where the inner one fails to.
             with (
-                torch.cuda.stream(self._stream),
+                torch.cuda.stream(stream),
                 torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
                 ),
             ):
                 step()

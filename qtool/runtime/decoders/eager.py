@@ -11,7 +11,12 @@ from torch import Tensor
 from qtool.runtime.decoders.caches import can_rewind, growing_cache, rewind, takes_chunks
 from qtool.runtime.decoders.network import Network, check_room
 from qtool.runtime.decoders.protocol import Path, Sampling
-from qtool.runtime.decoders.sampling import choose_tokens, seed_generator
+from qtool.runtime.decoders.sampling import (
+    choose_tokens,
+    none_of_nan,
+    require_tokens,
+    seed_generator,
+)
 from qtool.runtime.decoders.transcript import Transcript
 from qtool.runtime.linear import Linear4bit, LinearInt8
 from qtool.runtime.products_host import threads_for_products
@@ -57,6 +62,7 @@ class EagerDecoder:
         """See `protocol.Decoder`; nothing runs ahead."""
         seed_generator(self._generator, sampling.seed)
         tokens = self._choose(sampling)
+        require_tokens(none_of_nan(tokens, self._logits).tolist())
         num_tokens = min(num_tokens, self._transcript.num_free + 1)
         for num_left in range(num_tokens - 1, -1, -1):
             yield tokens.tolist()

@@ -10,6 +10,7 @@ compared with transformers' operations.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
@@ -50,7 +51,7 @@ from qtool.runtime.decoders.network import Network, on_device
 from qtool.runtime.decoders.protocol import Path, Sampling
 from qtool.runtime.dequantize_host import KERNEL_DTYPES
 from qtool.runtime.loading import LoadedModel
-from qtool.runtime.products import MAX_FUSED_TOKENS
+from qtool.runtime.products import MAX_PACKED_TOKENS
 
 REASON: Final = "fused kernels, one CUDA graph per token"
 # Of the largest logit: how far fused logits may be from those of transformers' own operations.
@@ -87,6 +88,11 @@ class FusedDecoder(GraphDecoder):
 
     path: Path = "fused"
     path_reason: str = REASON
+
+    def close(self) -> None:
+        """See `GraphDecoder.close`."""
+        super().close()
+        cast(FusedNetwork, self._network).leave_cache()
 
     def _choose(self, logits: Tensor, sampling: Sampling) -> Tensor:
         network = cast(FusedNetwork, self._network)
@@ -149,6 +155,10 @@ class FusedNetwork(Network):
             self._prompt, self.prompt_reason = None, str(reason).partition("\n")[0]
         rewind(cache, 0)
 
+    def leave_cache(self) -> None:
+        """Drop what refers to the cache that it was prepared for."""
+        self._step = self._prompt = None
+
     @property
     def has_own_choice(self) -> bool:
         """Whether the last step's logits are where `most_likely` looks."""
@@ -196,8 +206,11 @@ class FusedNetwork(Network):
     def _nudged_logits(self, tokens: Tensor) -> list[Tensor]:
         """The same where each embedding is off by as much as rounding it."""
         noise = torch.Generator(self.device).manual_seed(0)
+        thread = threading.get_ident()
 
         def nudge(module: Any, inputs: Any, output: Tensor) -> Tensor:
+            if threading.get_ident() != thread:  # others may run the model meanwhile
+                return output
             sign = torch.empty_like(output).uniform_(-1, 1, generator=noise).sign()
             return output * (1 + torch.finfo(output.dtype).eps * sign)
 
@@ -238,11 +251,11 @@ class FusedNetwork(Network):
             found = self._run_prompt(tokens[:, :count], 0, chunk)
             return own.differs_by_rounding(found, count - 1)
 
-        ways = ((count, 0), (max(count - 2, 1), MAX_FUSED_TOKENS))
+        ways = ((count, 0), (max(count - 2, 1), MAX_PACKED_TOKENS))
         if not all(gives_the_same(chunk, few, many=False) for chunk, few in ways):
             raise NotFusable("a prompt gives other logits there")
         takes_many = prompt.can_multiply_many() and gives_the_same(count, 0, many=True)
-        prompt.max_packed_tokens = MAX_FUSED_TOKENS
+        prompt.max_packed_tokens = MAX_PACKED_TOKENS
         prompt.multiplies_many = None if takes_many else False
 
 
@@ -450,9 +463,10 @@ class _Step:
     def _norm_added(self, norm: Norm, x: Tensor) -> Queue:
         dtype = KERNEL_DTYPES[self._network.dtype]
         launch = NormRows(x.shape[1], dtype, norm.kind, added=True, overlap=True)
-        weight = NormWeight(norm.weight.data_ptr(), norm.epsilon)
-        addresses = x.data_ptr(), self._buffers.hidden.data_ptr()
-        return lambda stream: launch.queue(self._batch, weight, *addresses, stream)
+        weight, address = NormWeight(norm.weight.data_ptr(), norm.epsilon), x.data_ptr()
+        batch, hidden = self._batch, self._buffers.hidden.data_ptr()
+        # Without self, which holds this: a cycle would keep the cache until it is collected.
+        return lambda stream: launch.queue(batch, weight, address, hidden, stream)
 
     def _gated(self, block: Block, adapters: AdapterGroup | None) -> Iterator[Queue]:
         buffers = self._buffers

@@ -22,6 +22,8 @@ from cupy_kernels.dequantize_4bit import Dequantize4bit, NestedAbsmax
 from cupy_kernels.dequantize_int8_rows import DequantizeInt8Rows
 from cupy_kernels.linear_few import LinearKind, NormWeight, Tokens
 from cupy_kernels.prompt_rows import GatedRows, NormRows
+from qtool.formats.pieces import rows_at_a_time
+from qtool.formats.precisions import NESTED_BLOCKSIZE
 from qtool.runtime.decoders.blocks import Block, FusableNetwork, Norm, NotFusable, PackedRows
 from qtool.runtime.decoders.fused_adapters import AdapterGroup, BlockAdapters, adapters_of
 from qtool.runtime.decoders.fused_attention import AttentionLaunches
@@ -35,11 +37,7 @@ from qtool.runtime.packed_products import (
     takes_many,
     tokens_of_kernel,
 )
-from qtool.runtime.products import (
-    MAX_DEQUANTIZED_ELEMENTS,
-    MAX_FUSED_TOKENS,
-    PIECE_ROWS,
-)
+from qtool.runtime.products import MAX_PACKED_TOKENS, row_pieces
 
 # How layers are multiplied: packed ones by the kernels for few or for many tokens, or as integers;
 # others, and what is dequantized, by PyTorch.
@@ -187,15 +185,15 @@ class FusedPrompt:
         self._adapters = adapters_of(network) if adapters is None else adapters
         self._launches = launches
         self._layers = cache.layers
-        for block in network.blocks:
-            _check(block)
+        if any(block.attention.softcap for block in network.blocks):
+            raise NotFusable("PyTorch's flash attention caps no scores")
         # Windows that the cache does not exceed hide nothing.
         windows = [block.attention.window for block in network.blocks]
         self._windows = [window if window < capacity else 0 for window in windows]
         self._products = [_products_of(block) for block in network.blocks]
         self._sorts = _number_sorts(product for block in self._products for product in block)
         self._ways: list[Way] = []  # by sort, of the present chunk
-        self.max_packed_tokens = MAX_FUSED_TOKENS
+        self.max_packed_tokens = MAX_PACKED_TOKENS
         self.multiplies_many: bool | None = None
 
     def can_multiply_many(self) -> bool:
@@ -281,7 +279,7 @@ class FusedPrompt:
         if is_packed and num_tokens <= self.max_packed_tokens:
             return "few"
         is_rounded = all(layer.rounded is not None for layer in layers)
-        if is_rounded and num_tokens > MAX_FUSED_TOKENS:
+        if is_rounded and num_tokens > MAX_PACKED_TOKENS:
             return "rounded"
         if is_packed and self._is_many(layers, num_tokens):
             return "many"
@@ -437,12 +435,12 @@ class _Placed:
 
     Args:
         at: tokens and addresses.
-        launch: which launch of a product that is, see `Product`.
+        key: of its launches in `Product.few` or `Product.many`.
         tokens: what its launches are told.
     """
 
     at: tuple[int, ...]
-    launch: Any
+    key: Any
     tokens: tuple[Tokens, ...]
 
 
@@ -502,9 +500,9 @@ class PromptLaunches:
             places = _outs_of(product, outs)
             tokens = tuple(_tokens_of(x, (place,)) for place in places)
             placed = self._few[product.sort] = _Placed(at, tokens_of_kernel(x.shape[0]), tokens)
-        launches = product.few.get(placed.launch)
+        launches = product.few.get(placed.key)
         if launches is None:
-            launches = product.few[placed.launch] = tuple(
+            launches = product.few[placed.key] = tuple(
                 PackedProduct(layer.kind, layer.weight, x.shape[0]) for layer in product.layers
             )
         if self._counters is None:
@@ -535,11 +533,11 @@ class PromptLaunches:
             rows = [layer.weight.rows for layer in product.layers]
             shape = many_shape(product.layers[0].kind, rows, x.shape[0])
             placed = self._many[product.sort] = _Placed(at, shape, (tokens,))
-        launch = product.many.get(placed.launch)
+        launch = product.many.get(placed.key)
         if launch is None:
             weights = [layer.weight for layer in product.layers]
             launch = ManyProducts(product.layers[0].kind, weights, x.shape[0])
-            product.many[placed.launch] = launch
+            product.many[placed.key] = launch
         launch.queue_at(placed.tokens[0], self._stream)
 
     def multiply_rounded(
@@ -587,7 +585,7 @@ def _dequantize_launch(piece: Piece, dtype: str) -> Dequantize4bit | DequantizeI
     if kind.nested:
         absmax = NestedAbsmax(
             weight.absmax_codes + block,
-            weight.nested_absmax + block // 256 * 4,
+            weight.nested_absmax + block // NESTED_BLOCKSIZE * 4,
             weight.nested_quant_map,
             weight.nested_offset,
         )
@@ -651,13 +649,14 @@ def _places(product: Product, out: Tensor) -> Iterator[tuple[tuple[Piece, ...], 
 
 
 def _groups(layers: Sequence[PackedRows]) -> Iterator[list[Piece]]:
-    """Pieces that are dequantized together, in order: no more elements than one buffer has."""
+    """Pieces that are dequantized together, in order: no more rows than are at a time."""
     columns = layers[0].kind.columns
-    most = max(MAX_DEQUANTIZED_ELEMENTS // columns // PIECE_ROWS * PIECE_ROWS, PIECE_ROWS)
+    most = rows_at_a_time(columns)
     group: list[Piece] = []
     for layer in layers:
-        for start in range(0, layer.weight.rows, most):
-            piece = Piece(layer, start, min(start + most, layer.weight.rows))
+        for rows in row_pieces(layer.weight.rows, columns):
+            piece = Piece(layer, rows.start, rows.stop)
+            _check_start(piece)
             if sum(p.num_rows for p in group) + piece.num_rows > most:
                 yield group
                 group = []
@@ -665,13 +664,12 @@ def _groups(layers: Sequence[PackedRows]) -> Iterator[list[Piece]]:
     yield group
 
 
-def _check(block: Block) -> None:
-    if block.attention.softcap:
-        raise NotFusable("PyTorch's flash attention caps no scores")
-    for layer in _layers_of(block):
-        elements = layer.weight.rows * layer.kind.columns
-        if elements > MAX_DEQUANTIZED_ELEMENTS and layer.kind.columns % layer.kind.blocksize:
-            raise NotFusable("a large layer whose rows share blocks")
+def _check_start(piece: Piece) -> None:
+    """A launch counts blocks, and groups of nested absmax, from its first element on."""
+    kind = piece.layer.kind
+    group = kind.blocksize * (NESTED_BLOCKSIZE if kind.nested else 1)
+    if piece.start * kind.columns % group:
+        raise NotFusable("a large layer whose pieces share blocks or groups of absmax")
 
 
 def _layers_of(block: Block) -> tuple[PackedRows, ...]:

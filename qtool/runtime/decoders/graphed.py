@@ -22,7 +22,12 @@ from qtool.runtime.decoders.caches import (
 from qtool.runtime.decoders.capture import Capture, CaptureFailed, GraphCapture, first_line
 from qtool.runtime.decoders.network import Network, check_room, on_device
 from qtool.runtime.decoders.protocol import Path, Sampling
-from qtool.runtime.decoders.sampling import choose_tokens, seed_generator
+from qtool.runtime.decoders.sampling import (
+    choose_tokens,
+    none_of_nan,
+    require_tokens,
+    seed_generator,
+)
 from qtool.runtime.decoders.token_ring import TokenRing, run_ahead
 from qtool.runtime.decoders.transcript import Transcript
 
@@ -114,16 +119,18 @@ class GraphDecoder:
         tokens: list[int] = []
         self._transcript.ran_past()  # from here on the device is ahead of the reader
         for step, following in enumerate(run_ahead(launch, self._ring.take, num_tokens)):
-            if step:
+            if step == 0:
+                require_tokens(following)
+            else:
                 self._transcript.write(torch.tensor(tokens)[:, None], self._transcript.length)
             tokens = following
             yield tokens
         self._transcript.caught_up()
 
     def close(self) -> None:
-        """See `protocol.Decoder`."""
+        """See `protocol.Decoder`; afterwards there is room for no prompt."""
         self._graphs.clear()
-        self._cache = None
+        self._cache, self.capacity = None, 0
         self._logits = self._step_logits = torch.empty(0)
         self._transcript.forget()
 
@@ -139,7 +146,7 @@ class GraphDecoder:
         self._input_ids.copy_(tokens[:, None])
         self._position.fill_(self._transcript.length)
         self._ring.restart()
-        self._ring.write(tokens)
+        self._ring.write(none_of_nan(tokens, self._logits))
 
     def _choose(self, logits: Tensor, sampling: Sampling) -> Tensor:
         """The next tokens int64 (batch,), within a step."""

@@ -125,14 +125,15 @@ class History:
 class KeptHistory:
     """What a model keeps between independent texts: a decoder, with its cache and its graph.
 
-    One text at a time borrows it, in whatever thread; others meanwhile have decoders of their own.
-    It refers to the model weakly, so that both go when the model goes.
+    One text at a time borrows it, in whatever thread and on whatever stream; others meanwhile have
+    decoders of their own. It refers to the model weakly, so that both go when the model goes.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._history: History | None = None
         self._made_for: tuple[object, ...] = ()
+        self._last_work: torch.cuda.Event | None = None
 
     def __reduce__(self) -> tuple[type[Self], tuple[()]]:
         return type(self), ()  # a copy of the model has a decoder of its own
@@ -145,14 +146,29 @@ class KeptHistory:
                 yield own
             return
         try:
-            history = self._renewed(loaded, options)
-            history.forget()
-            yield history
+            with self._behind_the_last(loaded.device):
+                history = self._renewed(loaded, options)
+                history.forget()
+                yield history
         except Exception:
             self._close()  # whatever state it is in
             raise
         finally:
             self._lock.release()
+
+    @contextmanager
+    def _behind_the_last(self, device: torch.device) -> Iterator[None]:
+        """On a GPU: a text that was broken off leaves steps on its stream, which still write the
+        cache. The current stream waits for them, the host does not."""
+        if device.type != "cuda":
+            yield
+            return
+        if self._last_work is not None:
+            torch.cuda.current_stream(device).wait_event(self._last_work)
+        try:
+            yield
+        finally:
+            self._last_work = torch.cuda.current_stream(device).record_event()
 
     def _renewed(self, loaded: LoadedModel, options: DecoderOptions) -> History:
         """The one that is there, if it was made for the same and nothing moved since."""

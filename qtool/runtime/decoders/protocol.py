@@ -60,6 +60,9 @@ class Decoder(Protocol):
         The device may run ahead of the reader; closing the iterator ends that. The tokens that
         were yielded, all but the last, are in the cache afterwards; what lies behind them counts
         as forgotten.
+
+        Raises:
+            QtoolError: bad_file, if the logits after the prompt are no numbers.
         """
         ...
 

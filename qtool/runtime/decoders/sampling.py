@@ -5,10 +5,16 @@ Nothing here waits for the device, so that a CUDA graph can hold it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 import torch
 from torch import Tensor
 
+from qtool.errors import Option, QtoolError
 from qtool.runtime.decoders.protocol import Sampling
+
+NO_TOKEN: Final = -1
 
 
 def choose_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -33,6 +39,25 @@ def choose_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator
     # does too, but without its check of the probabilities, which would wait for the device.
     clocks = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / clocks).argmax(dim=-1)
+
+
+def none_of_nan(tokens: Tensor, logits: Tensor) -> Tensor:
+    """`tokens` (batch,), but NO_TOKEN where the logits (batch, vocabulary) hold a NaN."""
+    return tokens.masked_fill(logits.isnan().any(dim=-1), NO_TOKEN)
+
+
+def require_tokens(tokens: Sequence[int]) -> None:
+    """Raise QtoolError (bad_file) if one is NO_TOKEN: text made of such logits is garbage."""
+    if NO_TOKEN in tokens:
+        raise QtoolError(
+            "the model's logits after the prompt are no numbers (NaN)",
+            kind="bad_file",
+            hint=(
+                "weights that hold NaN or infinity give such, and so does what is too large for "
+                "float16: get the model again, or try ",
+                Option("compute_dtype", "float32"),
+            ),
+        )
 
 
 def seed_generator(generator: torch.Generator, seed: int | None) -> None:

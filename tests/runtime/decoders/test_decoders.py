@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +154,17 @@ def test_a_seed_gives_the_same_text_in_any_order_of_requests(make: Make) -> None
     assert decode(decoder, PROMPT, **how) != decode(decoder, PROMPT, **how), "seeds differ"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_logits_that_are_no_numbers_make_no_text(make: Make, temperature: float) -> None:
+    model = copy.deepcopy(tiny_model("llama"))
+    decoder = make(model)
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(QtoolError, match="no numbers"):
+        decode(decoder, PROMPT, temperature=temperature, seed=1)
+
+
 def test_both_ways_draw_the_same_tokens() -> None:
     drawn = [
         decode(make(tiny_model("llama")), PROMPT, temperature=0.9, seed=11)
@@ -205,8 +219,35 @@ def test_a_model_that_fails_over_a_static_cache_is_told(monkeypatch: pytest.Monk
         graph_decoder(model)
 
 
-def test_close_leaves_an_empty_decoder() -> None:
-    decoder = eager_decoder(tiny_model("llama"))
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_next"])
+def test_close_gives_the_cache_back(model_type: str, make: Make) -> None:
+    decoder: Any = make(tiny_model(model_type))
     decode(decoder, PROMPT)
-    decoder.close()
-    assert decode(decoder, PROMPT) == expected_tokens("llama")
+    held = [weakref.ref(decoder._cache), *map(weakref.ref, tensors_of(decoder._cache))]
+    assert len(held) > 1
+    gc.disable()  # counting references has to do
+    try:
+        decoder.close()
+        assert not [it for it in held if it() is not None]
+    finally:
+        gc.enable()
+
+
+def tensors_of(cache: Any) -> list[torch.Tensor]:
+    return [
+        value
+        for layer in cache.layers
+        for value in vars(layer).values()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+def test_a_closed_decoder_begins_anew_or_refuses() -> None:
+    eager, graph = (make(tiny_model("llama")) for make in MAKERS.values())
+    for decoder in (eager, graph):
+        decode(decoder, PROMPT)
+        decoder.close()
+    assert decode(eager, PROMPT) == expected_tokens("llama")
+    with pytest.raises(QtoolError, match="do not go into a cache of 0"):
+        decode(graph, PROMPT)

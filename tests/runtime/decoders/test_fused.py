@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,13 +14,18 @@ from torch import Tensor
 
 pytest.importorskip("cupy", exc_type=ImportError)
 
+from qtool.errors import QtoolError
+from qtool.runtime.decoders import choose, fused, graphed
 from qtool.runtime.decoders.caches import fixed_cache
 from qtool.runtime.decoders.capture import CaptureFailed
-from qtool.runtime.decoders.fused import FusedNetwork, _Own
+from qtool.runtime.decoders.choose import choose_decoder
+from qtool.runtime.decoders.fused import FusedNetwork, _Own, make_fused_decoder
 from qtool.runtime.decoders.network import Network
+from qtool.runtime.decoders.protocol import Sampling
 from qtool.runtime.random_model import build_random_model
 from tests.runtime.decoders.common_blocks import BASE, MODELS
 from tests.runtime.decoders.cpu_launches import launches_on_the_cpu
+from tests.runtime.decoders.tiny import as_loaded, run_again
 
 CAPACITY = 64
 CHUNK = 16
@@ -260,6 +268,24 @@ def test_nudges_are_as_small_as_rounding() -> None:
     assert torch.equal(network._own_logits(ids)[-1], own[-1])  # and are gone afterwards
 
 
+def test_nudges_are_for_their_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may run the model meanwhile."""
+    network, _ = prepared(load("llama"))
+    ids = torch.arange(1, 5)[None]
+    real = network._own_logits
+    expected, elsewhere = real(ids), list[Tensor]()
+
+    def also_elsewhere(tokens: Tensor) -> list[Tensor]:
+        with ThreadPoolExecutor(1) as other:
+            elsewhere.extend(other.submit(torch.inference_mode()(real), tokens).result())
+        return real(tokens)
+
+    monkeypatch.setattr(network, "_own_logits", also_elsewhere)
+    nudged = network._nudged_logits(ids)
+    assert all(map(torch.equal, elsewhere, expected)) and len(elsewhere) == len(expected)
+    assert not any(map(torch.equal, nudged, expected))
+
+
 def test_a_build_without_windows_takes_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     from qtool.runtime.decoders import fused_prompt
     from tests.runtime.decoders import cpu_launches
@@ -272,3 +298,66 @@ def test_a_build_without_windows_takes_no_prompts(monkeypatch: pytest.MonkeyPatc
     assert "no windows" in network.prompt_reason
     network, _ = prepared(load("gemma3_text", sliding_window=CAPACITY))
     assert not network.prompt_reason
+
+
+# -- what holds the cache -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def references_count() -> Iterator[None]:
+    """What is not freed by counting them is not freed."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+# The latter two have norms of what is added, and gemma2 no fused prompt.
+@pytest.mark.usefixtures("references_count")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text"])
+def test_close_gives_the_cache_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "GraphCapture", lambda device: run_again)
+    model = load(name)
+    cache = fixed_cache(model.config, CAPACITY)
+    decoder = make_fused_decoder(
+        as_loaded(model), cache, capacity=CAPACITY, batch=1, prefill_chunk=CHUNK
+    )
+    decoder.prefill(tokens(1, PROMPT_TOKENS), 0)
+    assert len(list(decoder.decode(Sampling(), STEPS))) == STEPS
+    held = weakref.ref(cache), weakref.ref(cache.layers[-1].keys)
+    del cache
+    assert all(it() is not None for it in held)
+    decoder.close()
+    assert [it() for it in held] == [None, None]
+    with pytest.raises(QtoolError, match="do not go into a cache of 0"):
+        decoder.prefill(tokens(1, PROMPT_TOKENS), 0)
+
+
+@pytest.mark.usefixtures("references_count")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text"])
+def test_the_next_path_begins_without_the_cache_of_this_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the fused step cannot be recorded; both may not fit."""
+    layers: list[Any] = []  # the last of each cache
+
+    def make_cache(config: Any, capacity: int) -> Any:
+        assert all(layer() is None for layer in layers)
+        cache: Any = fixed_cache(config, capacity)
+        layers.append(weakref.ref(cache.layers[-1]))
+        return cache
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        if len(layers) == 1:
+            raise CaptureFailed("no recording")
+        return run_again(*args, **kwargs)
+
+    loaded = as_loaded(load(name))
+    object.__setattr__(loaded, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(choose, "fixed_cache", make_cache)
+    monkeypatch.setattr(choose, "_network", lambda wish: Network(wish.loaded.model, CHUNK))
+    monkeypatch.setattr(fused, "why_not_fused", lambda loaded, batch: None)
+    monkeypatch.setattr(graphed, "GraphCapture", lambda device: record)
+    decoder = choose_decoder(loaded, CAPACITY)
+    assert (decoder.path, len(layers)) == ("graph", 2)
+    assert "no fused kernels: no recording" in decoder.path_reason

@@ -253,6 +253,37 @@ def test_threads_do_not_disturb_each_other(kept: Kept) -> None:
     assert found == [expected_tokens("llama")] * 12
 
 
+class Stream:
+    """Stands for the current stream of a GPU, and says what is queued on it."""
+
+    def __init__(self, name: str, queued: list[str]) -> None:
+        self.name, self.queued = name, queued
+
+    def record_event(self) -> str:
+        self.queued.append(f"the end on {self.name}")
+        return self.name
+
+    def wait_event(self, event: str) -> None:
+        self.queued.append(f"{self.name} waits for {event}")
+
+
+def test_a_stream_waits_for_the_one_before(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a text was broken off, steps that nobody reads still write the cache."""
+    loaded, queued = as_loaded(kept.model), list[str]()
+    monkeypatch.setattr(history, "choose_decoder", lambda *_, **__: eager_decoder(kept.model))
+    object.__setattr__(loaded, "device", torch.device("cuda", 0))
+    hook = kept.model.register_forward_pre_hook(lambda *_: queued.append("a step"))
+    for name in "abb":
+        stream = Stream(name, queued)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        with kept.histories.borrow(loaded, OPTIONS) as texts:
+            next(texts.answer(PROMPT, Sampling(), NUM_NEW))
+    hook.remove()
+    first = ["a step", "the end on a"]
+    second = ["b waits for a", "a step", "the end on b"]
+    assert queued == [*first, *second, "b waits for b", *second[1:]]
+
+
 def test_after_an_error_nothing_is_kept(kept: Kept) -> None:
     with (
         pytest.raises(RuntimeError),
