@@ -247,6 +247,7 @@ def test_unknown_words_are_refused(arguments: dict[str, Any], message: str) -> N
     [
         ({"path_or_id": 5}, "path_or_id: expected text, found int"),
         ({"adapter": 5}, "adapter: expected text, found int"),
+        ({"device": 3}, "device: expected text, found int"),
         ({"max_memory": 5}, "max_memory=5: expected like"),
         ({"int8_threshold": "x"}, "int8_threshold='x': expected 0 or more"),
         ({"int8_threshold": True}, "int8_threshold=True: expected 0 or more"),

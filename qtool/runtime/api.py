@@ -38,7 +38,7 @@ __all__ = ["load", "register", "release", "stream", "unregister"]
 LOADED: Final = "_qtool_loaded"
 KEPT: Final = "_qtool_kept"
 
-SEE_HELP: Final = "help(qtool) shows more"
+SEE_HELP: Final = "help(qtool.load) and help(qtool.stream) say more"
 CONVERSATION: Final = (
     "a conversation goes through tokenizer.apply_chat_template and the model's own generate()"
 )
@@ -84,6 +84,8 @@ def load(
     _check_place("path_or_id", path_or_id)
     if adapter is not None:
         _check_place("adapter", adapter)
+    if not isinstance(device, torch.device):
+        _check_text("device", device)
     options = LoadOptions(
         quant=_check_quant("quant", quant),
         compute_dtype=_dtype_name(dtype),
