@@ -67,7 +67,7 @@ def converse(output: Output, loaded: LoadedModel, request: Request) -> None:
     output.note(f"{request.model} · {what} · /help for commands, Ctrl-C stops an answer")
     conversation = Conversation(request.system)
     with open_history(loaded, request) as history:
-        turns = _turns_of(request)
+        turns, way = _turns_of(request), ""
         while (text := _read_line()) is not None:
             command = _command_in(text)
             if command in LEAVE:
@@ -75,7 +75,10 @@ def converse(output: Output, loaded: LoadedModel, request: Request) -> None:
             if command is not None:
                 _obey(output, command, conversation if chats else None)
             elif text.strip():
-                _take_turn(output, loaded, next(turns), text, conversation, history)
+                taken = _take_turn(output, loaded, next(turns), text, conversation, history)
+                if taken is not None and taken != way:
+                    way = taken
+                    output.detail(way)
 
 
 def _turns_of(request: Request) -> Iterator[Request]:
@@ -122,7 +125,8 @@ def _take_turn(
     text: str,
     conversation: Conversation,
     history: History,
-) -> None:
+) -> str | None:
+    """Answer, and say how the model ran; None where it could not."""
     try:
         result = answer(
             loaded,
@@ -135,15 +139,14 @@ def _take_turn(
     except QtoolError as error:
         is_full = isinstance(error, PromptTooLong) and conversation.messages
         output.error(error.with_hint(f"{CLEAR} forgets what was said before") if is_full else error)
-        return
+        return None
     output.write_text("\n")
     if isinstance(result.interruption, Terminated):  # which ends more than the answer
         raise result.interruption
     output.detail(_speed(result))
-    if not result.reused_tokens:  # a new decoder
-        output.detail(_way(loaded, result))
     if result.stop_reason in ("length", "interrupted"):
         output.note(f"({_why_it_ended(output, result)})")
+    return _way(loaded, result)
 
 
 def _read_line() -> str | None:

@@ -619,6 +619,20 @@ def test_a_terminal_without_prompt_opens_a_chat(chatty: Path) -> None:
         terminal.close()
 
 
+def test_a_chat_tells_the_way_once_and_what_the_cache_held(chatty: Path) -> None:
+    terminal = Terminal(chatty, "--max-new-tokens", 4, "--device", "cpu", "--verbose")
+    try:
+        terminal.wait_for(">>> ")
+        terminal.type("Once upon\n")
+        first = terminal.wait_for(">>> ")
+        terminal.type("and then\n")
+        second = terminal.wait_for(">>> ")
+    finally:
+        terminal.close()
+    assert " in the cache" not in first and first.count("cpu · ") == 1
+    assert re.search(r"prompt \d+ tokens, \d+ in the cache, ", second) and "cpu · " not in second
+
+
 @pytest.mark.parametrize("in_an_answer", [True, False])
 def test_sigterm_ends_a_chat_wherever_it_is(chatty: Path, in_an_answer: bool) -> None:
     terminal = Terminal(chatty, "--max-new-tokens", 480, "--ignore-eos", "--device", "cpu")
