@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -301,6 +302,8 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
         if prompt_file is not None:
             text = prompt_file.read_text(encoding="utf-8").removesuffix("\n")
         elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+            if isinstance(sys.stdin, io.TextIOWrapper):  # which lets through what is no UTF-8
+                sys.stdin.reconfigure(encoding="utf-8", errors="strict")
             text = sys.stdin.read().removesuffix("\n")
         else:
             return prompt

@@ -167,6 +167,19 @@ def test_a_pipe_is_the_prompt(
     assert ran.document["prompt_tokens"] == 5
 
 
+@pytest.mark.parametrize("place", ["pipe", "file"])
+def test_bytes_that_are_no_utf_8_are_told_before_the_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    broken = b"abc \xff"
+    (tmp_path / "prompt.txt").write_bytes(broken)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(broken), errors="surrogateescape"))
+    words = ["-"] if place == "pipe" else ["--prompt-file", tmp_path / "prompt.txt"]
+    ran = run("generate", tmp_path / "no_model", *words, "--json")
+    assert (ran.exit_code, ran.error["kind"]) == (1, "bad_file")
+    assert "not UTF-8 at byte 4" in ran.error["message"]
+
+
 def test_a_file_is_the_prompt(stories: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompt.txt"
     path.write_text(PROMPT + "\n")
