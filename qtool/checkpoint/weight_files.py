@@ -142,7 +142,7 @@ def unfinished(source: FileSource) -> QtoolError | None:
     return QtoolError(
         f"{source.path}: expected a model, found the output of a qtool command that did not finish",
         kind="not_found",
-        hint="run that command again: it goes on with what is missing",
+        hint="if it was interrupted, run it again: it goes on with what is missing",
     )
 
 

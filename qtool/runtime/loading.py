@@ -30,7 +30,7 @@ from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.adapter_files import FINETUNE_RECORD, trained_quant
 from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.records import Checkpoint
-from qtool.errors import Option, QtoolError, Words
+from qtool.errors import ErrorKind, Option, QtoolError, Words
 from qtool.events import Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 from qtool.runtime import int8_products
@@ -72,6 +72,7 @@ from qtool.runtime.weights import WeightSource, open_stored_weights
 
 QUIET_S: Final = 0.5  # work that takes longer is told about
 NO_TOKENIZER: Final = "transformers finds none among its files"
+OWN_CODE: Final = "custom code"  # as transformers says where a folder brings its own
 TOKENIZER_JSON: Final = ("tokenizer.json", "tokenizer_config.json")
 OTHER_TOKENIZER_JSON: Final = ("special_tokens_map.json", "added_tokens.json", "vocab.json")
 SLOW_FLOAT32: Final = (
@@ -255,24 +256,24 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def _no_tokenizer(checkpoint: Checkpoint, reason: str) -> QtoolError:
-    assert checkpoint.folder is not None
-    are_there = all((checkpoint.folder / name).is_file() for name in TOKENIZER_JSON)
-    return QtoolError(
-        f"{checkpoint.id}: no usable tokenizer: {reason}",
-        kind="bad_file" if are_there else "not_found",
-        hint=(
-            "fetch tokenizer.json and tokenizer_config.json again"
-            if are_there
-            else "tokenizer.json and tokenizer_config.json belong into the model's folder"
-        ),
-    )
+    folder = checkpoint.folder
+    assert folder is not None
+    kind: ErrorKind = "not_found"
+    hint = "tokenizer.json and tokenizer_config.json belong into the model's folder"
+    if OWN_CODE in reason:
+        kind, hint = "unsupported", "qtool runs no code that comes with a model; give another one"
+    elif all((folder / name).is_file() for name in TOKENIZER_JSON):
+        kind, hint = "bad_file", "see to what it names, or fetch the tokenizer's files again"
+    return QtoolError(f"{checkpoint.id}: no usable tokenizer: {reason}", kind=kind, hint=hint)
 
 
 def _refuse_broken_json(checkpoint: Checkpoint) -> None:
     """Name the first of the tokenizer's files that is no JSON; transformers tells only where."""
-    assert checkpoint.folder is not None
-    for name in (*TOKENIZER_JSON, *OTHER_TOKENIZER_JSON):
-        path = checkpoint.folder / name
+    folder = checkpoint.folder
+    assert folder is not None
+    is_slow = not (folder / TOKENIZER_JSON[0]).is_file()  # else the others are not needed
+    for name in (*TOKENIZER_JSON, *OTHER_TOKENIZER_JSON * is_slow):
+        path = folder / name
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except OSError:

@@ -7,6 +7,7 @@ are dropped, and `trust_remote_code` is never given.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from typing import Any, Final, Literal
@@ -24,7 +25,7 @@ from qtool.checkpoint.config_json import MAX_CONFIG_BYTES
 from qtool.checkpoint.file_source import read_whole
 from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.records import Checkpoint
-from qtool.checkpoint.strict_json import parse_json_object
+from qtool.checkpoint.strict_json import json_type
 from qtool.errors import Option, QtoolError
 from qtool.formats.bitsandbytes import find_quantized
 from qtool.formats.precisions import QuantizedPrecision
@@ -145,6 +146,8 @@ def first_of(names: Collection[str]) -> str:
 def read_generation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What generation_config.json holds; {} where there is none.
 
+    Less strict than config.json is read: nothing but the end of a text hangs on it here.
+
     Raises:
         QtoolError: bad_file: too large, no JSON object, or an eos_token_id that is no token.
     """
@@ -155,9 +158,16 @@ def read_generation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     hint = "fetch the file again, or remove it: then config.json says where a text ends"
     data = read_whole(source, GENERATION_CONFIG, max_bytes=MAX_CONFIG_BYTES, hint=hint)
     file = source.describe(GENERATION_CONFIG)
-    values = parse_json_object(data, file=file, hint=hint, allow_infinity=True)
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        text = f"{file}: expected JSON, found an error: {error}"
+        raise QtoolError(text, kind="bad_file", hint=hint) from error
+    if not isinstance(values, dict):
+        text = f"{file}: expected a JSON object, found {json_type(values)}"
+        raise QtoolError(text, kind="bad_file", hint=hint)
     found = values.get("eos_token_id")
-    if found is not None and not all(type(token) is int for token in as_list(found)):
+    if not all(token is None or type(token) is int for token in as_list(found)):
         raise QtoolError(
             f"{file}: eos_token_id: expected a whole number or a list of them, found {found!r:.80}",
             kind="bad_file",

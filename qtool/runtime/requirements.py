@@ -121,8 +121,8 @@ def _open_headers(model: str) -> Checkpoint:
     try:
         return open_checkpoint(model, need="headers", need_weights=True)
     except QtoolError as error:
-        base = _base_of_adapter(Path(model).expanduser())
-        if error.kind != "unsupported" or base is None:
+        base = _base_of_adapter(Path(model)) if error.kind == "unsupported" else None
+        if base is None:
             raise
         adapter = Option("adapter", model)
         hint = (f"give its base model, {base}; generate takes the adapter beside it: ", adapter)
@@ -135,7 +135,7 @@ def _base_of_adapter(folder: Path) -> str | None:
 
     try:
         base = read_adapter_files(folder).config.get("base_model_name_or_path")
-    except QtoolError:
+    except (QtoolError, OSError):
         return None
     return base if isinstance(base, str) and base else None
 

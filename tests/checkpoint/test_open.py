@@ -42,7 +42,7 @@ def test_a_folder_whose_run_did_not_finish_is_called_that(sharded: Path, left: s
         with pytest.raises(QtoolError, match="a qtool command that did not finish") as caught:
             open_checkpoint(str(sharded), need=need)  # type: ignore[arg-type]
         assert str(sharded) in caught.value.message
-        assert "run that command again" in str(caught.value.hint)
+        assert "run it again" in str(caught.value.hint)
 
 
 def warnings_of(model: Path, **options: object) -> list[str]:

@@ -216,6 +216,26 @@ def test_a_broken_tokenizer_is_named(models: Path, tmp_path: Path) -> None:
     assert "again" in caught.value.hint  # not that it is missing
 
 
+def test_a_tokenizer_that_brings_its_own_code_is_called_that(models: Path, tmp_path: Path) -> None:
+    folder = copy_of(models, tmp_path)
+    path = folder / "tokenizer_config.json"
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    path.write_text(json.dumps(settings))
+    (folder / "own.py").write_text("raise SystemExit")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(QtoolError, match=r"no usable tokenizer: .* custom code") as caught:
+        load(folder)
+    assert caught.value.kind == "unsupported"
+    assert "no code that comes with a model" in caught.value.hint
+
+
+def test_a_text_in_the_place_of_the_model_is_refused_as_one() -> None:
+    """No file has so long a name."""
+    with pytest.raises(QtoolError, match="no such folder") as caught:
+        require_model("Once upon a time " * 20)
+    assert caught.value.kind == "not_found"
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_tokenizers_file_that_is_no_json_is_named(
     models: Path, tmp_path: Path, name: str
@@ -231,7 +251,8 @@ def test_a_tokenizers_file_that_is_no_json_is_named(
 
 
 BAD_GENERATION = {
-    "{": "expected JSON, found an error at line 1 column 2",
+    "{": "expected JSON, found an error: Expecting property name",
+    "": "expected JSON, found an error: Expecting value",
     "[]": "expected a JSON object, found an array",
     '{"eos_token_id": "x"}': "eos_token_id: expected a whole number or a list of them, found 'x'",
     '{"eos_token_id": [1, "x"]}': "eos_token_id: expected a whole number or a list of them",
@@ -255,7 +276,17 @@ def test_a_broken_generation_config_is_named(
     assert "remove it" in caught.value.hint
 
 
-@pytest.mark.parametrize("text", ["{}", '{"eos_token_id": null}', '{"eos_token_id": [7, 9]}', None])
+HARMLESS_GENERATION = (
+    "{}",
+    '{"eos_token_id": null}',
+    '{"eos_token_id": [7, 9]}',
+    '{"eos_token_id": [7, null, 9]}',
+    '{"top_k": 1, "top_k": 2, "typical_p": NaN, "eos_token_id": [7, 9]}',
+    None,
+)
+
+
+@pytest.mark.parametrize("text", HARMLESS_GENERATION)
 def test_a_whole_generation_config_or_none_loads(
     models: Path, tmp_path: Path, text: str | None
 ) -> None:

@@ -102,6 +102,8 @@ class GraphDecoder:
 
     def decode(self, sampling: Sampling, num_tokens: int) -> Iterator[list[int]]:
         """See `protocol.Decoder`; up to STEPS_AHEAD tokens are made before they are read."""
+        if not self.capacity:
+            raise ValueError("the decoder is closed")
         num_tokens = min(num_tokens, self._transcript.num_free + 1)
         with on_device(self._network.device):
             replay = self._graph_for(sampling)

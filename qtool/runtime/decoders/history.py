@@ -159,16 +159,21 @@ class KeptHistory:
     @contextmanager
     def _behind_the_last(self, device: torch.device) -> Iterator[None]:
         """On a GPU: a text that was broken off leaves steps on its stream, which still write the
-        cache. The current stream waits for them, the host does not."""
+        cache. The current stream waits for them, the host does not.
+
+        A text may be closed where another stream is the current one, or in another thread.
+        """
         if device.type != "cuda":
             yield
             return
-        if self._last_work is not None:
-            torch.cuda.current_stream(device).wait_event(self._last_work)
+        stream, last_work = torch.cuda.current_stream(device), self._last_work
+        self._last_work = None
+        if last_work is not None:
+            stream.wait_event(last_work)
         try:
             yield
         finally:
-            self._last_work = torch.cuda.current_stream(device).record_event()
+            self._last_work = stream.record_event()
 
     def _renewed(self, loaded: LoadedModel, options: DecoderOptions) -> History:
         """The one that is there, if it was made for the same and nothing moved since."""

@@ -273,11 +273,16 @@ def test_a_stream_waits_for_the_one_before(kept: Kept, monkeypatch: pytest.Monke
     monkeypatch.setattr(history, "choose_decoder", lambda *_, **__: eager_decoder(kept.model))
     object.__setattr__(loaded, "device", torch.device("cuda", 0))
     hook = kept.model.register_forward_pre_hook(lambda *_: queued.append("a step"))
-    for name in "abb":
+
+    def enter(name: str) -> None:
         stream = Stream(name, queued)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    for name in "abb":
+        enter(name)
         with kept.histories.borrow(loaded, OPTIONS) as texts:
             next(texts.answer(PROMPT, Sampling(), NUM_NEW))
+            enter("the default")  # where a text is closed may be anywhere
     hook.remove()
     first = ["a step", "the end on a"]
     second = ["b waits for a", "a step", "the end on b"]
