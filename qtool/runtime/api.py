@@ -179,7 +179,9 @@ def release(model: Any) -> None:
     A text that is being made keeps its own until it ends.
     """
     _loaded(model)
+    kept: KeptHistory = getattr(model, KEPT)
     setattr(model, KEPT, KeptHistory())
+    kept.release()
 
 
 def _check_text(name: str, value: Any, hint: str = SEE_HELP) -> None:

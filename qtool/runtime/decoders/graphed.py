@@ -102,8 +102,7 @@ class GraphDecoder:
 
     def decode(self, sampling: Sampling, num_tokens: int) -> Iterator[list[int]]:
         """See `protocol.Decoder`; up to STEPS_AHEAD tokens are made before they are read."""
-        if not self.capacity:
-            raise ValueError("the decoder is closed")
+        self._require_open()
         num_tokens = min(num_tokens, self._transcript.num_free + 1)
         with on_device(self._network.device):
             replay = self._graph_for(sampling)
@@ -111,6 +110,7 @@ class GraphDecoder:
 
         @torch.inference_mode()
         def launch(step: int) -> None:
+            self._require_open()  # a graph would write where the cache was
             with on_device(self._network.device):
                 if step == 0:
                     self._choose_first(sampling)
@@ -135,6 +135,10 @@ class GraphDecoder:
         self._cache, self.capacity = None, 0
         self._logits = self._step_logits = torch.empty(0)
         self._transcript.forget()
+
+    def _require_open(self) -> None:
+        if not self.capacity:
+            raise ValueError("the decoder is closed")
 
     def _forget_from(self, start: int) -> None:
         if self.can_rewind:

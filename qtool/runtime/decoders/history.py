@@ -156,6 +156,14 @@ class KeptHistory:
         finally:
             self._lock.release()
 
+    def release(self) -> None:
+        """Give the memory back, unless a text borrows it just now."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._close()
+            finally:
+                self._lock.release()
+
     @contextmanager
     def _behind_the_last(self, device: torch.device) -> Iterator[None]:
         """On a GPU: a text that was broken off leaves steps on its stream, which still write the
@@ -166,10 +174,9 @@ class KeptHistory:
         if device.type != "cuda":
             yield
             return
-        stream, last_work = torch.cuda.current_stream(device), self._last_work
-        self._last_work = None
-        if last_work is not None:
-            stream.wait_event(last_work)
+        stream = torch.cuda.current_stream(device)
+        if self._last_work is not None:
+            stream.wait_event(self._last_work)
         try:
             yield
         finally:
@@ -186,9 +193,12 @@ class KeptHistory:
         return self._history
 
     def _close(self) -> None:
-        if self._history is not None:
-            self._history.close()
-        self._history, self._made_for = None, ()
+        history, last_work = self._history, self._last_work
+        self._history, self._made_for, self._last_work = None, (), None
+        if last_work is not None:
+            last_work.synchronize()  # the memory may be used at once, on another stream
+        if history is not None:
+            history.close()
 
 
 def _places(model: Any) -> tuple[int, ...]:

@@ -251,3 +251,15 @@ def test_a_closed_decoder_begins_anew_or_refuses() -> None:
     assert decode(eager, PROMPT) == expected_tokens("llama")
     with pytest.raises(QtoolError, match="do not go into a cache of 0"):
         decode(graph, PROMPT)
+    with pytest.raises(ValueError, match="closed"):
+        next(graph.decode(Sampling(), 1))
+
+
+def test_closing_ends_a_text_whose_next_step_would_write_where_the_cache_was() -> None:
+    decoder = graph_decoder(tiny_model("llama"))
+    decoder.prefill(torch.tensor([PROMPT]), 0)
+    tokens = decoder.decode(Sampling(), NUM_NEW)
+    next(tokens)
+    decoder.close()
+    with pytest.raises(ValueError, match="closed"):
+        list(tokens)

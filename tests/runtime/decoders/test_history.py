@@ -254,17 +254,20 @@ def test_threads_do_not_disturb_each_other(kept: Kept) -> None:
 
 
 class Stream:
-    """Stands for the current stream of a GPU, and says what is queued on it."""
+    """Stands for the current stream of a GPU, and says what is queued on it; and for an event."""
 
     def __init__(self, name: str, queued: list[str]) -> None:
         self.name, self.queued = name, queued
 
-    def record_event(self) -> str:
+    def record_event(self) -> Stream:
         self.queued.append(f"the end on {self.name}")
-        return self.name
+        return self
 
-    def wait_event(self, event: str) -> None:
-        self.queued.append(f"{self.name} waits for {event}")
+    def wait_event(self, event: Stream) -> None:
+        self.queued.append(f"{self.name} waits for {event.name}")
+
+    def synchronize(self) -> None:
+        self.queued.append(f"the host waits for {self.name}")
 
 
 def test_a_stream_waits_for_the_one_before(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,10 +286,17 @@ def test_a_stream_waits_for_the_one_before(kept: Kept, monkeypatch: pytest.Monke
         with kept.histories.borrow(loaded, OPTIONS) as texts:
             next(texts.answer(PROMPT, Sampling(), NUM_NEW))
             enter("the default")  # where a text is closed may be anywhere
-    hook.remove()
     first = ["a step", "the end on a"]
     second = ["b waits for a", "a step", "the end on b"]
     assert queued == [*first, *second, "b waits for b", *second[1:]]
+
+    queued.clear()
+    with kept.histories.borrow(loaded, OPTIONS):
+        kept.histories.release()  # is borrowed
+    kept.histories.release()
+    left = ["the default waits for b", "the end on the default", "the host waits for the default"]
+    assert queued == left
+    hook.remove()
 
 
 def test_after_an_error_nothing_is_kept(kept: Kept) -> None:
