@@ -131,6 +131,13 @@ class QtoolError(Exception):
         """Message and hint where options are called as `name_option` has it."""
         return in_words(self._message, name_option), in_words(self._hint, name_option)
 
+    def of(self, place: str) -> QtoolError:
+        """The same failure with the model or file that it is of before its message."""
+        words = self._message if isinstance(self._message, tuple) else (self._message,)
+        return QtoolError(
+            (f"{place}: ", *words), kind=self.kind, hint=self._hint, exit_code=self.exit_code
+        )
+
     def with_hint(self, hint: Words) -> QtoolError:
         """The same failure with another next step."""
         return QtoolError(self._message, kind=self.kind, hint=hint, exit_code=self.exit_code)

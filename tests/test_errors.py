@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import qtool
-from qtool.errors import Option, QtoolError, in_words, name_argument, name_flag
+from qtool.errors import Option, QtoolError, Words, in_words, name_argument, name_flag
 
 PACKAGE = Path(qtool.__file__).parent
 # Whole commands are the same for everybody.
@@ -44,6 +44,17 @@ def test_an_error_tells_python_its_arguments_and_others_what_they_want() -> None
     assert other.told(name_flag) == ("--top-k 0: expected at least 1", "--top-k 1")
     assert (other.kind, other.exit_code) == ("usage", 2)
     assert in_words("text") == "text"
+
+
+@pytest.mark.parametrize(
+    "message", ["too large", (Option("skip", "a"), " is none"), Option("skip")]
+)
+def test_a_place_before_an_error_leaves_its_options_as_they_are(message: Words) -> None:
+    error = QtoolError(message, kind="network", hint=("leave out ", Option("skip")), exit_code=9)
+    placed = error.of("a_model")
+    said, hint = error.told(name_flag)
+    assert placed.told(name_flag) == (f"a_model: {said}", hint)
+    assert (placed.kind, placed.exit_code) == ("network", 9)
 
 
 def test_no_error_spells_a_flag_out() -> None:

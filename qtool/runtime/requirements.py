@@ -146,8 +146,7 @@ def _naming(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
     except QtoolError as error:
-        text = f"{checkpoint.id}: {error.message}"
-        raise QtoolError(text, kind=error.kind, hint=error.hint) from error
+        raise error.of(checkpoint.id) from error
 
 
 def _packed_mixture(

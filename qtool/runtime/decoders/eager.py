@@ -13,7 +13,7 @@ from qtool.runtime.decoders.network import Network, check_room
 from qtool.runtime.decoders.protocol import Path, Sampling
 from qtool.runtime.decoders.sampling import (
     choose_tokens,
-    none_of_nan,
+    mark_nan,
     require_tokens,
     seed_generator,
 )
@@ -62,7 +62,7 @@ class EagerDecoder:
         """See `protocol.Decoder`; nothing runs ahead."""
         seed_generator(self._generator, sampling.seed)
         tokens = self._choose(sampling)
-        require_tokens(none_of_nan(tokens, self._logits).tolist())
+        require_tokens(mark_nan(tokens, self._logits).tolist())
         num_tokens = min(num_tokens, self._transcript.num_free + 1)
         for num_left in range(num_tokens - 1, -1, -1):
             yield tokens.tolist()

@@ -24,7 +24,7 @@ from qtool.runtime.decoders.network import Network, check_room, on_device
 from qtool.runtime.decoders.protocol import Path, Sampling
 from qtool.runtime.decoders.sampling import (
     choose_tokens,
-    none_of_nan,
+    mark_nan,
     require_tokens,
     seed_generator,
 )
@@ -152,7 +152,7 @@ class GraphDecoder:
         self._input_ids.copy_(tokens[:, None])
         self._position.fill_(self._transcript.length)
         self._ring.restart()
-        self._ring.write(none_of_nan(tokens, self._logits))
+        self._ring.write(mark_nan(tokens, self._logits))
 
     def _choose(self, logits: Tensor, sampling: Sampling) -> Tensor:
         """The next tokens int64 (batch,), within a step."""

@@ -41,7 +41,7 @@ def choose_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator
     return (probabilities / clocks).argmax(dim=-1)
 
 
-def none_of_nan(tokens: Tensor, logits: Tensor) -> Tensor:
+def mark_nan(tokens: Tensor, logits: Tensor) -> Tensor:
     """`tokens` (batch,), but NO_TOKEN where the logits (batch, vocabulary) hold a NaN."""
     return tokens.masked_fill(logits.isnan().any(dim=-1), NO_TOKEN)
 
