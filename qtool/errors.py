@@ -12,7 +12,8 @@ Imports nothing from qtool.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -141,6 +142,15 @@ class QtoolError(Exception):
     def with_hint(self, hint: Words) -> QtoolError:
         """The same failure with another next step."""
         return QtoolError(self._message, kind=self.kind, hint=hint, exit_code=self.exit_code)
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Put `place`, a model or file, before the message of a QtoolError that is raised meanwhile."""
+    try:
+        yield
+    except QtoolError as error:
+        raise error.of(place) from error
 
 
 class Terminated(KeyboardInterrupt):

@@ -288,7 +288,7 @@ def describe_model(checkpoint: Checkpoint) -> PlannedModel:
         architecture = build_architecture(checkpoint.config)
     except QtoolError as error:
         if error.kind != "unsupported" or not layouts or packed:
-            raise
+            raise error.of(checkpoint.id) from error
         why_unknown = error
         warnings.append(
             f"{error.message}; only its size is known, so cache, activations and what else it "

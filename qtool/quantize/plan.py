@@ -14,7 +14,7 @@ from qtool.architecture import Architecture, ModelTensor, build_architecture
 from qtool.architecture.skip import is_skipped
 from qtool.architecture.stored_weights import check_linear_layers, place_of
 from qtool.checkpoint.records import Checkpoint, TensorInfo
-from qtool.errors import Option, QtoolError, Words
+from qtool.errors import Option, QtoolError, Words, naming
 from qtool.formats.bitsandbytes import find_quantized, packed_layouts, quantization_config
 from qtool.formats.precisions import ComputeDtype, QuantFormat
 from qtool.formats.tensors import TensorLayout
@@ -142,8 +142,9 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> QuantPlan:
             hint="`qtool estimate` needs only a config.json; quantizing needs the weights",
         )
     refuse_quantized_source(checkpoint)
-    architecture = build_architecture(checkpoint.config)
-    tensors = plan_tensors(checkpoint.tensors.values(), architecture, recipe)
+    with naming(checkpoint.id):
+        architecture = build_architecture(checkpoint.config)
+        tensors = plan_tensors(checkpoint.tensors.values(), architecture, recipe)
     if not any(tensor.action == "quantize" for tensor in tensors):
         raise QtoolError(
             f"{checkpoint.id}: none of the {len(tensors)} tensors is to be quantized: "

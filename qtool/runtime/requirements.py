@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qtool.backends.cuda_driver import NoCudaError, cannot_run, find_driver
-from qtool.errors import Option, QtoolError
+from qtool.errors import Option, QtoolError, naming
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 
 if TYPE_CHECKING:
@@ -105,11 +103,11 @@ def require_model(model: str, quant: QuantizedPrecision | None = None) -> Checkp
 
     refuse_quantized_source(checkpoint)
     recipe = Recipe(format=QuantFormat(quant))
-    with _naming(checkpoint):
+    with naming(checkpoint.id):
         architecture = build_architecture(checkpoint.config)
     if architecture.experts is not None:
         raise _packed_mixture(checkpoint, architecture, quant)
-    with _naming(checkpoint):
+    with naming(checkpoint.id):
         plan_tensors(checkpoint.tensors.values(), architecture, recipe)
     return checkpoint
 
@@ -138,15 +136,6 @@ def _base_of_adapter(folder: Path) -> str | None:
     except (QtoolError, OSError):
         return None
     return base if isinstance(base, str) and base else None
-
-
-@contextmanager
-def _naming(checkpoint: Checkpoint) -> Iterator[None]:
-    """Put the model before what is said of its config.json and tensors."""
-    try:
-        yield
-    except QtoolError as error:
-        raise error.of(checkpoint.id) from error
 
 
 def _packed_mixture(
