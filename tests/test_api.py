@@ -102,7 +102,7 @@ def test_stop_ends_the_text_before_it(model: Any, several: bool) -> None:
 def test_leaving_early_ends_the_work(model: Any) -> None:
     steps: list[None] = []
     hook = model.register_forward_hook(lambda *_: steps.append(None))
-    pieces = qtool.stream(model, PROMPT, max_new_tokens=400)
+    pieces = qtool.stream(model, PROMPT, max_new_tokens=400, path="eager")  # a call for each token
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
     hook.remove()

@@ -37,9 +37,10 @@ from qtool.optim import AdamW8bit
 from qtool.planner.estimate import EstimateRequest, estimate_opened
 from qtool.planner.records import Tuning, Workload
 from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
-from qtool.runtime.loading import LoadedModel, quiet_transformers
+from qtool.runtime.loading import LoadedModel
 from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
 from qtool.runtime.placement import resolve_device
+from qtool.runtime.quiet import quiet_transformers
 from qtool.runtime.random_model import build_random_model
 from qtool.runtime.requirements import require_bitsandbytes
 

@@ -18,7 +18,8 @@ from qtool.errors import QtoolError
 from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 from qtool.runtime.decoders.choose import DecoderOptions, choose_decoder
 from qtool.runtime.decoders.protocol import Sampling
-from qtool.runtime.loading import LoadedModel, quiet_transformers
+from qtool.runtime.loading import LoadedModel
+from qtool.runtime.quiet import quiet_transformers
 
 
 class GenerateEngine(Protocol):

@@ -314,8 +314,8 @@ def generate(
         from qtool.bench.generate import GenerateBenchRequest, bench_generate
         from qtool.report.bench import report_generate
         from qtool.runtime.decoders.choose import DecoderOptions
-        from qtool.runtime.loading import quiet_transformers
         from qtool.runtime.model_config import require_runnable
+        from qtool.runtime.quiet import quiet_transformers
 
         if opened is not None:
             with quiet_transformers():

@@ -34,7 +34,7 @@ def read_config_file(
         option.lstrip("-"): param
         for param in params
         for option in (*param.opts, *param.secondary_opts)
-        if option.startswith("--")
+        if option.startswith("--") and not param.is_eager  # a file names no other, and no help
     }
     merged = {key: value for key, value in values.items() if not isinstance(value, dict)}
     for table, entries in values.items():
@@ -43,13 +43,29 @@ def read_config_file(
             merged.update(entries if table == verb else {})
     for key in merged:
         _check_known(key, known, path, what=f"option of qtool {verb}")
-    return {known[key].name: _as_given(value, known[key]) for key, value in merged.items()}
+    return {
+        known[key].name: _as_given(key, value, known[key], path) for key, value in merged.items()
+    }
 
 
-def _as_given(value: Any, param: Any) -> Any:
-    """One value of an option that can be repeated needs no brackets."""
-    is_one = getattr(param, "multiple", False) and not isinstance(value, list)
-    return [value] if is_one else value
+def _as_given(key: str, value: Any, param: Any, path: Path) -> Any:
+    """As text, which the parser reads as it does the command line's: it would cut 1.9 to 1.
+
+    One value of an option that can be repeated needs no brackets.
+    """
+    is_repeated = getattr(param, "multiple", False)
+    if isinstance(value, bool) and f"--{key}" in param.secondary_opts:
+        value = not value
+    values = value if is_repeated and isinstance(value, list) else [value]
+    if not all(isinstance(each, str | int | float) for each in values):
+        raise QtoolError(
+            f"{path}: {key} = {value} is no value of an option",
+            kind="usage",
+            hint="write a text in quotes, a number, true or false"
+            + "; more than one of them in brackets" * is_repeated,
+        )
+    texts = [str(each).lower() if isinstance(each, bool) else str(each) for each in values]
+    return texts if is_repeated else texts[0]
 
 
 def _find(path: Path) -> Path:

@@ -251,8 +251,9 @@ def generate(
             from qtool.runtime.answers import Request, answer, check_request
             from qtool.runtime.decoders.choose import DecoderOptions
             from qtool.runtime.generate import Limits, Sampling
-            from qtool.runtime.loading import LoadOptions, load_model, quiet_transformers
+            from qtool.runtime.loading import LoadOptions, load_model
             from qtool.runtime.model_config import require_runnable
+            from qtool.runtime.quiet import quiet_transformers
 
         with quiet_transformers():
             require_runnable(opened, quant)

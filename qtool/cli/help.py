@@ -3,9 +3,11 @@ panels, examples line by line, and nothing cut. It loads no rich."""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Final
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 MAX_COLUMNS: Final = 120  # longer lines are hard to read
@@ -58,7 +60,17 @@ class _Layout:
 
 
 class VerbCommand(_Layout, TyperCommand):
-    """A verb; its epilog is its examples."""
+    """A verb; its epilog is its examples, and no number of its options is infinite or none."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See `typer.core.TyperCommand`; the parser's own ranges let NaN through."""
+        rest: list[str] = super().parse_args(ctx, args)
+        for param in self.params:
+            given = ctx.params.get(param.name)
+            for value in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise typer.BadParameter(f"{value} is no finite number", ctx=ctx, param=param)
+        return rest
 
 
 class VerbGroup(_Layout, TyperGroup):

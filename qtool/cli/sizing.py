@@ -58,6 +58,7 @@ def sizing(
         typer.Option(
             "--vram",
             min=1,
+            max=1_000_000,
             metavar="GIB",
             help="Any GPU with so many GiB; repeatable.",
             show_default=False,

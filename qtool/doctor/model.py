@@ -79,8 +79,8 @@ def check_architecture(checkpoint: Checkpoint) -> Iterator[Check]:
         unseen = f"{model_type}; whether transformers knows it is not seen: {error.message}"
         yield Check("architecture", "info", unseen, error.hint)
         return
-    from qtool.runtime.loading import quiet_transformers
     from qtool.runtime.model_config import build_config, find_model_class
+    from qtool.runtime.quiet import quiet_transformers
 
     try:
         with quiet_transformers():

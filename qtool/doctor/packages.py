@@ -70,13 +70,12 @@ def installed_version(package: str) -> str | None:
 def check_requirement(requirement: Requirement) -> Check:
     """Whether a package is there and new enough."""
     name, minimum, extra = requirement.package, requirement.minimum, requirement.extra
-    target = f'"qtool[{extra}]"' if extra else "qtool"
     version = installed_version(name)
     if version is None and extra:
         found = f"not installed; {requirement.needed_by}"
-        return Check(name, "info", found, f"pip install {target}")
+        return Check(name, "info", found, f'pip install "qtool[{extra}]"')
     if version is None:
-        return Check(name, "fail", "not installed", f"pip install --force-reinstall {target}")
+        return Check(name, "fail", "not installed", f'pip install "{name}>={minimum}"')
     if _release(version) < _release(minimum):
         fix = f'pip install --upgrade "{name}>={minimum}"'
         return Check(name, "fail", f"{version}, older than {minimum}", fix)

@@ -15,7 +15,7 @@ from qtool.exact.records import ExactPeak, ExactRequest
 from qtool.exact.storages import LiveStorages
 from qtool.exact.training import run_training
 from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
-from qtool.runtime.loading import quiet_transformers
+from qtool.runtime.quiet import quiet_transformers
 
 
 def exact_peak(

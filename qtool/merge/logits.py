@@ -23,10 +23,11 @@ from qtool.events import Note, OnEvent, ignore_events
 from qtool.formats.bitsandbytes import find_quantized
 from qtool.formats.precisions import QuantizedPrecision
 from qtool.runtime.adapters import add_adapter
-from qtool.runtime.loading import LoadedModel, LoadOptions, load_model, quiet_transformers
+from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
 from qtool.runtime.memory import out_of_memory_as_error
 from qtool.runtime.placement import resolve_device
 from qtool.runtime.prompts import encode_text
+from qtool.runtime.quiet import quiet_transformers
 from qtool.runtime.requirements import require_peft
 
 MAX_TOKENS: Final = 512

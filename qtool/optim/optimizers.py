@@ -52,7 +52,8 @@ class EightBitOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, paged: bool) -> None:
         self._batches: list[DeviceBatch | HostBatch] = []
-        self._seen: list[int] = []  # ids of the parameters that batches were made of
+        # ids of the parameters and states that batches were made of, and keep
+        self._seen: list[tuple[int, int]] = []
         self._waiting: list[Tensor] = []  # for their first gradient
         super().__init__(params, defaults)
         self._paged = paged
@@ -70,7 +71,11 @@ class EightBitOptimizer(Optimizer):
             ValueError: an option is out of its range.
         """
         super().add_param_group(param_group)
-        check_group(self.param_groups[-1])
+        try:
+            check_group(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -140,9 +145,9 @@ class EightBitOptimizer(Optimizer):
 
     def _gather(self) -> None:
         """Give states to parameters that have their first gradient, and make batches anew then."""
-        seen = [id(parameter) for parameter in self._parameters()]
-        is_same = seen == self._seen
-        if is_same and all(parameter.grad is None for parameter in self._waiting):
+        if self._identities() == self._seen and all(
+            parameter.grad is None for parameter in self._waiting
+        ):
             return
         without = [p for p in self._parameters() if p.numel() and not self.state.get(p)]
         ready = [parameter for parameter in without if parameter.grad is not None]
@@ -150,8 +155,12 @@ class EightBitOptimizer(Optimizer):
         for parameter, state in zip(ready, states, strict=True):
             self.state[parameter] = state
         self._waiting = [parameter for parameter in without if parameter.grad is None]
-        self._seen = seen
+        self._seen = self._identities()
         self._batches = self._new_batches()
+
+    def _identities(self) -> list[tuple[int, int]]:
+        """`state` is everybody's to change: who clears it begins anew, as with PyTorch's own."""
+        return [(id(p), id(self.state.get(p))) for p in self._parameters()]
 
     def _new_batches(self) -> list[DeviceBatch | HostBatch]:
         members: dict[Any, list[Member]] = {}

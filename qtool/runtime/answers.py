@@ -16,7 +16,7 @@ from qtool.runtime.generate import (
     generate,
     room_for,
 )
-from qtool.runtime.loading import LoadedModel, Preview, quiet_transformers
+from qtool.runtime.loading import LoadedModel, Preview
 from qtool.runtime.prompts import (
     SAID_NO,
     Conversation,
@@ -25,6 +25,7 @@ from qtool.runtime.prompts import (
     refuse_system,
     require_chat_template,
 )
+from qtool.runtime.quiet import quiet_transformers
 
 
 @dataclass(frozen=True, slots=True)

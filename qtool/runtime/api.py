@@ -27,8 +27,9 @@ from qtool.runtime.decoders.choose import DecoderOptions, PathChoice
 from qtool.runtime.decoders.history import KeptHistory
 from qtool.runtime.drop_in import register, unregister
 from qtool.runtime.generate import Generation, Limits, Sampling, room_for
-from qtool.runtime.loading import LoadedModel, LoadOptions, load_model, quiet_transformers
+from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
 from qtool.runtime.model_config import FLOAT_DTYPES, Int8Threshold, require_runnable
+from qtool.runtime.quiet import quiet_transformers
 from qtool.runtime.requirements import require_device, require_model
 
 __all__ = ["load", "register", "release", "stream", "unregister"]

@@ -19,8 +19,9 @@ from typing import Literal
 from qtool.errors import Option, QtoolError
 from qtool.runtime.decoders.history import History
 from qtool.runtime.decoders.protocol import Decoder, Sampling
-from qtool.runtime.loading import LoadedModel, Preview, quiet_transformers
+from qtool.runtime.loading import LoadedModel, Preview
 from qtool.runtime.memory import out_of_memory_as_error
+from qtool.runtime.quiet import quiet_transformers
 from qtool.runtime.requirements import beyond_context
 from qtool.runtime.text_stream import TextStream
 

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import math
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -68,6 +66,7 @@ from qtool.runtime.placement import (
     resolve_device,
     why_no_gpu,
 )
+from qtool.runtime.quiet import quiet_transformers
 from qtool.runtime.weights import WeightSource, open_stored_weights
 
 QUIET_S: Final = 0.5  # work that takes longer is told about
@@ -284,27 +283,6 @@ def _refuse_broken_json(checkpoint: Checkpoint) -> None:
                 kind="bad_file",
                 hint=f"fetch {name} again from the model's original source",
             ) from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' and accelerate's log lines, warnings and bars; ours say it."""
-    own = transformers.utils.logging
-    verbosity, bars = own.get_verbosity(), own.is_progress_bar_enabled()
-    spreading = logging.getLogger("accelerate")  # tells of weights that go to the disk
-    level = spreading.level
-    own.set_verbosity_error()
-    own.disable_progress_bar()
-    spreading.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        own.set_verbosity(verbosity)
-        if bars:
-            own.enable_progress_bar()
-        spreading.setLevel(level)
 
 
 def _trained_beside(quant: QuantizedPrecision) -> Words:

@@ -33,6 +33,9 @@ from qtool.runtime.hf_quantizer import wrong_shape
 from qtool.runtime.linear import Int8Layer, PackedLayer
 from qtool.runtime.weights import TORCH_DTYPES
 
+# How transformers 5 writes numbers that are none of JSON: {"__float__": "Infinity"}.
+FLOAT_KEY: Final = "__float__"
+FLOATS: Final = frozenset({"Infinity", "-Infinity", "NaN"})
 # Keys that would make transformers fetch or run something, at any depth.
 DROPPED_KEYS: Final = frozenset(
     {
@@ -192,7 +195,7 @@ def parse_config(config: Mapping[str, Any], model_id: str) -> Any:
     Raises:
         QtoolError: no architecture, one that this transformers does not know, or values it refuses.
     """
-    fields = _without_dropped(config)
+    fields = _fields(config)
     model_type = fields.get("model_type")
     if model_type is None:
         raise QtoolError(
@@ -338,9 +341,12 @@ def _quantization_entry(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return entry if isinstance(entry, Mapping) else {}
 
 
-def _without_dropped(value: Any) -> Any:
+def _fields(value: Any) -> Any:
+    """What a config class may have: no dropped keys, and numbers that JSON has no word for."""
     if isinstance(value, Mapping):
-        return {k: _without_dropped(v) for k, v in value.items() if k not in DROPPED_KEYS}
+        if value.keys() == {FLOAT_KEY} and str(value[FLOAT_KEY]) in FLOATS:
+            return float(value[FLOAT_KEY])
+        return {key: _fields(item) for key, item in value.items() if key not in DROPPED_KEYS}
     if isinstance(value, list):
-        return [_without_dropped(item) for item in value]
+        return [_fields(item) for item in value]
     return value

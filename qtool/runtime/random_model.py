@@ -32,10 +32,11 @@ from qtool.formats.precisions import (
 )
 from qtool.runtime.hf_quantizer import PackedLayersConfig
 from qtool.runtime.linear import FourBitLayer, Int8Layer, PackedLayer, build_linear
-from qtool.runtime.loading import LoadedModel, quiet_transformers
+from qtool.runtime.loading import LoadedModel
 from qtool.runtime.memory import DeviceMemory, out_of_memory_as_error
 from qtool.runtime.model_config import find_model_class, parse_config
 from qtool.runtime.placement import resolve_device
+from qtool.runtime.quiet import quiet_transformers
 from qtool.runtime.weights import LazyTensor
 
 STANDARD_DEVIATION: Final = 0.02  # as transformers initializes weights

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoding half of a UTF-8 sequence ends in
-MAX_HELD_TOKENS = 8  # a character spans at most 4 bytes; more tokens than that are not one
-CONTEXT_TOKENS = 6  # of the prompt: enough for a tokenizer to know whether a space comes first
+INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"  # what decoding half of a UTF-8 sequence ends in
+MAX_HELD_TOKENS: Final = 8  # a character spans at most 4 bytes; more tokens than that are not one
+CONTEXT_TOKENS: Final = (
+    6  # of the prompt: enough for a tokenizer to know whether a space comes first
+)
+MAX_CUT_TOKENS: Final = 3  # what is left of a character whose first token is not there
+MAX_SILENT_TOKENS: Final = 8  # without text of their own, special ones mostly
 
 
 class TextStream:
@@ -36,9 +40,11 @@ class TextStream:
         self._stop_strings = tuple(stop for stop in stop_strings if stop)
         self._write = write
         self._window = list(prompt_ids)[-CONTEXT_TOKENS:]  # tokens that decoding starts from
-        while INCOMPLETE in self._decode(self._window):  # cut within a character
-            del self._window[0]
+        for _ in range(MAX_CUT_TOKENS):
+            if self._decode(self._window).startswith(INCOMPLETE):
+                del self._window[0]
         self._num_passed = len(self._window)  # of the window: their text was passed on
+        self._num_spoken = len(self._window)  # of these: up to the last that had a text
         self._held = ""  # final text that may yet turn out to begin a stop string
         self.text = ""
         self.stopped = False
@@ -54,6 +60,8 @@ class TextStream:
             return
         if piece:  # a special token has no text to start decoding from: keep the ones before
             self._window = self._window[self._num_passed :]
+            self._num_spoken = len(self._window)
+        del self._window[self._num_spoken : -MAX_SILENT_TOKENS]
         self._num_passed = len(self._window)
         self._pass_on(piece)
 
@@ -70,7 +78,12 @@ class TextStream:
         return self._decode(self._window)[len(before) :]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        # Cleaning up removes spaces before what comes later, after they were passed on.
+        return str(
+            self._tokenizer.decode(
+                token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
 
     def _pass_on(self, piece: str) -> None:
         candidate = self._held + piece

@@ -315,3 +315,32 @@ def test_the_memory_of_gradients_is_free_after_a_step() -> None:
     optimizer.step()
     optimizer.zero_grad()
     assert gradient() is None
+
+
+@pytest.mark.parametrize("num_kept", [0, 4])
+def test_a_state_that_was_taken_away_begins_anew(num_kept: int) -> None:
+    tensors = parameters()
+    optimizer = AdamW8bit(tensors, lr=1e-2)
+    for seed in range(3):
+        give_gradients(tensors, seed)
+        optimizer.step()
+    for parameter in tensors[num_kept:]:
+        del optimizer.state[parameter]
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in tensors]
+    give_gradients(copies, 2)
+    AdamW8bit(copies, lr=1e-2).step()
+    optimizer.step()
+    for number, (parameter, copied) in enumerate(zip(tensors, copies, strict=True)):
+        is_anew = number >= num_kept
+        assert int(optimizer.state[parameter]["step"]) == (1 if is_anew else 4)
+        assert not is_anew or torch.equal(parameter.nan_to_num(), copied.nan_to_num())
+    assert len(optimizer.state_dict()["state"]) == len(tensors)
+
+
+def test_a_group_that_is_refused_is_not_there() -> None:
+    first, second = parameters()[:2]
+    optimizer = AdamW8bit([first])
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.add_param_group({"params": [second], "lr": -1})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [second], "lr": 1})

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import Unigram
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qtool.runtime.text_stream import MAX_HELD_TOKENS, TextStream
 from tests.conftest import data_folder
@@ -25,7 +27,8 @@ def tokenizer(folder: Path) -> Any:
 class ByteTokenizer:
     """One token per byte; 256 is a special token without text."""
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: list[int], **options: bool) -> str:
+        assert options == {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
@@ -124,3 +127,55 @@ def test_a_special_token_does_not_eat_the_next_space(models: Path) -> None:
         stream.add(token_id)
     stream.end()
     assert stream.text == tok.decode(ids, skip_special_tokens=True)
+
+
+def test_tokens_without_text_do_not_make_decoding_longer() -> None:
+    lengths: list[int] = []
+
+    class Counting(ByteTokenizer):
+        def decode(self, ids: list[int], **options: bool) -> str:
+            lengths.append(len(ids))
+            return super().decode(ids, **options)
+
+    stream = TextStream(Counting(), prompt_ids=list(b"so "))
+    for token in [*b"hi", *[256] * 100, *b" there"]:
+        stream.add(token)
+    stream.end()
+    assert stream.text == "hi there"
+    assert max(lengths) < 20
+
+
+def test_a_replacement_character_of_the_prompt_is_text_like_any_other(models: Path) -> None:
+    tok = tokenizer(models / "stories260K-hf")
+    prompt = tok("x \N{REPLACEMENT CHARACTER}")["input_ids"]
+    stream = TextStream(tok, prompt_ids=prompt)
+    for token_id in tok("Once upon", add_special_tokens=False)["input_ids"]:
+        stream.add(token_id)
+    stream.end()
+    assert stream.text == " Once upon"
+
+
+def test_a_prompt_may_be_cut_within_a_character(models: Path) -> None:
+    tok = tokenizer(models / "stories260K-hf")  # the rarer characters are a token a byte
+    prompt = tok("a😀b")["input_ids"]
+    for start in range(len(prompt)):
+        stream = TextStream(tok, prompt_ids=prompt[start:])
+        for token_id in tok("Once", add_special_tokens=False)["input_ids"]:
+            stream.add(token_id)
+        stream.end()
+        assert stream.text == " Once"
+
+
+def test_no_space_that_was_streamed_is_cleaned_up_later() -> None:
+    vocabulary = [(piece, -1.0) for piece in ("<unk>", "▁hello", "▁,", "▁world", "▁do", "▁n't")]
+    backend = Tokenizer(Unigram(vocabulary, unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True)
+    ids = [1, 2, 3, 4, 5]
+    assert tok.decode(ids) != tok.decode(ids, clean_up_tokenization_spaces=False)
+    stream = TextStream(tok)
+    for token_id in ids:
+        stream.add(token_id)
+    stream.end()
+    assert stream.text == tok.decode(ids, clean_up_tokenization_spaces=False)
