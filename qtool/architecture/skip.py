@@ -30,7 +30,7 @@ def first_match(module_name: str, patterns: Sequence[str]) -> str | None:
                 return pattern
         except re.error as error:
             raise QtoolError(
-                f"skip pattern {pattern!r} is not a regular expression: {error}",
+                f"skip pattern {pattern!r} is not a regular expression: {error.msg}",
                 kind="usage",
                 hint="write a module name such as lm_head or model.layers.0, or escape the "
                 "special characters with a backslash",

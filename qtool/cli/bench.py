@@ -45,7 +45,13 @@ Device = Annotated[
 ]
 OutputFile = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Write the JSON document here too."),
+    typer.Option(
+        "--output",
+        "-o",
+        parser=options.parse_path,
+        metavar="FILE",
+        help="Write the JSON document here too.",
+    ),
 ]
 
 

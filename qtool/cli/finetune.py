@@ -50,7 +50,12 @@ def finetune(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="OUT", help="The folder to write.", show_default=False
+            "--output",
+            "-o",
+            parser=options.parse_path,
+            metavar="OUT",
+            help="The folder to write.",
+            show_default=False,
         ),
     ],
     method: Annotated[

@@ -48,9 +48,16 @@ def seeds_to(largest: int) -> Callable[[int | None], int | None]:
     return check_seed
 
 
+def parse_path(text: str | Path) -> Path:
+    """A path; the empty one, of a variable that is not set, would be the current folder."""
+    if not str(text):
+        raise typer.BadParameter("expected a name, found an empty one")
+    return Path(text)
+
+
 OutputFolder = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="OUT", help="The folder to write."),
+    typer.Option("--output", "-o", parser=parse_path, metavar="OUT", help="The folder to write."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew instead of continuing.")]

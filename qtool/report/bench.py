@@ -34,10 +34,10 @@ KERNEL_FOOTNOTE: Final = (
 )
 PRODUCT_FOOTNOTE: Final = (
     "linear: activations times weights; torch: its own product, with weights that are not packed; "
-    "error: relative, in the Frobenius norm, against float64"
+    "error: relative, in the Frobenius norm, against float64; copy: of other bytes, for its rate"
 )
 GENERATE_FOOTNOTE: Final = (
-    "mean ± standard deviation of {n} runs after one that does not count, tokens of all sequences "
+    "mean ± standard deviation of {runs} after one that does not count, tokens of all sequences "
     "added up; of limit: bytes that a step must read, as fast as the device copies ({limit:,.0f} "
     "GB/s, read and written)"
 )
@@ -50,7 +50,7 @@ OPTIMIZER_FOOTNOTE: Final = (
 MEMORY_FOOTNOTE: Final = "memory: the most that was allocated on the GPU, weights included"
 
 QUANTIZE_FOOTNOTE: Final = (
-    "time: median ± median absolute deviation of {n} runs; GB/s: 10^9 bytes read and written per "
+    "time: median ± median absolute deviation of {runs}; GB/s: 10^9 bytes read and written per "
     "second; of limit: the slower one of raw read and raw write, over the time; source: {source}; "
     "output: {output}"
 )
@@ -104,7 +104,7 @@ def report_quantize(output: Output, result: BenchResult, path: Path | None) -> N
     for line in _quantize_lines(result):
         output.answer(line)
     n = next(row.n for row in result.rows if row.engine == "qtool")
-    footnote = QUANTIZE_FOOTNOTE.format(n=n, **result.details["storage"])
+    footnote = QUANTIZE_FOOTNOTE.format(runs=_runs(n), **result.details["storage"])
     output.answer(dim_text(footnote + VS_QTOOL * _has_rivals(result.rows)))
     finish_bench(output, document, path)
 
@@ -141,7 +141,7 @@ def report_generate(output: Output, result: GenerateBenchResult, path: Path | No
     for text in dict.fromkeys(_generate_lines(result.runs)):
         output.answer(text)
     limit = result.limit.bytes_per_s / 1e9
-    footnote = GENERATE_FOOTNOTE.format(n=result.runs[0].n, limit=limit)
+    footnote = GENERATE_FOOTNOTE.format(runs=_runs(result.runs[0].n), limit=limit)
     if any(run.bandwidth_share > 1 for run in result.runs):
         footnote += BEYOND_THE_LIMIT
     has_rival = any(run.engine != "qtool" for run in result.runs)
@@ -401,3 +401,7 @@ def dim_text(text: str) -> Text:
     from rich.text import Text
 
     return Text(text, "dim")
+
+
+def _runs(number: int) -> str:
+    return "1 run" if number == 1 else f"{number} runs"

@@ -29,7 +29,7 @@ def report_checks(
     """Print (section, check) pairs while they come, with --verbose the `model_types` and what each
     section took; True unless one failed.
     """
-    seen: list[Check] = []
+    seen: list[tuple[str, Check]] = []
     seconds: dict[str, float] = {}
     start_s = time.perf_counter()
     for section, check in checks:
@@ -37,20 +37,24 @@ def report_checks(
             output.answer(f"[bold]{section}[/bold]")
         seconds[section] = seconds.get(section, 0) + time.perf_counter() - start_s
         output.answer(_line(check))
-        seen.append(check)
+        seen.append((section, check))
         start_s = time.perf_counter()
     output.detail(f"seconds: {' · '.join(f'{name} {took:.2f}' for name, took in seconds.items())}")
     if output.verbose:
         known = f"{len(model_types)} are known by name: {', '.join(model_types)}"
         output.answer("[bold]Models[/bold]", _line(Check("types", "info", known)))
-    output.answer(_verdict(seen))
-    output.document(checks_document(seen))
-    return not any(check.status == "fail" for check in seen)
+    output.answer(_verdict([check for _, check in seen]))
+    document = checks_document(seen)
+    output.document(document)
+    return bool(document["ready"])
 
 
-def checks_document(checks: Iterable[Check]) -> dict[str, Any]:
-    """The fields of the JSON document."""
-    return {"checks": [asdict(check) for check in checks]}
+def checks_document(checks: Sequence[tuple[str, Check]]) -> dict[str, Any]:
+    """The fields of the JSON document, of (section, check) pairs."""
+    return {
+        "ready": not any(check.status == "fail" for _, check in checks),
+        "checks": [{"section": section, **asdict(check)} for section, check in checks],
+    }
 
 
 def _line(check: Check) -> Table:

@@ -184,6 +184,8 @@ def _statistics(output: Output, loaded: LoadedModel, result: GenerateResult) -> 
 
 def _way(loaded: LoadedModel, result: GenerateResult) -> str:
     """Where the model ran, and how."""
+    if not result.path:  # it ended before there was one
+        return loaded.devices
     return f"{loaded.devices} · {result.path}: {result.path_reason}"
 
 
@@ -256,8 +258,8 @@ def _document(loaded: LoadedModel, result: GenerateResult) -> dict[str, Any]:
         "peak_device_basis": peak.basis,
         "int8_threshold": _int8_threshold(loaded),
         "device": loaded.devices,
-        "path": result.path,
-        "path_reason": result.path_reason,
+        "path": result.path or None,
+        "path_reason": result.path_reason or None,
         "stop_reason": result.stop_reason,
         "length_limit": result.length_limit,
     }

@@ -65,6 +65,7 @@ FLOAT_DTYPES: Final = {
     "bfloat16": torch.bfloat16,
 }
 
+WHOLE_NUMBERS: Final = ("I", "U", "BOOL")  # how safetensors' names of such dtypes begin
 GENERATION_CONFIG: Final = "generation_config.json"
 DO_NOT_BELONG: Final = (
     "config.json and the weights do not belong together, or the download is incomplete"
@@ -90,7 +91,8 @@ def require_runnable(checkpoint: Checkpoint, quant: QuantizedPrecision | None = 
 def require_weights(
     checkpoint: Checkpoint, model_class: Any, layers: Mapping[str, PackedLayer] | None = None
 ) -> None:
-    """Raise QtoolError for weights that headers already show to be missing, or of another shape.
+    """Raise QtoolError for weights that headers already show to be missing, of another shape, or
+    whole numbers that are not packed: transformers would take those for values.
 
     What cannot be told for sure shows once the weights are loaded: of model types that transformers
     alone knows, and of classes other than the one that the architecture describes.
@@ -108,9 +110,19 @@ def require_weights(
         _check_packed_shape(checkpoint, architecture, f"{module}.weight", layer)
     packed = find_quantized(checkpoint.tensors)
     parts = {part.name for weight in packed.values() for part in weight.statistics.values()}
-    missing = missing_parameters(checkpoint.tensors.keys() - parts, architecture)
+    stored = checkpoint.tensors.keys() - parts
+    missing = missing_parameters(stored, architecture)
     if missing:
         raise in_no_file(checkpoint, missing)
+    for name in sorted(stored - packed.keys()):
+        dtype = checkpoint.tensors[name].dtype
+        if dtype.startswith(WHOLE_NUMBERS) and architecture.find(name) is not None:
+            raise QtoolError(
+                f"{place_of(checkpoint, name)}: expected a weight in bf16, fp16 or fp32, found "
+                f"dtype {dtype}, and nothing says how it was quantized",
+                kind="unsupported",
+                hint="convert the checkpoint to bfloat16 first",
+            )
 
 
 def _check_packed_shape(

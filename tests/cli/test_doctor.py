@@ -31,9 +31,10 @@ def broken(monkeypatch):
 def test_json_lists_the_checks():
     ran = run("doctor", "--json")
     assert ran.exit_code == 0 and ran.stderr == ""
-    assert ran.document.keys() == {"schema", "command", "warnings", "checks"}
+    assert ran.document.keys() == {"schema", "command", "warnings", "ready", "checks"}
     assert all(
-        check.keys() == {"name", "status", "found", "fix"} for check in ran.document["checks"]
+        check.keys() == {"section", "name", "status", "found", "fix"}
+        for check in ran.document["checks"]
     )
     assert {check["status"] for check in ran.document["checks"]} <= {"ok", "info", "warn", "fail"}
 

@@ -68,3 +68,11 @@ def test_a_file_says_what_the_command_line_does(
     given = ("--mode", "qlora", arguments) if isinstance(arguments, str) else arguments
     plan = ("estimate", LLAMA, "--gpu", "4090", "--json")
     assert run(*plan, "--config", file).document == run(*plan, *given).document
+
+
+@pytest.mark.parametrize(
+    "arguments", [("quantize", DEMO), ("merge", "lora"), ("finetune", DEMO, "rows.jsonl")]
+)
+def test_an_empty_name_is_not_the_current_folder(arguments: tuple[str, ...]) -> None:
+    ran = run(*arguments, "-o", "", "--json")
+    assert ran.exit_code == 2 and "found an empty one" in ran.error["message"]

@@ -330,6 +330,16 @@ def test_a_missing_layer_is_told_before_weights_are_read(
         require_runnable(require_model(str(folder)))  # so no weights are fetched either
 
 
+def test_whole_numbers_are_no_weights(models: Path, tmp_path: Path) -> None:
+    def scale(tensors: Tensors) -> None:
+        tensors[WEIGHT] = (tensors[WEIGHT] * 100).to(torch.int32)
+
+    folder = edit_tensors(models / MODEL, tmp_path / "whole", scale)
+    with pytest.raises(QtoolError, match=rf"{WEIGHT}: expected .* found dtype I32") as caught:
+        load(folder)
+    assert "model.safetensors" in str(caught.value) and caught.value.kind == "unsupported"
+
+
 def test_what_headers_do_not_show_is_told_once_weights_are_read(
     models: Path, tmp_path: Path
 ) -> None:
