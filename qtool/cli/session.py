@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -54,7 +55,6 @@ def verb_session(
         color=color,
         name_option=option_names(ctx),
     )
-    again = _how_again(ctx, command)
     try:
         with _raising_signals() as signals, _no_interruption_lost(), _whole_answer():
             if IDLE_CONFIG in ctx.meta:
@@ -63,6 +63,7 @@ def verb_session(
     except (typer.Exit, typer.Abort, ReaderGone):
         raise
     except (Exception, KeyboardInterrupt) as error:
+        again = _how_again(ctx, command)
         told = as_qtool_error(error, again)
         if told.kind == "internal" and (missed := signals.just_raised):  # an import left halfway
             told = interruption(missed, again)
@@ -231,7 +232,9 @@ def _how_again(ctx: typer.Context, command: str) -> Hint:
     if ctx.params.get("dry_run") or ctx.params.get("restart"):
         return RUN_AGAIN
     if command in CONTINUING:
-        return (*RUN_AGAIN, "; it continues where it stopped")
+        output = ctx.params.get("output")
+        is_begun = output is None or Path(output).exists()  # what holds nothing is taken away
+        return (*RUN_AGAIN, "; it continues where it stopped" if is_begun else "; it begins anew")
     if command == "finetune":  # which begins too, where nothing is saved
         return (*RUN_AGAIN, " with ", Option("resume"))
     return RUN_AGAIN

@@ -134,7 +134,7 @@ def test_the_exit_code_that_the_start_knows_by_heart_is_the_contracts() -> None:
     assert EXIT_CODES["interrupted"] == EXIT_INTERRUPTED
 
 
-CONTINUES = "; it continues where it stopped"
+CONTINUES, BEGINS = "; it continues where it stopped", "; it begins anew"
 IMPORTED = """
 import signal, time
 try:
@@ -216,9 +216,11 @@ def test_a_signal_that_is_ignored_stays_so(name: str) -> None:
             " with --resume",
         ),
         ("finetune", "qtool.finetune.run.prepare", (DEMO, "rows.txt", "-o", "o", "--dry-run"), ""),
-        ("quantize", "qtool.quantize.command.plan_request", (DEMO, "-o", "out"), CONTINUES),
+        ("quantize", "qtool.quantize.command.plan_request", (DEMO, "-o", "begun"), CONTINUES),
+        ("quantize", "qtool.quantize.command.plan_request", (DEMO, "-o", "new"), BEGINS),
         ("quantize", "qtool.quantize.command.plan_request", (DEMO, "--dry-run"), ""),
-        ("merge", "qtool.merge.command.plan_merge", ("adapter", "-o", "out"), CONTINUES),
+        ("merge", "qtool.merge.command.plan_merge", ("adapter", "-o", "begun"), CONTINUES),
+        ("merge", "qtool.merge.command.plan_merge", ("adapter", "-o", "new"), BEGINS),
         ("merge", "qtool.merge.command.plan_merge", ("adapter", "-o", "o", "--restart"), ""),
         ("merge", "qtool.merge.command.plan_merge", ("adapter", "-o", "out", "--dry-run"), ""),
     ],
@@ -231,9 +233,12 @@ def test_what_a_signal_hints_at_is_true_of_the_command(
     how: str,
     name: str,
     exit_code: int,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     number = getattr(signal, name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "begun").mkdir()
     monkeypatch.setattr(function, lambda *_, **__: signal.raise_signal(number))
     ran = run(verb, *arguments, "--json")
     assert (ran.exit_code, ran.error["kind"]) == (exit_code, "interrupted")
