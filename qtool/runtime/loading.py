@@ -44,6 +44,7 @@ from qtool.runtime.model_config import (
     GENERATION_CONFIG,
     Int8Threshold,
     as_list,
+    bad_config,
     build_config,
     check_quantization,
     find_model_class,
@@ -383,12 +384,11 @@ def _build_model(
                 local_files_only=True,
             )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise QtoolError(
-            f"{checkpoint.id}: transformers {transformers.__version__} cannot build the "
-            f"{model_class.__name__} of this config.json: {error}",
-            kind="bad_file",
-            hint="fetch config.json again; QTOOL_DEBUG=1 shows where it fails",
-        ) from error
+        refusal = (
+            f"transformers {transformers.__version__} cannot build the {model_class.__name__} of "
+            "this config.json"
+        )
+        raise bad_config(checkpoint.config, checkpoint.id, refusal, error) from error
     on_event(Finished("loading"))
     _check_report(checkpoint, report, on_event)
     network.generation_config = _generation_config(checkpoint, network, on_event)

@@ -220,12 +220,39 @@ def parse_config(config: Mapping[str, Any], model_id: str) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # each config class has checks of its own, and their own wrapping
-        raise QtoolError(
-            f"{model_id}: config.json is not a valid {model_type} config: "
-            f"{error.__cause__ or error}",
-            kind="bad_file",
-            hint="fetch config.json again",
-        ) from error
+        _check_dtype(fields, model_id)
+        of_what = f"config.json is not a valid {model_type} config"
+        raise bad_config(config, model_id, of_what, error) from error
+
+
+def bad_config(
+    config: Mapping[str, Any], model_id: str, refusal: str, error: Exception
+) -> QtoolError:
+    """The error for a config that transformers makes nothing of: with key and value where our own
+    reading finds what is wrong, else `refusal` and transformers' words."""
+    try:
+        build_architecture(config)
+    except QtoolError as found:
+        if found.kind == "bad_file":
+            return found.of(model_id)
+    words = f"it knows no {error}" if isinstance(error, KeyError) else error.__cause__ or error
+    return QtoolError(
+        f"{model_id}: {refusal}: {words}",
+        kind="bad_file",
+        hint="fetch config.json again; QTOOL_DEBUG=1 shows where it fails",
+    )
+
+
+def _check_dtype(fields: Mapping[str, Any], model_id: str) -> None:
+    for key in ("dtype", "torch_dtype"):
+        found = fields.get(key)
+        if isinstance(found, str) and not hasattr(torch, found):
+            raise QtoolError(
+                f"{model_id}: config.json: {key}: expected the name of a dtype, found "
+                f"{found[:80]!r}",
+                kind="bad_file",
+                hint='write "bfloat16", "float16" or "float32", as the weights are stored',
+            )
 
 
 def _unknown_type(model_id: str, model_type: Any) -> QtoolError:
