@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,26 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.fail(f"QTOOL_TEST_DATA={folder} is no folder")
     return folder
+
+
+@pytest.fixture
+def enough_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process finds 16 GiB of the host's memory free, whatever else is running.
+
+    Those that a test starts read what there is; it gives them --force, where they have it.
+    """
+    from qtool.doctor import machine
+    from qtool.finetune import plan
+
+    folder, read_host = tmp_path_factory.mktemp("proc"), plan._host
+    (folder / "meminfo").write_text(f"MemTotal: {32 << 20} kB\nMemAvailable: {16 << 20} kB\n")
+    sizes = {"memory_mib": 32 << 10, "visible_mib": 32 << 10, "free_mib": 16 << 10}
+    # Of its own: tests undo what they have changed with theirs.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "MEMINFO", folder / "meminfo")
+        patch.setattr(machine, "CGROUP", folder)
+        patch.setattr(plan, "_host", lambda: (host := read_host()) and replace(host, **sizes))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from qtool.exact.bitsandbytes_layers import FourBitLinear, Int8Linear
 from qtool.exact.models import FLOAT_DTYPES
 from qtool.exact.records import LoraAdapters
 from qtool.finetune.lora_layers import register_packed_layers
+from qtool.planner.lora import is_refused
 
 
 class BitsandbytesLora(LoraLinear):  # type: ignore[misc]
@@ -66,5 +67,7 @@ def _all_linear(model: Any) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and not is_refused(model.config.model_type, name)
     ]

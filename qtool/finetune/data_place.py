@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from qtool.checkpoint.config_json import CONFIG_NAME
 from qtool.checkpoint.hub_errors import ONLINE_HINT
 from qtool.checkpoint.hub_reach import hub_left_alone, why_unreachable
 from qtool.checkpoint.open import HUB_ID, hint_for_missing
@@ -75,10 +76,13 @@ def asked_once(name: str) -> Iterator[None]:
 
 def _readable(path: Path, source: str) -> Path:
     if path.is_dir():
+        is_model = (path / CONFIG_NAME).is_file()
+        files = [] if is_model else _files_in(path)[:1]
         raise QtoolError(
-            f"{source} is a folder, expected {EXPECTED} or a dataset on the Hub",
+            f"{source} is a {'model' if is_model else 'folder'}, expected {EXPECTED} or a dataset "
+            "on the Hub",
             kind="unsupported",
-            hint=", ".join(["name the file", *(f"such as {file}" for file in _files_in(path)[:1])]),
+            hint=", ".join(["name the file", *(f"such as {file}" for file in files)]),
         )
     if path.suffix.lower() not in SUFFIXES:
         raise QtoolError(

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qtool.errors import Option, QtoolError
-from qtool.planner.lora import ALL_LINEAR, HEADS
+from qtool.planner.lora import ALL_LINEAR, HEADS, is_refused, refuse_bypassed
 from qtool.runtime.linear import Linear4bit, LinearInt8
 
 # Initializations that read or change the base weight as floating point are none of these.
@@ -41,7 +41,7 @@ def choose_layers(model: nn.Module, targets: Sequence[str] | None) -> str | list
     Raises:
         QtoolError: usage, for names that it would take so; unsupported, if nothing else is left.
     """
-    asked: str | list[str] = list(targets) if targets else ALL_LINEAR
+    asked: str | list[str] = list(targets) if targets else _all_linear(model)
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     except ImportError:  # releases that leave the names as they are
@@ -75,6 +75,15 @@ def choose_layers(model: nn.Module, targets: Sequence[str] | None) -> str | list
     return sorted(names)
 
 
+def _all_linear(model: nn.Module) -> str | list[str]:
+    """PEFT's word for all linear layers, or the names of those that it does not refuse."""
+    names = _linear_names(model)
+    kept = [name for name in names if not is_refused(_model_type(model), name)]
+    if kept == names:
+        return ALL_LINEAR
+    return sorted(name for name in kept if name not in HEADS)
+
+
 def check_lora_targets(model: nn.Module, config: LoraConfig) -> None:
     """Refuse a config that would adapt nothing, or pretend to.
 
@@ -85,8 +94,9 @@ def check_lora_targets(model: nn.Module, config: LoraConfig) -> None:
         model: before it is wrapped, or with adapters already.
 
     Raises:
-        QtoolError: usage, for a name that matches no layer, with the nearest names; unsupported,
-            for packed parameters and for initializations that need the weight in floating point.
+        QtoolError: usage, for a name that matches no layer, with the nearest names, and for a layer
+            that PEFT refuses; unsupported, for packed parameters and for initializations that need
+            the weight in floating point.
     """
     _check_parameters(model, config)
     _check_kept_modules(model, config)
@@ -113,6 +123,7 @@ def _check_modules(model: nn.Module, config: LoraConfig) -> None:
     if not found and not config.target_parameters:
         raise _refusal(f"LoRA targets {_shown(targets)} match no layer", "", model)
     for name in found:
+        refuse_bypassed(_model_type(model), name)
         module = model.get_submodule(name)
         if isinstance(module, _ADAPTED):
             continue
@@ -120,6 +131,10 @@ def _check_modules(model: nn.Module, config: LoraConfig) -> None:
             raise _packed_parameter(name)
         kind = type(module).__name__
         raise _refusal(f"LoRA target {_shown(name)} is a {kind}, not a layer", name, model)
+
+
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _is_target(config: LoraConfig, name: str) -> bool:

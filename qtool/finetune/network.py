@@ -80,7 +80,7 @@ def make_trainable(
     """The network with what `request` trains, and how many parameters that are.
 
     Raises:
-        QtoolError: targets that the model does not have.
+        QtoolError: targets that the model does not have, or that PEFT refuses.
     """
     transformers.set_seed(request.training.seed)  # adapters begin at random
     network.config.use_cache = False
@@ -114,7 +114,15 @@ def _with_adapters(network: Any, request: FinetuneRequest, checkpoint: Checkpoin
         target_modules=choose_layers(network, lora.targets),
         use_rslora=lora.rslora,
     )
-    wrapped = wrap_with_lora(network, config)
+    try:
+        wrapped = wrap_with_lora(network, config)
+    except ValueError as error:  # PEFT has rules of its own about layers of some models
+        first_line = str(error).strip().partition("\n")[0]
+        raise QtoolError(
+            f"PEFT refuses LoRA on layers of {type(network).__name__}: {first_line}",
+            kind="unsupported",
+            hint=("name other layers with ", Option("lora_targets")),
+        ) from error
     made = wrapped.peft_config["default"]
     # A folder here: with a Hub id PEFT would look the base up there at each save.
     assert checkpoint.folder is not None

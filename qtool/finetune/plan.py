@@ -18,11 +18,12 @@ from qtool.checkpoint.records import Checkpoint
 from qtool.errors import Option, QtoolError
 from qtool.finetune.records import DEFAULT_MAX_LENGTH, FinetuneRequest
 from qtool.planner.estimate import EstimateRequest, estimate_opened
-from qtool.planner.gpus import MIB, Gpu, gpu_of, list_gpus
+from qtool.planner.gpus import HOST_VENDOR, Gpu, gpu_of, list_gpus
 from qtool.planner.lora import ALL_LINEAR, HEADS, target_layers
 from qtool.planner.model import PlannedModel, describe_model
 from qtool.planner.optimizers import find_optimizer
 from qtool.planner.records import Estimate, MemoryPlan, Tuning, Workload
+from qtool.planner.units import GIB, MIB
 from qtool.runtime.requirements import gpu_index
 
 DEFAULT_QUANT: Final = "nf4-dq"
@@ -71,8 +72,6 @@ class PlannedRun:
         """Raise QtoolError (no_fit), with what would fit, unless it fits or is forced."""
         if self.fits or self.request.force:
             return
-        from qtool.planner.gpus import GIB
-
         plan, [answer, *_] = self.plan, self.plan.fits
         changes = ", or ".join(suggestion.change for suggestion in plan.suggestions)
         raise QtoolError(
@@ -331,7 +330,7 @@ def _host() -> Gpu | None:
         return None
     return Gpu(
         name=HOST_NAME,
-        vendor="host",
+        vendor=HOST_VENDOR,
         memory_gb=round(total_mib / 1024, 1),
         memory_mib=total_mib,
         visible_mib=total_mib,

@@ -169,7 +169,7 @@ class FinetuneResult:
 
     `tokens` are those of all steps, `earlier_tokens` those of the steps before a run was resumed;
     `seconds` and `tokens_per_s` are of this process alone. `allocated_peak_bytes` and the planned
-    ones are None where there is no GPU or no plan.
+    ones are None where there is no GPU or no plan. `eval_loss` is a mean as a step's loss is.
     """
 
     output: str

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from qtool.errors import Option, QtoolError
+from qtool.errors import Option, QtoolError, Words
 from qtool.finetune.data_place import JSON_SUFFIXES, asked_once, find_file
 from qtool.finetune.records import DataFile, DataOptions
 
@@ -25,8 +25,14 @@ Kind = Literal["running text", "text", "prompt and completion", "messages"]
 Fields = Mapping[str, Any]
 
 PROMPT, COMPLETION, MESSAGES, TEXT = "prompt", "completion", "messages", "text"
+TOOLS: Final = "tools"
 COLUMNS_HINT: Final = (
     'rows hold "text", or "prompt" and "completion", or "messages" (a list of {"role", "content"})'
+)
+PAIRS_HINT: Final = "pairs are all of texts or all of messages, as the first row is"
+HALF_HINT: Final = (
+    'JSON writes a character beyond U+FFFF as two halves, an emoji as "\\ud83d\\ude00", say: '
+    "write the other half too, or take this one out"
 )
 BLOCK_CHARACTERS: Final = 1 << 16  # of a running text at once
 
@@ -68,8 +74,9 @@ class Rows:
             QtoolError: bad_file, with the line or row.
         """
         count = 0
+        has_messages = self.has_messages
         for row in self:
-            self._check_row(row)
+            self._check_row(row, has_messages=has_messages)
             count += 1
         if not count:
             raise no_rows(self.source, self.kind)
@@ -84,40 +91,54 @@ class Rows:
         first = next(iter(self), None) if self.kind == "prompt and completion" else None
         return first is not None and not isinstance(first.fields.get(PROMPT), str)
 
-    def error(self, row: Row, what: str, hint: str = COLUMNS_HINT) -> QtoolError:
+    def error(self, row: Row, what: str, hint: Words = COLUMNS_HINT) -> QtoolError:
         """Something is wrong with a row."""
         return QtoolError(
             f"{self.source}, {self.unit} {row.number}: {what}", kind="bad_file", hint=hint
         )
 
-    def _check_row(self, row: Row) -> None:
-        match self.kind:
-            case "text" | "running text":
-                self._check_text(row, self.text_column)
-            case "messages":
-                self._check_messages(row, MESSAGES)
-            case "prompt and completion" if isinstance(row.fields.get(PROMPT), str):
-                self._check_text(row, PROMPT)
-                self._check_text(row, COMPLETION)
-            case _:
-                self._check_messages(row, PROMPT)
-                self._check_messages(row, COMPLETION)
+    def _check_row(self, row: Row, *, has_messages: bool) -> None:
+        columns: tuple[str, ...] = (self.text_column,)
+        hint = COLUMNS_HINT
+        if self.kind == "messages":
+            columns = (MESSAGES,)
+        elif self.kind == "prompt and completion":
+            columns, hint = (PROMPT, COMPLETION), f"{COLUMNS_HINT}; {PAIRS_HINT}"
+        for column in columns:
+            if has_messages:
+                self._check_messages(row, column, hint)
+            else:
+                self._check_text(row, column, hint)
+        if has_messages:
+            self._check_characters(row, row.fields.get(TOOLS), f'"{TOOLS}"')
 
-    def _check_text(self, row: Row, column: str) -> None:
+    def _check_text(self, row: Row, column: str, hint: str) -> None:
         value = row.fields.get(column)
         if not isinstance(value, str):
-            raise self.error(row, f'"{column}": expected text, found {_found(row.fields, column)}')
+            found = _found(row.fields, column)
+            raise self.error(row, f'"{column}": expected text, found {found}', hint)
+        self._check_characters(row, value, f'"{column}"')
 
-    def _check_messages(self, row: Row, column: str) -> None:
+    def _check_messages(self, row: Row, column: str, hint: str) -> None:
         messages = row.fields.get(column)
         if not isinstance(messages, list | tuple) or not messages:
             found = "an empty list" if messages == [] else _found(row.fields, column)
-            raise self.error(row, f'"{column}": expected a list of messages, found {found}')
+            raise self.error(row, f'"{column}": expected a list of messages, found {found}', hint)
         for place, message in enumerate(messages, start=1):
+            where = f'"{column}", message {place}'
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise self.error(
-                    row, f'"{column}", message {place}: expected {{"role", "content"}}'
-                )
+                raise self.error(row, f'{where}: expected {{"role", "content"}}')
+            self._check_characters(row, message, where)
+
+    def _check_characters(self, row: Row, value: object, where: str) -> None:
+        """Refuse halves of characters, which JSON can spell and no tokenizer takes."""
+        for text in _texts(value):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                half = f"half a character (U+{ord(text[error.start]):04X})"
+                place = f"at character {error.start + 1} of the text"
+                raise self.error(row, f"{where}: {half} {place}", HALF_HINT) from error
 
 
 def open_rows(options: DataOptions, source: str | None = None) -> Rows:
@@ -180,8 +201,10 @@ def _of_kind(
         return replace(rows, kind="messages")
     if TEXT in names:
         return rows
+    lacking = [name for name in (PROMPT, COMPLETION) if name not in names]
+    what = f"no {lacking[0]} beside" if len(lacking) == 1 else "none of the known columns, found"
     raise QtoolError(
-        f"{source}: none of the known columns, found {_listed(names)}",
+        f"{source}: {what} {_listed(names)}",
         kind="bad_file",
         hint=(f"{COLUMNS_HINT}; ", Option("text_column", "NAME"), " names another column of text"),
     )
@@ -196,7 +219,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line.rstrip())
+                fields = json.loads(line.rstrip().decode("utf-8-sig"))
             except ValueError as error:
                 raise _not_json(path, number, line, error) from error
             if not isinstance(fields, dict):
@@ -206,6 +229,20 @@ def _json_lines(path: Path) -> Iterator[Row]:
                     hint=COLUMNS_HINT,
                 )
             yield Row(number, fields)
+
+
+def _not_utf8(path: Path) -> QtoolError:
+    """The error for the first line of a text that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                what = f"line {number}: not UTF-8 at byte {error.start}"
+                break
+        else:
+            what = "not UTF-8"
+    return QtoolError(f"{path}, {what}", kind="bad_file", hint="convert the file to UTF-8")
 
 
 def _not_json(path: Path, number: int, line: bytes, error: ValueError) -> QtoolError:
@@ -235,11 +272,7 @@ def _text_blocks(path: Path) -> Iterator[Row]:
                     yield Row(number, {TEXT: "".join(block)})
                     block, length = [], 0
     except UnicodeDecodeError as error:
-        raise QtoolError(
-            f"{path}: not UTF-8 at byte {error.start} of a block",
-            kind="bad_file",
-            hint="convert the file to UTF-8",
-        ) from error
+        raise _not_utf8(path) from error
     if block:
         yield Row(number + 1, {TEXT: "".join(block)})
 
@@ -339,6 +372,19 @@ def _first_line(error: BaseException) -> str:
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(f'"{name}"' for name in names[:8])
     return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "no column"
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in what JSON gave, names too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _texts(name)
+            yield from _texts(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part)
 
 
 def _found(fields: Fields, column: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -275,7 +276,9 @@ class _Run:
         request, folder = self.prepared.planned.request, self.prepared.folder
         network = self.trainer.accelerator.unwrap_model(self.trainer.model)
         made = folder.checkpoints / "result"
-        made.mkdir(exist_ok=True)
+        if made.exists():  # what one that was cut short left
+            shutil.rmtree(made)
+        made.mkdir()
         if request.method == "full":
             network.config.use_cache = True
             network.to(model_dtype(self.checkpoint, None)).save_pretrained(made)
@@ -468,7 +471,7 @@ def _quiet() -> Iterator[None]:
 
     import datasets
 
-    from qtool.runtime.loading import quiet_transformers
+    from qtool.runtime.quiet import quiet_transformers
 
     datasets.disable_progress_bars()
     loggers = [logging.getLogger(name) for name in LOGGERS]

@@ -3,6 +3,7 @@
     OUT/checkpoints/run.json                what the run depends on, written first
     OUT/checkpoints/checkpoint-N/           the Trainer's save after step N
     OUT/checkpoints/checkpoint-N/whole.json every file of it with its size, synced, written last
+    OUT/checkpoints/files.json              which files of OUT are the run's, without a manifest
     OUT/adapter_model.safetensors, ...      the result
     OUT/qtool_finetune.json                 the manifest, the last file to appear
 
@@ -17,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,8 +31,10 @@ CHECKPOINTS: Final = "checkpoints"
 LOCK: Final = ".lock"
 RUN: Final = "run.json"
 WHOLE: Final = "whole.json"
+FILES: Final = "files.json"
 MANIFEST: Final = "qtool_finetune.json"
 MANIFEST_SCHEMA: Final = 1
+CONFIGS: Final = ("adapter_config.json", "config.json")  # without which nobody loads the folder
 NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 WRITER_WORDS: Final = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 NEARLY_FULL_BYTES: Final = 16 << 20
@@ -56,7 +59,8 @@ class RunFolder:
     @property
     def is_begun(self) -> bool:
         """Whether it holds a run of ours, finished or not."""
-        return self.manifest is not None or (self.checkpoints / RUN).is_file()
+        signs = (self.checkpoints / RUN, self.checkpoints / FILES)
+        return self.manifest is not None or any(sign.is_file() for sign in signs)
 
     def check(self, *, resume: bool, restart: bool) -> None:
         """Object to what OUT holds, before any work.
@@ -65,6 +69,10 @@ class RunFolder:
             QtoolError: foreign files; a run that neither option says what to do with.
         """
         refuse_file(self.path)
+        self._require_asked(resume=resume, restart=restart)
+        require_writable(self.path)
+
+    def _require_asked(self, *, resume: bool, restart: bool) -> None:
         if not self.is_begun:
             first = self._first_foreign()
             if first is not None:
@@ -84,16 +92,18 @@ class RunFolder:
                     " begins anew, or choose another -o",
                 ),
             )
-        require_writable(self.path)
 
     def begin(self, identity: Mapping[str, Any], *, resume: bool, restart: bool) -> Path | None:
         """Start a run, or find the save to go on from; None begins at step 0.
 
+        The caller holds the lock. Since `check` another process may have come and gone.
+
         Raises:
-            QtoolError: the run that is there depends on something else.
+            QtoolError: as `check` does; the run that is there depends on something else.
         """
+        self._require_asked(resume=resume, restart=restart)
         if restart:
-            self.discard()
+            self._discard()
         found = _read_json(self.checkpoints / RUN)
         if resume and found is not None:
             self.require_same(found, identity)
@@ -101,26 +111,31 @@ class RunFolder:
             return self.last_whole()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         _write_synced(self.checkpoints / RUN, encode_json(identity))
+        if restart:  # none of them is left
+            (self.checkpoints / FILES).unlink(missing_ok=True)
         return None
 
-    def discard(self) -> None:
-        """Remove a run of ours: its saves, and what its manifest lists."""
-        names = (self.manifest or {}).get("files", [])
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        for name in names:
-            if Path(name).name == name:
-                (self.path / name).unlink(missing_ok=True)
+    def _discard(self) -> None:
+        """Remove a run of ours: its saves, and the files that it lists.
+
+        It can be cut short at any moment and done again: what says that there is a run stays, and
+        from the first moment on not as a finished one.
+        """
+        files = _configs_last(self._own_files())[::-1]
+        if self.manifest is not None:
+            self.checkpoints.mkdir(exist_ok=True)
+            (self.path / MANIFEST).replace(self.checkpoints / FILES)
+        for path in (*files, self.path / MANIFEST, self.path / _unfinished(MANIFEST)):
+            path.unlink(missing_ok=True)
         for path in self.checkpoints.glob("*"):
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:  # which this process holds
+            elif path.name not in (LOCK, RUN, FILES):  # this process holds the lock
                 path.unlink()
 
     def own_bytes(self) -> int:
-        """What a run of ours holds here: its saves, and what its manifest lists."""
-        names = (self.manifest or {}).get("files", [])
-        listed = [self.path / name for name in names if Path(name).name == name]
-        paths = (*listed, *self.checkpoints.rglob("*"))
+        """What a run of ours holds here: its saves, and the files that it lists."""
+        paths = (*self._own_files(), *self.checkpoints.rglob("*"))
         return sum(path.stat().st_size for path in paths if path.is_file())
 
     def require_space(self, num_bytes: int) -> None:
@@ -140,13 +155,17 @@ class RunFolder:
 
     def finish(self, made: Path, manifest: Mapping[str, Any]) -> None:
         """Move the files of `made` into OUT, then write the manifest that lists them."""
-        names = sorted(path.name for path in made.iterdir())
-        for name in names:
-            sync(made / name)
-            _open_to_umask(made / name)
-            (made / name).replace(self.path / name)
+        files = _configs_last(made.iterdir())
+        listed = {"files": sorted(file.name for file in files)}
+        _write_synced(self.checkpoints / FILES, encode_json(listed))
+        for file in files:
+            sync(file)
+            _open_to_umask(file)
+            file.replace(self.path / file.name)
         made.rmdir()
-        self.write_manifest({**manifest, "files": names})
+        sync(self.path)
+        self.write_manifest({**manifest, **listed})
+        (self.checkpoints / FILES).unlink()
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Whole or not at all."""
@@ -159,7 +178,8 @@ class RunFolder:
             is_ours: OUT itself was not there before.
         """
         if not self.is_begun:
-            (self.checkpoints / LOCK).unlink(missing_ok=True)
+            for name in (_unfinished(RUN), LOCK):
+                (self.checkpoints / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # there is something else in it
                 self.checkpoints.rmdir()
                 if is_ours:
@@ -168,8 +188,14 @@ class RunFolder:
     def _first_foreign(self) -> str | None:
         """A file that no run of ours made: one that ended before it began left only its lock."""
         paths = sorted(self.path.rglob("*")) if self.path.is_dir() else []
-        own = (self.checkpoints, self.checkpoints / LOCK)
+        own = [self.checkpoints, *(self.checkpoints / name for name in (LOCK, _unfinished(RUN)))]
         return next((str(p.relative_to(self.path)) for p in paths if p not in own), None)
+
+    def _own_files(self) -> list[Path]:
+        """Those of the result, finished or not."""
+        lists = (self.manifest, _read_json(self.checkpoints / FILES))
+        names = {name for listed in lists if listed for name in listed.get("files", [])}
+        return [self.path / name for name in sorted(names) if Path(name).name == name]
 
     def _saves(self) -> list[Path]:
         """In the order of their steps."""
@@ -286,11 +312,21 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_synced(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(_unfinished(path.name))
     unfinished.write_bytes(data)
     sync(unfinished)
     unfinished.replace(path)
     sync(path.parent)
+
+
+def _unfinished(name: str) -> str:
+    """Where a file is written, one process at a time: what a kill leaves is written over."""
+    return f".{name}.part"
+
+
+def _configs_last(files: Iterable[Path]) -> list[Path]:
+    """In the order in which they may appear, so that what can be loaded is whole."""
+    return sorted(files, key=lambda file: (file.name in CONFIGS, file.name))
 
 
 def _open_to_umask(path: Path) -> None:

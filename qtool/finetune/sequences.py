@@ -9,19 +9,29 @@ assistant say. A running text is cut into pieces of `max_length` tokens and lose
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from typing import Any, Final, NamedTuple
 
 from qtool.errors import Option, QtoolError, Words
-from qtool.finetune.rows import COMPLETION, MESSAGES, PROMPT, TEXT, Row, Rows
+from qtool.finetune.rows import COMPLETION, MESSAGES, PROMPT, TEXT, TOOLS, Row, Rows
+from qtool.finetune.turns import ASSISTANT, Conversation, Message, Render, common_length
 
 IGNORED_LABEL: Final = -100  # PyTorch's and transformers' label for what no loss is taken of
 BATCH_ROWS: Final = 256
 SHORTEST: Final = 2  # tokens; a single one has nothing to predict
-ASSISTANT: Final = "assistant"
+# What a template may put around the words that the assistant makes.
+GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+SHOWN_HINT: Final = (
+    "take the turn out, or end the row before it; ",
+    Option("completion_only", False),
+    " learns all that is shown of rows",
+)
+
+Span = tuple[int, int]
 
 
 class Tokens(NamedTuple):
@@ -205,7 +215,7 @@ class _Encoder:
         # "" begins nothing; its ids would be special tokens alone, as those of the whole begin.
         wholes = [self._ended(row.fields[PROMPT] + row.fields[COMPLETION]) for row in batch]
         for prompt_ids, ids in zip(self._ids(prompts), self._ids(wholes), strict=True):
-            start = _common(prompt_ids, ids) if self.completion_only else 0
+            start = common_length(prompt_ids, ids) if self.completion_only else 0
             yield _learn(ids, [(start, len(ids))])
 
     # -- messages ---------------------------------------------------------------------------------
@@ -213,34 +223,8 @@ class _Encoder:
     def _of_messages(self, row: Row, messages: list[Any], num_prompt: int | None) -> Tokens:
         """A conversation; what is learned is the assistant's, or all from `num_prompt` on."""
         messages = [_without_nulls(message) for message in messages]
-        ids = self._template(row, messages)
-        if not self.completion_only:
-            return Tokens(ids, ids)
-        if num_prompt is not None:
-            prompt_ids = self._template(row, messages[:num_prompt], asks=True)
-            return _learn(ids, [(_common(prompt_ids, ids), len(ids))])
-        spans = []
-        for place, message in enumerate(messages):
-            if message["role"] == ASSISTANT:
-                before = self._template(row, messages[:place], asks=True) if place else []
-                after = self._template(row, messages[: place + 1])
-                is_last = place == len(messages) - 1
-                end = len(ids) if is_last else _common(after, ids)
-                spans.append((_common(before, ids), end))
-        if not spans:
-            raise self.rows.error(
-                row,
-                "no message of the assistant",
-                'completions are learned from messages of the role "assistant"',
-            )
-        return _learn(ids, spans)
-
-    def _template(self, row: Row, messages: list[Any], *, asks: bool = False) -> list[int]:
-        tools = row.fields.get("tools") or None
         try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=True, add_generation_prompt=asks, return_dict=False
-            )
+            ids = self._template(row, messages)
         except Exception as error:  # templates raise what they like
             first_line = str(error).strip().partition("\n")[0]
             raise self.rows.error(
@@ -248,7 +232,87 @@ class _Encoder:
                 f"the chat template refuses it: {first_line or type(error).__name__}",
                 "roles, and who begins, are as the model's chat template wants them",
             ) from error
+        if not self.completion_only:
+            return Tokens(ids, ids)
+        return _learn(ids, self._spans(row, messages, ids, num_prompt))
+
+    def _spans(
+        self, row: Row, messages: list[Any], ids: list[int], num_prompt: int | None
+    ) -> list[Span]:
+        """Where to learn."""
+        conversation = Conversation(messages, ids, self._renderer(row))
+        if num_prompt is not None:
+            start = conversation.start(num_prompt)
+            return [self._shown(row, messages, num_prompt, start, len(ids))]
+        turns = [place for place, it in enumerate(messages) if it["role"] == ASSISTANT]
+        if not turns:
+            raise self.rows.error(
+                row,
+                "no message of the assistant",
+                'completions are learned from messages of the role "assistant"',
+            )
+        if self._has_marks:
+            return self._marked_spans(row, messages, ids)
+        return [
+            self._shown(row, messages, place, conversation.start(place), conversation.end(place))
+            for place in turns
+        ]
+
+    def _shown(
+        self, row: Row, messages: list[Any], place: int, start: int | None, end: int | None
+    ) -> Span:
+        """A span, unless there is nothing in it."""
+        if start is None or end is None or start >= end:
+            raise self.rows.error(
+                row,
+                f"message {place + 1} ({messages[place]['role']}) is not found in what the chat "
+                "template makes of the row",
+                SHOWN_HINT,
+            )
+        return start, end
+
+    @property
+    def _has_marks(self) -> bool:
+        template = self.tokenizer.chat_template  # several, by name, of some old models
+        is_marked = isinstance(template, str) and GENERATION.search(template) is not None
+        return is_marked and self.tokenizer.is_fast  # others do not know which token is where
+
+    def _marked_spans(self, row: Row, messages: list[Any], ids: list[int]) -> list[Span]:
+        """What the template marks, and end tokens right behind, lest the model never stop."""
+        made = self._apply(row, messages, return_dict=True, return_assistant_tokens_mask=True)
+        spans, place = [], 0
+        for is_said, group in groupby(made["assistant_masks"]):
+            end = place + len(list(group))
+            if is_said:
+                has_end = end < len(ids) and ids[end] == self.tokenizer.eos_token_id
+                spans.append((place, end + has_end))
+            place = end
+        roles = [role for role, _ in groupby(message["role"] for message in messages)]
+        if len(spans) < roles.count(ASSISTANT):
+            raise self.rows.error(
+                row,
+                f"the chat template marks {len(spans)} of {roles.count(ASSISTANT)} turns of the "
+                "assistant as its own words",
+                SHOWN_HINT,
+            )
+        return spans
+
+    def _renderer(self, row: Row) -> Render:
+        def render(messages: Sequence[Message], asks: bool) -> list[int] | None:
+            try:
+                return self._template(row, list(messages), asks=asks)
+            except Exception:  # it may want what comes later
+                return None
+
+        return render
+
+    def _template(self, row: Row, messages: list[Any], *, asks: bool = False) -> list[int]:
+        ids: list[int] = self._apply(row, messages, add_generation_prompt=asks, return_dict=False)
         return ids
+
+    def _apply(self, row: Row, messages: list[Any], **options: bool) -> Any:
+        tools = row.fields.get(TOOLS) or None
+        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, **options)
 
     def _require_template(self) -> None:
         if not self.tokenizer.chat_template:
@@ -266,19 +330,11 @@ class _Encoder:
         return found
 
 
-def _learn(ids: list[int], spans: Iterable[tuple[int, int]]) -> Tokens:
+def _learn(ids: list[int], spans: Iterable[Span]) -> Tokens:
     labels = [IGNORED_LABEL] * len(ids)
     for start, end in spans:
         labels[start:end] = ids[start:end]
     return Tokens(ids, labels)
-
-
-def _common(first: list[int], second: list[int]) -> int:
-    """How many ids both begin with: tokens may merge where a prompt ends."""
-    for place, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return place
-    return min(len(first), len(second))
 
 
 def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,10 +22,12 @@ from typing import Any, Final
 
 import torch
 import transformers
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from qtool.errors import EXIT_TERMINATED, Option, QtoolError, Words
 from qtool.finetune.optimizers import optimizer_class
+from qtool.finetune.packing import require_apart
 from qtool.finetune.records import (
     FinetuneRequest,
     OnProgress,
@@ -34,7 +36,7 @@ from qtool.finetune.records import (
     Step,
 )
 from qtool.finetune.run_folder import is_whole, mark_whole
-from qtool.finetune.sequences import Sequences
+from qtool.finetune.sequences import IGNORED_LABEL, Sequences
 from qtool.formats.precisions import ComputeDtype
 
 SAVES_KEPT: Final = 2  # while a new one is written, the one before is whole
@@ -67,6 +69,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     """
 
     _total_train_tokens: Any  # a tensor on the GPU between logs
+    _held_out: Any  # float64 (2,): the losses and the number of the tokens measured
 
     def compute_loss(
         self,
@@ -91,6 +94,35 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         device = self.args.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """With the mean over the tokens learned, as a step's loss is one: transformers' is over the
+        batches, so another for each batch size."""
+        self._held_out = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        answer = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self.accelerator.reduce(self._held_out, reduction="sum")
+        answer.metrics[f"{metric_key_prefix}_loss"] = float(total / count.clamp(min=1))
+        return answer
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Adds up what `evaluation_loop` divides: the loss of all tokens, and their number."""
+        labels = self._without_repeats(inputs["labels"])
+        answer = super().prediction_step(model, {**inputs, "labels": labels}, *args, **kwargs)
+        count = (labels[..., 1:] != IGNORED_LABEL).sum()
+        total = torch.where(count > 0, answer[0] * count, 0)  # the mean of none may be NaN
+        self._held_out += torch.stack((total, count)).to(self._held_out)
+        return answer
+
+    def _without_repeats(self, labels: Any) -> Any:
+        """Ignore the rows that fill up the last batches, where several processes share the rows."""
+        state, size = self.accelerator.gradient_state, self.args.per_device_eval_batch_size
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        labels = labels.clone()
+        labels[max(0, state.remainder - self.args.process_index * size) :] = IGNORED_LABEL
+        return labels
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With the tokens so far, which the GPU is not waited for at each of a step's passes."""
@@ -154,8 +186,14 @@ def build_trainer(
     held_out: Sequences | None,
     watch: Watch,
 ) -> Trainer:
-    """The trainer over a model that has its adapters already."""
-    training = request.training
+    """The trainer over a model that has its adapters already.
+
+    Raises:
+        QtoolError: unsupported, for packed sequences and a model that does not keep them apart.
+    """
+    training, place = request.training, watch.place
+    if request.data.packing:  # now, since packing the data takes long
+        require_apart(model, place.device, getattr(torch, place.compute_dtype))
     optimizer = optimizer_class(
         training.optimizer,
         lr=training.learning_rate(request.method),
@@ -283,7 +321,10 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         saves = Path(self.trainer.args.output_dir).glob("checkpoint-*")
         has_save = any(map(is_whole, saves))
         step = int(entry["step"])
-        raise diverged(what, step, self.request, self.place, has_save=has_save)
+        is_changed = step > 1 or "loss" not in entry  # the loss is of before a step's update
+        raise diverged(
+            what, step, self.request, self.place, has_save=has_save, is_changed=is_changed
+        )
 
     def _progress(self, state: Any) -> Progress:
         (then_s, then_tokens), (now_s, now_tokens) = self._recent[0], self._recent[-1]
@@ -303,17 +344,29 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 def diverged(
-    what: str, step: int, request: FinetuneRequest, place: Placement, *, has_save: bool
+    what: str,
+    step: int,
+    request: FinetuneRequest,
+    place: Placement,
+    *,
+    has_save: bool,
+    is_changed: bool,
 ) -> QtoolError:
-    """The error for numbers that are none."""
+    """The error for numbers that are none; of a model that is not changed yet the learning rate is
+    not to blame."""
     lr = request.training.learning_rate(request.method)
     hint: tuple[str | Option, ...] = (
-        Option("restart"),
-        " with a lower ",
-        Option("lr", f"{lr / 4:g}"),
-        " or a longer ",
-        Option("warmup", 0.1),
+        "nothing was changed yet, so the model itself makes such numbers: look for NaN in its "
+        "weights; `qtool quantize` names the tensor",
     )
+    if is_changed:
+        hint = (
+            Option("restart"),
+            " with a lower ",
+            Option("lr", f"{lr / 4:g}"),
+            " or a longer ",
+            Option("warmup", 0.1),
+        )
     if place.compute_dtype == "float16":
         hint += (", or with ", Option("compute_dtype", "float32"))
     kept = "the last save is kept" if has_save else "nothing was saved before it"

@@ -1,7 +1,8 @@
 """Which linear layers LoRA adapts, and the parameters it adds: r * (in + out) for each.
 
 The rules are PEFT's (tuners/tuners_utils.py): "all-linear" is every linear layer but the output
-head, a name matches a module that has it or ends in "." and it.
+head, a name matches a module that has it or ends in "." and it. Layers that PEFT refuses are no
+part of "all-linear" here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from qtool.errors import Option, QtoolError
 ALL_LINEAR: Final = "all-linear"
 # Output head of a language model, and of a classifier.
 HEADS: Final = frozenset({"lm_head", "score"})
+# What PEFT raises ValueError for (_check_lora_target_modules_mamba): kernels of these models read
+# the weight without calling the layer, so an adapter on it would be passed by.
+BYPASSED: Final = frozenset({"out_proj", "conv1d"})
+BYPASSING_TYPES: Final = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 
 Targets = str | Sequence[str]
 
@@ -25,20 +30,45 @@ def features(tensor: ModelTensor) -> tuple[int, int]:
     return inputs, outputs
 
 
+def is_refused(model_type: str | None, module_name: str) -> bool:
+    """Whether PEFT refuses to adapt the module in a model of this type."""
+    return model_type in BYPASSING_TYPES and module_name.rpartition(".")[2] in BYPASSED
+
+
+def refuse_bypassed(model_type: str | None, module_name: str) -> None:
+    """Raise QtoolError (usage) for a target that PEFT refuses."""
+    if is_refused(model_type, module_name):
+        raise QtoolError(
+            f"LoRA target {module_name}: kernels of {model_type} models read its weight without "
+            "calling the layer, so PEFT refuses an adapter on it",
+            kind="usage",
+            hint=(Option("lora_targets", ALL_LINEAR), " leaves it out"),
+        )
+
+
 def target_layers(architecture: Architecture, targets: Targets) -> tuple[ModelTensor, ...]:
     """The weights of the linear layers that get adapters, in the model's order.
 
     Raises:
-        QtoolError: "usage" for a name that matches no linear layer, with the nearest names.
+        QtoolError: "usage" for a name that matches no linear layer, with the nearest names, and for
+            one that PEFT refuses.
     """
+    model_type = architecture.model_type
     linears = [tensor for tensor in architecture.tensors.values() if tensor.is_linear]
     names = (targets,) if isinstance(targets, str) else tuple(targets)
     if len(names) == 1 and names[0].lower() == ALL_LINEAR:
-        return tuple(tensor for tensor in linears if tensor.module_name not in HEADS)
+        return tuple(
+            tensor
+            for tensor in linears
+            if tensor.module_name not in HEADS and not is_refused(model_type, tensor.module_name)
+        )
     for name in names:
         if not any(_matches(tensor, name) for tensor in linears):
             _refuse(name, linears)
-    return tuple(tensor for tensor in linears if any(_matches(tensor, name) for name in names))
+    found = tuple(tensor for tensor in linears if any(_matches(tensor, name) for name in names))
+    for tensor in found:
+        refuse_bypassed(model_type, tensor.module_name)
+    return found
 
 
 def num_adapter_parameters(tensor: ModelTensor, r: int) -> int:

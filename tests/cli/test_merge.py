@@ -19,6 +19,8 @@ from tests.merge.adapters import linear_layers, lora_tensors, read_folder, write
 from tests.test_readme import shape_of
 from tests.tiny_models import write_llama
 
+pytestmark = pytest.mark.usefixtures("enough_memory")
+
 ROOT = Path(__file__).parent.parent.parent
 DOCS = (ROOT / "docs/merge.md").read_text(encoding="utf-8")
 DEMO = ROOT / "qtool/demo_model"

@@ -20,6 +20,8 @@ from tests.merge.adapters import linear_layers, lora_tensors, write_adapter
 from tests.test_structure import loaded_modules
 from tests.tiny_models import write_llama
 
+pytestmark = pytest.mark.usefixtures("enough_memory")
+
 DEMO = Path(__file__).parent.parent.parent / "qtool/demo_model"
 
 

@@ -14,6 +14,8 @@ import pytest
 from tests.cli.running import run
 from tests.merge.adapters import linear_layers, lora_tensors, write_adapter
 
+pytestmark = pytest.mark.usefixtures("enough_memory")
+
 DEMO = Path(__file__).parent.parent.parent / "qtool/demo_model"
 PROGRAM = (sys.executable, "-m", "qtool")
 KERNELS = ("bench", "kernels", "--backend", "cpu", "--op", "dequantize nf4", "--no-rival")
@@ -60,9 +62,12 @@ COMMANDS = {
     "generate": ("generate", "@packed", "ROMEO:", "--max-new-tokens", 4),
     "finetune": (
         *("finetune", DEMO, "@rows.jsonl", "-o", "@lora", "--max-steps", 1, "--batch", 1),
-        *("--grad-accum", 1, "--max-length", 16, "--resume"),
+        *("--grad-accum", 1, "--max-length", 16, "--resume", "--force"),
     ),
-    "finetune --dry-run": ("finetune", DEMO, "@rows.jsonl", "-o", "@never", "--dry-run"),
+    "finetune --dry-run": (
+        *("finetune", DEMO, "@rows.jsonl", "-o", "@never"),
+        *("--dry-run", "--force"),
+    ),
     "merge": ("merge", "@adapter", "-o", "@merged", "--no-check"),
     "merge --dry-run": ("merge", "@adapter", "-o", "@never", "--dry-run"),
     "bench kernels": (*KERNELS, *SMALL),

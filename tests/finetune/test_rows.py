@@ -85,6 +85,29 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     assert "line 2: not UTF-8" in refused(str(path)).message
+    path.write_bytes(b'\xff\xfe{\0"\0')  # which looks like UTF-16
+    assert "line 1: not UTF-8 at byte 0" in refused(str(path)).message
+    text = tmp_path / "rows.txt"
+    text.write_bytes(b"a line\n" * 5 + b"caf\xe9\n")
+    assert f"{text}, line 6: not UTF-8 at byte 3" in refused(str(text)).message
+
+
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    rows = open_rows(DataOptions(source=str(path)))
+    assert [row.fields for row in rows] == [{"text": "a"}]
+
+
+def test_a_pair_lacks_its_other_half(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    assert f'{path}: no completion beside "prompt"' in refused(str(path)).message
+
+
+def test_a_model_is_no_data() -> None:
+    error = refused("qtool/demo_model")
+    assert "is a model, expected" in error.message and "config.json" not in error.hint
 
 
 def test_a_json_array_is_told_apart(tmp_path: Path) -> None:
@@ -211,3 +234,46 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     assert "no such file, not in the cache, and the Hub cannot be reached" in error.message
     assert "HF_ENDPOINT" in error.hint
     assert constants.HF_HUB_OFFLINE is False
+
+
+HALF = "half an emoji \ud83d here"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": HALF}, '"text"'),
+        ({"prompt": HALF, "completion": "b"}, '"prompt"'),
+        ({"prompt": "a", "completion": HALF}, '"completion"'),
+        ({"prompt": CHAT[:1], "completion": [{"role": "assistant", "content": HALF}]}, "message 1"),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": HALF}]}, "message 2"),
+        ({"messages": [{"role": HALF, "content": "a"}]}, "message 1"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+            "message 1",
+        ),
+        (
+            {"messages": [*CHAT, {"role": "assistant", "tool_calls": [{"name": {HALF: 1}}]}]},
+            "message 3",
+        ),
+        ({"messages": CHAT, "tools": [{"type": "function", "name": HALF}]}, '"tools"'),
+    ],
+)
+def test_half_a_character_is_named_by_its_line(tmp_path: Path, row: Any, said: str) -> None:
+    """JSON can spell what UTF-8 cannot."""
+    whole = {name: "a" if isinstance(value, str) else CHAT for name, value in row.items()}
+    error = refused(write(tmp_path / "rows.jsonl", whole | {"tools": None}, row))
+    assert error.kind == "bad_file"
+    assert ", line 2: " in error.message and said in error.message
+    assert "half a character (U+D83D)" in error.message
+    assert 'as "\\ud83d\\ude00"' in error.hint
+
+
+@pytest.mark.parametrize("kinds", [(0, 1), (1, 0)])
+def test_pairs_are_all_of_texts_or_all_of_messages(tmp_path: Path, kinds: tuple[int, int]) -> None:
+    pairs = [{"prompt": "a", "completion": "b"}, {"prompt": CHAT[:1], "completion": CHAT[1:]}]
+    error = refused(write(tmp_path / "rows.jsonl", *(pairs[kind] for kind in (kinds[0], *kinds))))
+    wanted, found = ("text", "a list") if kinds == (0, 1) else ("a list of messages", "text")
+    assert error.kind == "bad_file"
+    assert f'line 3: "prompt": expected {wanted}, found {found}' in error.message
+    assert "all of texts or all of messages, as the first row is" in error.hint

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -146,6 +153,159 @@ def test_restart_removes_what_the_run_made_and_nothing_else(tmp_path: Path) -> N
     assert folder.begin(IDENTITY, resume=False, restart=True) is None
     assert sorted(path.name for path in folder.path.iterdir()) == ["checkpoints", "notes.txt"]
     assert [path.name for path in folder.checkpoints.iterdir()] == ["run.json"]
+
+
+CHANGES = ((os, "unlink"), (os, "rmdir"), (os, "replace"), (os, "mkdir"), (Path, "write_bytes"))
+
+
+def stopped_before(change: int, work: Callable[[], object]) -> bool:
+    """Do `work`, but end it by Ctrl-C where it has changed the disk `change` times."""
+    left = change
+
+    def counted(original: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return original(*arguments, **options)
+
+        return call
+
+    with ExitStack() as patches:
+        for place, name in CHANGES:
+            patches.enter_context(mock.patch.object(place, name, counted(getattr(place, name))))
+        try:
+            work()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def finished(path: Path) -> RunFolder:
+    """A run with two saves and a result."""
+    folder = begun(path)
+    for step in (1, 2):
+        save(folder, step)
+    folder.finish(result_of(folder), {"schema": 1})
+    return folder
+
+
+def result_of(folder: RunFolder) -> Path:
+    made = folder.checkpoints / "result"
+    made.mkdir(exist_ok=True)
+    for name in RESULT:
+        (made / name).write_text("new")
+    return made
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+RESULT = ("adapter_config.json", "adapter_model.safetensors", "vocab.json")
+
+
+def test_a_restart_that_is_cut_short_can_be_done_again(tmp_path: Path) -> None:
+    for change in count():
+        folder = finished(tmp_path / f"out{change}")
+        (folder.path / "notes.txt").write_text("mine")
+        was_stopped = stopped_before(
+            change, partial(folder.begin, IDENTITY, resume=False, restart=True)
+        )
+        # What is left does not pass for a finished run, and is not in the way.
+        if folder.manifest is not None:
+            assert all((folder.path / name).is_file() for name in RESULT)
+        folder.check(resume=False, restart=True)
+        assert folder.begin(IDENTITY, resume=False, restart=True) is None
+        assert names_in(folder.path) == ["checkpoints", "notes.txt"]
+        assert names_in(folder.checkpoints) == ["run.json"]
+        if not was_stopped:
+            assert change > 10
+            return
+
+
+def test_files_stay_known_where_a_restart_was_cut_short_and_the_saves_deleted(
+    tmp_path: Path,
+) -> None:
+    folder = finished(tmp_path / "out")
+    shutil.rmtree(folder.checkpoints)
+    folder.checkpoints.mkdir()
+    assert stopped_before(2, partial(folder.begin, IDENTITY, resume=False, restart=True))
+    assert folder.manifest is None
+    assert folder.begin(IDENTITY, resume=True, restart=False) is None
+    folder.begin(IDENTITY, resume=False, restart=True)
+    assert names_in(folder.path) == ["checkpoints"]
+
+
+def test_a_restart_that_is_cut_short_can_go_on(tmp_path: Path) -> None:
+    for change in count():
+        folder = finished(tmp_path / f"out{change}")
+        was_stopped = stopped_before(
+            change, partial(folder.begin, IDENTITY, resume=False, restart=True)
+        )
+        folder.check(resume=True, restart=False)
+        if folder.manifest is None:
+            last = folder.begin(IDENTITY, resume=True, restart=False)
+            assert last is None or is_whole(last)
+        if not was_stopped:
+            return
+
+
+def test_a_result_that_is_cut_short_is_none(tmp_path: Path) -> None:
+    for change in count():
+        folder = begun(tmp_path / f"out{change}")
+        save(folder, 1)
+        made = result_of(folder)
+        was_stopped = stopped_before(change, partial(folder.finish, made, {"schema": 1}))
+        is_loadable = (folder.path / "adapter_config.json").is_file()
+        if is_loadable or folder.manifest is not None:
+            assert all((folder.path / name).is_file() for name in RESULT)
+        again = RunFolder(tmp_path / f"again{change}")
+        shutil.copytree(folder.path, again.path)
+        if folder.manifest is None:
+            assert folder.begin(IDENTITY, resume=True, restart=False) is not None
+            folder.finish(result_of(folder), {"schema": 1})
+        assert names_in(folder.path) == sorted(("checkpoints", "qtool_finetune.json", *RESULT))
+        # None of its files is left to the next run.
+        again.begin(IDENTITY, resume=False, restart=True)
+        assert names_in(again.path) == ["checkpoints"]
+        assert names_in(again.checkpoints) == ["run.json"]
+        if not was_stopped:
+            assert change > 5
+            return
+
+
+def test_a_beginning_that_is_cut_short_is_not_in_the_way(tmp_path: Path) -> None:
+    for change in count():
+        folder = RunFolder(tmp_path / f"out{change}")
+        was_stopped = stopped_before(
+            change, partial(folder.begin, IDENTITY, resume=False, restart=False)
+        )
+        if not was_stopped:
+            return
+        folder.check(resume=False, restart=folder.is_begun)
+    # As a process that is killed leaves it.
+    folder = RunFolder(tmp_path / "killed")
+    folder.checkpoints.mkdir(parents=True)
+    (folder.checkpoints / ".run.json.part").write_text("{")
+    folder.check(resume=False, restart=False)
+
+
+def test_what_another_process_began_meanwhile_is_kept(tmp_path: Path) -> None:
+    """Between `check` and `begin` it may have come and gone."""
+    for another in (begun, finished):
+        folder = RunFolder(tmp_path / another.__name__)
+        folder.check(resume=False, restart=False)
+        another(folder.path)
+        found = (folder.checkpoints / "run.json").read_bytes()
+        other = identity_of({"model": "m", "lr": 0.2}, {"tokens_sha256": "a"})
+        with pytest.raises(QtoolError, match="finished run"):
+            folder.begin(other, resume=False, restart=False)
+        assert (folder.checkpoints / "run.json").read_bytes() == found
+        with pytest.raises(QtoolError, match=r"lr is 0\.1 there, 0\.2 now"):
+            folder.begin(other, resume=True, restart=False)
+        assert folder.begin(other, resume=False, restart=True) is None
 
 
 class SafetensorError(Exception):

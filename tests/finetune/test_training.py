@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -14,8 +15,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qtool.checkpoint.output_place import hold_lock
 from qtool.errors import QtoolError
 from qtool.events import Note
 from qtool.finetune.lora_targets import choose_layers
@@ -27,8 +30,10 @@ from qtool.finetune.records import (
     Progress,
     TrainingOptions,
 )
-from qtool.finetune.run import prepare, train
+from qtool.finetune.run import Prepared, prepare, train
 from qtool.finetune.trainer import Watch
+
+pytestmark = pytest.mark.usefixtures("enough_memory")
 
 STORY = "Once upon a time there was a little girl named Lily. She had a red ball.\n"
 PAIRS = [
@@ -80,8 +85,14 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("quant", ["nf4-dq", "int8"])
-def test_qlora_makes_a_standard_adapter(request_: FinetuneRequest, quant: Any) -> None:
+def test_qlora_makes_a_standard_adapter(
+    request_: FinetuneRequest, tmp_path: Path, quant: Any
+) -> None:
+    text = f"7 {STORY}"
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"text": text}))
     request = with_training(replace(request_, quant=quant), max_steps=20)
+    request = replace(request, data=replace(request.data, eval_split=str(held_out)))
     result = run(request)
     assert result.final_loss < result.first_loss - 0.3
     config = json.loads((request.output / "adapter_config.json").read_text())
@@ -90,15 +101,32 @@ def test_qlora_makes_a_standard_adapter(request_: FinetuneRequest, quant: Any) -
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     )
     assert not list(request.output.rglob("README.md"))
-    # Stock PEFT takes it over the full-precision base, where it does what it learned.
+    matrices = adapter(request.output)
+    assert sum(matrix.numel() for matrix in matrices.values()) == result.trainable_parameters
+    # Stock PEFT takes it over the full-precision base, as the sum of the two.
+    ids = AutoTokenizer.from_pretrained(request.model)(f"{text}</s>", return_tensors="pt").input_ids
+    ids = ids[:, : request.data.max_length]
     base = AutoModelForCausalLM.from_pretrained(request.model, dtype=torch.float32)
-    ids = torch.tensor([[1, 403, 407, 261, 378, 432]])
-    before = base(ids, labels=ids).loss
+    before = base(ids, labels=ids).loss.item()
+    summed = copy.deepcopy(base)
+    add_by_hand(summed, matrices, scaling=config["lora_alpha"] / config["r"])
+    expected = summed(ids, labels=ids).loss.item()
     model = peft.PeftModel.from_pretrained(base, str(request.output))
-    assert sum(tensor.numel() for tensor in adapter(request.output).values()) == (
-        result.trainable_parameters
-    )
-    assert model(ids, labels=ids).loss != before
+    assert model(ids, labels=ids).loss.item() == pytest.approx(expected, rel=1e-5)
+    # There it does what it learned over the packed base, but for what packing costs.
+    assert result.eval_loss is not None
+    assert expected == pytest.approx(result.eval_loss, abs=0.1)
+    assert expected < before - 0.3
+
+
+def add_by_hand(model: Any, matrices: dict[str, torch.Tensor], scaling: float) -> None:
+    """W + s B A for each layer that an adapter's file has matrices of."""
+    prefix, end = "base_model.model.", ".lora_A.weight"
+    for name, narrow in matrices.items():
+        if name.endswith(end):
+            wide = matrices[name.replace(".lora_A.", ".lora_B.")]
+            layer = model.get_submodule(name.removeprefix(prefix).removesuffix(end))
+            layer.weight.data += scaling * wide @ narrow
 
 
 def test_the_manifest_says_what_was_done(request_: FinetuneRequest, test_data: Path) -> None:
@@ -166,6 +194,37 @@ def test_measuring_changes_nothing(request_: FinetuneRequest, tmp_path: Path) ->
     assert run(often).history == run(seldom).history
     found, wanted = adapter(often.output), adapter(seldom.output)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_held_out_loss_is_that_of_a_token_whatever_the_batch(
+    request_: FinetuneRequest, tmp_path: Path
+) -> None:
+    """Rows of unequal length: the mean of the batches' means would be another for each batch."""
+    texts = ["Yes.", STORY * 2, "No, no.", "Once upon a time", "A cat."]
+    rows = tmp_path / "held_out.jsonl"
+    rows.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
+    data = replace(request_.data, eval_split=str(rows), max_length=128)
+    request = replace(request_, method="lora", data=data)
+    request = with_training(request, lr=1e-9, max_steps=1, compute_dtype="float32")
+    wanted = loss_per_token(request.model, texts)
+    for number, (batch, packing) in enumerate([(1, False), (3, False), (4, False), (2, True)]):
+        data = replace(request.data, packing=packing)
+        one = replace(with_training(request, batch=batch), data=data, output=tmp_path / f"{number}")
+        assert run(one).eval_loss == pytest.approx(wanted, rel=1e-5), (batch, packing)
+
+
+def loss_per_token(model: str, texts: list[str]) -> float:
+    """Of texts that all end with the end token, by transformers in float64."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    total, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+        with torch.no_grad():
+            logits = network(input_ids=ids[None]).logits[0]
+        total += float(functional.cross_entropy(logits[:-1], ids[1:], reduction="sum"))
+        count += len(ids) - 1
+    return total / count
 
 
 def run_finished(request: FinetuneRequest) -> FinetuneResult | None:
@@ -241,6 +300,46 @@ def test_a_disk_that_fills_up_keeps_the_save(
     assert run(replace(request, resume=True)).resumed_from_step == 4
 
 
+def test_a_result_that_is_interrupted_is_written_by_the_next(
+    request_: FinetuneRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*given: Any) -> None:
+        (request_.output / "checkpoints/result/model-00002.safetensors").write_text("half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qtool.finetune.run.RunFolder.finish", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(request_)
+    monkeypatch.undo()
+    assert not (request_.output / "adapter_config.json").exists()
+    assert run(replace(request_, resume=True)).resumed_from_step == 4
+    manifest = json.loads((request_.output / "qtool_finetune.json").read_text())
+    assert manifest["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_one_process_at_a_time_writes(request_: FinetuneRequest) -> None:
+    """And the second one finds what the first one began, though it looked before that."""
+    early = prepare(request_, warn=lambda words: None)
+    checkpoints = request_.output / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    with (
+        hold_lock(checkpoints / ".lock", request_.output),
+        pytest.raises(QtoolError, match="another qtool process is writing"),
+    ):
+        start(early)
+    assert [path.name for path in checkpoints.iterdir()] == [".lock"]
+    first = run(request_)
+    other = prepare(replace(request_, restart=True), warn=lambda words: None)
+    late = replace(early, planned=replace(other.planned, request=with_training(request_, lr=0.1)))
+    with pytest.raises(QtoolError, match="holds a finished run"):
+        start(late)
+    assert run_finished(replace(request_, resume=True)) == first
+
+
+def start(prepared: Prepared) -> None:
+    train(prepared, warn=lambda words: None, on_progress=lambda progress: None)
+
+
 def test_other_settings_cannot_go_on(
     request_: FinetuneRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,8 +390,9 @@ def test_nan_before_any_save_promises_none(
     monkeypatch.setattr(
         Trainer, "compute_loss", lambda *args, **kwargs: original(*args, **kwargs) * float("nan")
     )
-    with pytest.raises(QtoolError, match=r"at step 1, .*; nothing was saved before it"):
+    with pytest.raises(QtoolError, match=r"at step 1, .*; nothing was saved before it") as caught:
         run(request_)
+    assert "look for NaN in its weights" in caught.value.hint  # no update was made
     monkeypatch.undo()
     notes: list[Any] = []
     prepared = prepare(replace(request_, resume=True), warn=notes.append)
@@ -338,12 +438,34 @@ def test_lora_trains_a_base_that_is_not_packed(request_: FinetuneRequest) -> Non
 
 
 def test_prompts_are_not_learned(request_: FinetuneRequest, tmp_path: Path) -> None:
-    request = with_data(request_, tmp_path / "pairs.jsonl", PAIRS)
+    request = with_data(replace(request_, method="lora"), tmp_path / "pairs.jsonl", PAIRS)
+    request = with_training(request, batch=12, grad_accum=1, max_steps=1, compute_dtype="float32")
     learned = run(request)
     data = replace(request.data, completion_only=False)
     everything = run(replace(request, output=tmp_path / "all", data=data))
-    assert learned.first_loss != everything.first_loss
+    of_prompts, of_completions = losses_of_pairs(request.model)
+    expected = torch.cat(of_completions).mean()
+    assert learned.first_loss == pytest.approx(float(expected), rel=1e-5)
+    expected = torch.cat([*of_prompts, *of_completions]).mean()
+    assert everything.first_loss == pytest.approx(float(expected), rel=1e-5)
     assert learned.tokens == everything.tokens
+
+
+def losses_of_pairs(model: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Of each token of the prompts and of the completions of PAIRS, by transformers in float64."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for pair in PAIRS:
+        prompt = tokenizer(pair["prompt"])["input_ids"]
+        ids = torch.tensor(tokenizer(f"{pair['prompt']}{pair['completion']}</s>")["input_ids"])
+        assert ids[: len(prompt)].tolist() == prompt
+        with torch.no_grad():
+            logits = network(input_ids=ids[None]).logits[0]
+        losses = functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+        parts[0].append(losses[: len(prompt) - 1])
+        parts[1].append(losses[len(prompt) - 1 :])
+    return parts
 
 
 def test_packing_changes_no_loss(request_: FinetuneRequest, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tests.merge.test_merge import dequantized
 from tests.runtime.folders import PackedFolders
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("enough_memory")
 
 LLAMA, GPT2 = "TinyStories-656K-hf", "slm4096-gpt2-hf"
 
