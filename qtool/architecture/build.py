@@ -56,6 +56,7 @@ def build_architecture(values: Mapping[str, Any]) -> Architecture:
         head_dim=sizes.head_dim,
         vocab_size=sizes.vocab,
         max_context=sizes.max_context,
+        activation=sizes.activation,
         tied_embeddings=bool(tied),
         stored_names=body.stored_names,
         experts=body.experts,

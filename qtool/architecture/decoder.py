@@ -15,6 +15,8 @@ from qtool.architecture.parts import Tensors, embedding, experts, linear, norm, 
 from qtool.architecture.records import Experts, ModelTensor
 from qtool.architecture.stored_names import StoredNames
 
+USUAL_ACTIVATION = "silu"
+
 # The two norms of most layers: before attention, before the MLP.
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 
@@ -35,7 +37,10 @@ _OLD_LAYER_TYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """A text decoder's sizes. `max_context` is None where positions are not limited."""
+    """A text decoder's sizes, and the activation of its MLPs by transformers' name.
+
+    `max_context` is None where positions are not limited.
+    """
 
     num_layers: int
     hidden: int
@@ -45,6 +50,7 @@ class Sizes:
     head_dim: int
     vocab: int
     max_context: int | None
+    activation: str = USUAL_ACTIVATION
 
     @property
     def query_width(self) -> int:
@@ -89,6 +95,8 @@ def read_sizes(
     context: int,
     kv_heads: int | None = None,
     head_dim: int | None = None,
+    activation: str = USUAL_ACTIVATION,
+    activation_key: str = "hidden_act",
 ) -> Sizes:
     """The sizes under their usual keys; the arguments are the model type's defaults.
 
@@ -106,6 +114,7 @@ def read_sizes(
         or config.require_divisible("hidden_size", hidden, heads, "num_attention_heads"),
         vocab=config.count("vocab_size", vocab),
         max_context=config.count("max_position_embeddings", context),
+        activation=config.text(activation_key) or activation,
     )
 
 

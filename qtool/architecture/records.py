@@ -83,7 +83,8 @@ class Architecture:
     `tensors` are in the model's own order. `skipped_modules` are the names that transformers'
     default rule keeps in 16 bit (output head, tied weights, ...). `cache_layers` has an entry for
     every layer that keeps something; layers that share another's cache have none. `unmodelled`
-    names parts whose memory is not covered (a vision tower's activations).
+    names parts whose memory is not covered (a vision tower's activations). `activation` is that of
+    the MLPs, by transformers' name.
     """
 
     model_type: str
@@ -99,6 +100,7 @@ class Architecture:
     head_dim: int
     vocab_size: int
     max_context: int | None
+    activation: str
     tied_embeddings: bool
     stored_names: StoredNames
     experts: Experts | None = None

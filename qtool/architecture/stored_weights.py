@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 from qtool.architecture.records import Architecture, ModelTensor
@@ -16,9 +16,22 @@ QUANTIZABLE_DTYPES = get_args(SourceDtype)
 def check_linear_layers(
     tensors: Iterable[TensorLayout], architecture: Architecture, skip: Sequence[str] = ()
 ) -> None:
+    """`check_weights` for what is quantized by default, and without `skip`."""
+    check_weights(tensors, architecture, architecture.quantizable(skip))
+
+
+def check_weights(
+    tensors: Iterable[TensorLayout],
+    architecture: Architecture,
+    wanted: Mapping[str, ModelTensor],
+) -> None:
     """Raise QtoolError unless every weight to quantize is there, in the shape that config.json
-    says and a dtype that can be quantized."""
-    missing = architecture.quantizable(skip)
+    says and a dtype that can be quantized.
+
+    Args:
+        wanted: those weights, by their names in the model.
+    """
+    missing = dict(wanted)
     for tensor in tensors:
         parameter = architecture.find(tensor.name)
         if parameter is not None and parameter.name in missing:

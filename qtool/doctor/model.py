@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from qtool.doctor.machine import GIB, available_memory_bytes
 from qtool.doctor.records import Check
 from qtool.errors import QtoolError
 from qtool.formats.bitsandbytes import find_quantized
+from qtool.planner.stored_formats import find_format
 from qtool.runtime.requirements import require_run_extra
 
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -39,13 +40,15 @@ def check_model(model: str, smi: NvidiaSmi) -> Iterator[Check]:
         yield Check("model", "fail", error.message, error.hint)
         return
     packed = {weight.precision for weight in find_quantized(checkpoint.tensors).values()}
-    yield _check_weights(checkpoint, packed)
+    other = None if packed else _other_format(checkpoint)
+    held = " and ".join(sorted(packed)) or other or "not quantized"
+    yield _check_weights(checkpoint, held)
     yield from check_architecture(checkpoint)
-    yield from check_layers(checkpoint, packed=bool(packed))
+    yield from check_layers(checkpoint, packed=bool(packed or other))
     if not checkpoint.shards:
         return
-    yield check_size(checkpoint, smi, packed=bool(packed))
-    yield from check_quantization(checkpoint, in_4bit=bool(packed - {"int8"}))
+    yield check_size(checkpoint, smi, packed=bool(packed or other))
+    yield from check_quantization(checkpoint, in_4bit=bool(packed - {"int8"}), other=other)
     if checkpoint.folder is not None:
         yield from check_tokenizer(checkpoint.folder)
 
@@ -59,11 +62,20 @@ def _refuse_other_formats(model: str) -> None:
             raise
 
 
-def _check_weights(checkpoint: Checkpoint, packed: Collection[str]) -> Check:
+def _other_format(checkpoint: Checkpoint) -> str | None:
+    """What others call the format that they quantized the model to; None if it is none."""
+    try:
+        architecture = build_architecture(checkpoint.config)
+    except QtoolError:  # said by another check
+        architecture = None
+    found = find_format(checkpoint.config, checkpoint.tensors.values(), architecture)
+    return None if found is None else found.method
+
+
+def _check_weights(checkpoint: Checkpoint, held: str) -> Check:
     if not checkpoint.shards:
         fix = "for more than estimate and sizing fetch its *.safetensors too"
         return Check("model", "warn", f"{checkpoint.id}: config.json alone, no weights", fix)
-    held = " and ".join(sorted(packed)) or "not quantized"
     num_bytes = checkpoint.weights_bytes
     unit, name = (GIB, "GiB") if num_bytes >= GIB else (MIB, "MiB")
     size = f"{num_bytes / unit:.2f} {name} of weights"
@@ -126,8 +138,18 @@ def check_size(checkpoint: Checkpoint, smi: NvidiaSmi, *, packed: bool) -> Check
     return Check("size", "warn", found, fix)
 
 
-def check_quantization(checkpoint: Checkpoint, *, in_4bit: bool) -> Iterator[Check]:
-    """Settings of the quantization entry that make a model slow or unloadable."""
+def check_quantization(
+    checkpoint: Checkpoint, *, in_4bit: bool, other: str | None
+) -> Iterator[Check]:
+    """Settings of the quantization entry that make a model slow or unloadable.
+
+    Args:
+        other: a format that is not bitsandbytes', which qtool plans and does not read.
+    """
+    if other is not None:
+        found = f"{other}: generate, quantize and finetune read bitsandbytes' formats alone"
+        fix = "start from the full-precision model; estimate plans this one as it is"
+        yield Check("quantization", "fail", found, fix)
     entry = checkpoint.config.get("quantization_config")
     entry = entry if isinstance(entry, Mapping) else {}
     if entry.get("llm_int8_has_fp16_weight"):

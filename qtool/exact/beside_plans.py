@@ -55,7 +55,9 @@ def exact_request(model: PlannedModel, plan: MemoryPlan) -> ExactRequest:
     if workload.mode != "generate" and tuning.optimizer not in OPTIMIZERS:
         raise _refusal(f"has no {tuning.optimizer}", Option("optimizer"), " or ".join(OPTIMIZERS))
     is_llm_int8 = plan.quant == "int8" and workload.runtime == "transformers"
-    dtype = "fp16" if is_llm_int8 else FLOAT_DTYPES.get(model.element_bytes, "bf16")
+    dtype = FLOAT_DTYPES.get(model.unpacked_bytes(workload), "bf16")
+    if is_llm_int8 and dtype == "bf16":
+        dtype = "fp16"  # the plan is for the inputs that bitsandbytes does not convert
     return ExactRequest(
         quant=plan.quant,
         mode=workload.mode,

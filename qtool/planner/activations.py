@@ -43,6 +43,8 @@ from qtool.architecture import (
 )
 from qtool.planner.kv_cache import CacheLayers, overhang_bytes
 from qtool.planner.llm_int8 import int8_moments
+from qtool.planner.mlp_activations import mlp_activation
+from qtool.planner.units import FLOAT32_BYTES
 
 # Hidden-sized tensors alive at the MLP's product: the embeddings, the layer's input, the residual
 # and the normed input. Some layers hold more, or norm after the MLP instead of before.
@@ -65,21 +67,19 @@ HIDDEN_COPIES_WITH_NORM: Final = {
 
 
 class MlpCopies(NamedTuple):
-    """MLP-sized tensors alive between its linear layers, and when the largest of them is done."""
+    """MLP-sized tensors alive between its linear layers, and when the largest of them is done.
+
+    `beside` are those alive beside its activation: gate and up projection may be one tensor.
+    """
 
     activation: int
     linear: int
+    beside: int = 0
 
 
 GATED_MLP: Final = MlpCopies(3, 2)
-FUSED_GATE_MLP: Final = MlpCopies(4, 2)
+FUSED_GATE_MLP: Final = MlpCopies(4, 2, beside=1)
 PLAIN_MLP: Final = MlpCopies(2, 1)
-# An activation spelled out in Python keeps more than a fused one: `gelu_new`, BLOOM's own.
-MLP_COPIES: Final = {
-    "gpt2": MlpCopies(4, 1),
-    "phi": MlpCopies(4, 1),
-    "bloom": MlpCopies(6, 1),
-}
 
 # Bytes per entry of the attention matrix (heads x tokens x tokens) where it is materialised:
 # scores in 16 bit, their float32 copy, the float32 softmax; sums with ALiBi and mask before them.
@@ -120,7 +120,6 @@ RECURRENT_COPIES: Final = {"nemotron_h": 30, "jamba": 107, "mamba2": 45}
 USUAL_RECURRENT_COPIES: Final = 16
 CONVOLUTION_WIDTH: Final = 4
 
-FLOAT32_BYTES: Final = 4
 INTEGER_INPUTS_BYTES: Final = 24  # token id, position and mask, int64 each
 LOGIT_COPY_BYTES: Final = 4  # the float32 copy that a token is chosen from
 
@@ -404,7 +403,7 @@ def prefill_peak(
         PrefillPeak(hidden + mlp + twice, buffer.dequantizing_bytes, 0),
         PrefillPeak(in_layer + scores, 0, 0),
         PrefillPeak(in_layer + elements * 2 * layer.hidden, 0, logits_bytes),
-        *_int8_moments(layer, tokens, hidden, int8_outliers),
+        *_int8_moments(layer, tokens, hidden, int8_outliers, element_bytes),
     )
     return max(moments, key=lambda moment: moment.total_bytes)
 
@@ -447,11 +446,15 @@ def _in_layer_bytes(
 
 
 def _int8_moments(
-    layer: LayerShape, tokens: int, hidden_bytes: int, outliers: float | None
+    layer: LayerShape,
+    tokens: int,
+    hidden_bytes: int,
+    outliers: float | None,
+    element_bytes: int,
 ) -> Iterator[PrefillPeak]:
     if outliers is None:
         return
-    is_fused = layer.mlp_copies == FUSED_GATE_MLP
+    is_fused = layer.mlp_copies.beside == FUSED_GATE_MLP.beside
     moments = int8_moments(
         tokens=tokens,
         hidden=layer.hidden,
@@ -459,6 +462,7 @@ def _int8_moments(
         first_width=layer.mlp * (2 if is_fused else 1),
         beside_first=0 if is_fused else layer.mlp_copies.linear - 1,
         outliers=outliers,
+        element_bytes=element_bytes,
     )
     for moment in moments:
         yield PrefillPeak(hidden_bytes + moment.activations_bytes, moment.weight_bytes, 0)
@@ -527,8 +531,13 @@ def _hidden_copies(architecture: Architecture) -> int:
 
 
 def _mlp_copies(architecture: Architecture) -> MlpCopies:
-    if architecture.model_type in MLP_COPIES:
-        return MLP_COPIES[architecture.model_type]
+    copies = _mlp_kind(architecture)
+    spelled_out = mlp_activation(architecture).alive + copies.beside
+    return copies._replace(activation=max(copies.activation, spelled_out))
+
+
+def _mlp_kind(architecture: Architecture) -> MlpCopies:
+    """With an activation that is one kernel."""
     for name in architecture.tensors:
         if name.endswith("gate_up_proj.weight"):
             return FUSED_GATE_MLP

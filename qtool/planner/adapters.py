@@ -24,9 +24,9 @@ from qtool.checkpoint.adapter_files import WEIGHTS_NAME, AdapterFiles
 from qtool.errors import QtoolError
 from qtool.planner.allocator import ROUNDING_BYTES
 from qtool.planner.lora import HEADS, features
+from qtool.planner.units import FLOAT32_BYTES
 
 RANK_MULTIPLE: Final = 8
-FLOAT32_BYTES: Final = 4
 INT32_BYTES: Final = 4
 PREFIX: Final = "base_model.model."
 # The layers of the common block by what they multiply: one launch makes the inner values of each.

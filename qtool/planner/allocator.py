@@ -16,7 +16,8 @@ import bisect
 from dataclasses import dataclass, field
 from typing import Final
 
-MIB: Final = 1 << 20
+from qtool.planner.units import MIB
+
 ROUNDING_BYTES: Final = 512  # every request is rounded up to this
 SMALL_BYTES: Final = 1 * MIB  # requests up to this come from segments of their own
 SMALL_SEGMENT_BYTES: Final = 2 * MIB

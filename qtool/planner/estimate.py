@@ -18,7 +18,6 @@ from qtool.planner.weights import CAST_DTYPES
 
 DEFAULT_QUANTS: Final = ("bf16", "int8", "nf4", "nf4-dq")
 DEFAULT_CONTEXT: Final = 4096
-FLOAT32_BYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,8 @@ def quantization_warnings(model: PlannedModel, budgets: Iterable[MemoryBudget]) 
     """Where quantizing the model does less than its name promises, in words."""
     quantized = [budget for budget in budgets if budget.quant in QUANTIZED_PRECISIONS]
     warnings = []
-    if any(budget.weights.element_bytes == FLOAT32_BYTES for budget in quantized):
+    generating = [budget for budget in quantized if budget.workload.mode == "generate"]
+    if any(budget.weights.are_float32 for budget in generating):
         warnings.append(
             f"{model.id} computes in float32, so cache and activations take twice what they would "
             "in bfloat16 (generate --compute-dtype bfloat16)"

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from qtool.errors import Option, QtoolError
+from qtool.planner.units import GIB, MIB
 from qtool.resources import config_path
 
 FieldBasis = Literal["confirmed", "derived", "recalled"]
 ANY_VENDOR: Final = "any"
-
-MIB = 1 << 20
-GIB = 1 << 30
+HOST_VENDOR: Final = "host"  # no GPU, but the machine's own memory
 
 # What a driver keeps for itself, for GPUs whose visible total nobody logged: nine logged totals
 # lie 1.3 to 2.9 % under the reported one up to 48 GiB, and 0.60 to 0.85 GiB under it above.
@@ -33,7 +32,11 @@ LARGE_GPU_BYTES = 48 * GIB
 OLDEST_COMPUTE_CAPABILITY: Final = (7, 5)
 
 # "24GB", which is any GPU with so much; makers write GB and mean GiB.
-MEMORY_SIZE: Final = re.compile(r"\s*(\d{1,6}(?:\.\d+)?)\s*gi?b\s*", re.IGNORECASE)
+MEMORY_SIZE: Final = re.compile(r"\s*(\d{1,9}(?:\.\d+)?)\s*([mgt])i?b\s*", re.IGNORECASE)
+GIB_IN_UNIT: Final = {"m": 1 / 1024, "g": 1.0, "t": 1024.0}
+# What is taken for the size of a GPU, from less than a CUDA context to more than any rack.
+LEAST_GIB: Final = 0.25
+MOST_GIB: Final = 1024.0 * 1024.0
 ALIKE: Final = 0.6  # of two names, from 0 to 1: less is no spelling mistake
 
 # Words of a GPU's name that people leave out and drivers add.
@@ -91,7 +94,7 @@ class Gpu:
     def lacks_kernels(self) -> bool:
         """Whether it is known that qtool's kernels do not run there."""
         if self.vendor != "NVIDIA":
-            return self.vendor != ANY_VENDOR
+            return self.vendor not in (ANY_VENDOR, HOST_VENDOR)
         version = re.findall(r"\d+", self.compute_capability or "")
         return bool(version) and tuple(map(int, version)) < OLDEST_COMPUTE_CAPABILITY
 
@@ -240,7 +243,17 @@ def resolve_gpus(names: Iterable[str]) -> tuple[Gpu, ...]:
 
 def _named(name: str) -> Gpu:
     size = MEMORY_SIZE.fullmatch(name)
-    return vram_class(float(size[1])) if size and float(size[1]) >= 1 else find_gpu(name)
+    if size is None:
+        return find_gpu(name)
+    vram_gib = float(size[1]) * GIB_IN_UNIT[size[2].lower()]
+    if not LEAST_GIB <= vram_gib <= MOST_GIB:
+        least, most = f"{LEAST_GIB * 1024:g}MB", f"{MOST_GIB / 1024:g}TB"
+        raise QtoolError(
+            (Option("gpu", name), f": expected a size from {least} to {most}"),
+            kind="usage",
+            hint=NAMES_HINT,
+        )
+    return vram_class(vram_gib)
 
 
 def vram_class(vram_gib: float) -> Gpu:

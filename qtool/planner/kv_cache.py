@@ -18,14 +18,13 @@ from qtool.architecture.cache import (
     LatentCache,
     RecurrentState,
 )
+from qtool.planner.units import FLOAT32_BYTES
 
 Runtime = Literal["qtool", "transformers", "vllm"]
 KvDtype = Literal["auto", "bf16", "fp8", "int8"]
 
 # How many layers of each kind; a model has one to four kinds.
 CacheLayers = Mapping[CacheLayer, int]
-
-FLOAT32_BYTES: Final = 4
 
 # transformers' QuantizedCache with 8-bit integers (HQQ, Quanto): a 16-bit scale and zero point per
 # group of values, and up to so many tokens that are not quantized yet.

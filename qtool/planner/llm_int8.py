@@ -1,8 +1,9 @@
 """LLM.int8() products as bitsandbytes makes them: what they take beside inputs and weights.
 
 Inputs are rounded to 8 bit and multiplied into int32, which becomes float16. Columns of the input
-that hold a value beyond the threshold, outliers, are multiplied again in 16 bit with their columns
-of the weight. Sources: MatMul8bitLt and the int8 operators of bitsandbytes 0.50, float16 inputs.
+that hold a value beyond the threshold, outliers, are multiplied again with their columns of the
+weight. float32 inputs become float16 first, and outputs float32 again. Sources: MatMul8bitLt and
+the int8 operators of bitsandbytes 0.50; 16-bit inputs are taken to be float16.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Final, NamedTuple
 
+from qtool.planner.units import HALF_BYTES
+
 THRESHOLD: Final = 6.0
 USUAL_INITIALIZER_RANGE: Final = 0.02
 
@@ -19,7 +22,6 @@ CODE_BYTES: Final = 1
 ROW_STATISTICS_BYTES: Final = 4
 LOOKING_BYTES: Final = 3  # per input: its absolute value in 16 bit, and whether that is an outlier
 OUTPUT_BYTES: Final = 6  # int32, and float16 made from it
-HALF_BYTES: Final = 2
 COLUMN_BYTES: Final = 9  # of an outlier's weight: its code, float32, and float32 once more
 
 INTEGRATION_STEPS: Final = 2000
@@ -34,7 +36,14 @@ class Int8Moment(NamedTuple):
 
 
 def int8_moments(
-    *, tokens: int, hidden: int, mlp: int, first_width: int, beside_first: int, outliers: float
+    *,
+    tokens: int,
+    hidden: int,
+    mlp: int,
+    first_width: int,
+    beside_first: int,
+    outliers: float,
+    element_bytes: int,
 ) -> tuple[Int8Moment, ...]:
     """The moments of an MLP that may be the largest, beside the layer's hidden states.
 
@@ -42,20 +51,24 @@ def int8_moments(
         first_width: of the output of the largest first linear layer, `beside_first` MLP-sized
             tensors alive with it.
         outliers: the share of the second layer's input columns that hold one.
+        element_bytes: of activations.
     """
-    half_mlp = tokens * HALF_BYTES * mlp
+    is_float32 = element_bytes != HALF_BYTES
+    one_mlp = tokens * element_bytes * mlp
+    copied = tokens * HALF_BYTES * mlp if is_float32 else 0  # while outliers are looked for
+    output_bytes = OUTPUT_BYTES + (element_bytes if is_float32 else 0)
     codes = tokens * (CODE_BYTES * mlp + ROW_STATISTICS_BYTES)
-    outlier_inputs = int(half_mlp * outliers)
+    outlier_inputs = int(one_mlp * outliers)
     columns = math.ceil(mlp * outliers) * hidden
     return (
         Int8Moment(
-            beside_first * half_mlp + tokens * (CODE_BYTES * hidden + OUTPUT_BYTES * first_width), 0
+            beside_first * one_mlp + tokens * (CODE_BYTES * hidden + output_bytes * first_width), 0
         ),
-        Int8Moment(half_mlp + codes + tokens * LOOKING_BYTES * mlp, 0),
-        Int8Moment(half_mlp + codes + outlier_inputs, COLUMN_BYTES * columns),
+        Int8Moment(one_mlp + copied + codes + tokens * LOOKING_BYTES * mlp, 0),
+        Int8Moment(one_mlp + codes + outlier_inputs, COLUMN_BYTES * columns),
         Int8Moment(
-            half_mlp + codes + outlier_inputs + tokens * OUTPUT_BYTES * hidden,
-            HALF_BYTES * columns,
+            one_mlp + codes + outlier_inputs + tokens * output_bytes * hidden,
+            element_bytes * columns,
         ),
     )
 

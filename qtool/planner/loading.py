@@ -17,11 +17,11 @@ from qtool.formats.bitsandbytes import packed_layouts
 from qtool.formats.precisions import QuantFormat
 from qtool.formats.tensors import TensorLayout
 from qtool.planner.allocator import Block, CachingAllocator
+from qtool.planner.units import FLOAT32_BYTES, HALF_BYTES
 from qtool.planner.weights import is_on_device
 
 WARM_UP_BITS: Final = {"int8": 8}  # per packed weight in transformers' own reckoning; else 4
-FLOAT32_BYTES: Final = 4
-INT8_SOURCE_BYTES: Final = 2  # bitsandbytes casts to float16 first
+INT8_SOURCE_BYTES: Final = HALF_BYTES  # bitsandbytes casts to float16 first
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,13 +29,14 @@ from qtool.planner.kv_cache import (
     KvDtype,
     dequantized_layer_bytes,
     kv_cache_bytes,
+    overhang_bytes,
 )
 from qtool.planner.llm_int8 import outlier_share
 from qtool.planner.model import PlannedModel
 from qtool.planner.overhead import Overhead
 from qtool.planner.own_runtime import OwnRuntime
 from qtool.planner.records import Basis, Component, ComponentName, MemoryPlan, Workload
-from qtool.planner.runtimes import check_mode, plan_notes
+from qtool.planner.runtimes import check_mode, computes_anew, plan_notes
 from qtool.planner.weights import Weights
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ class MemoryBudget:
         if workload.adapter is not None and architecture is not None:
             workload.adapter.check_fits(architecture)
         head_quant = workload.head_quant if workload.is_own else None
-        weights = model.weights(quant, runtime, head_quant)
+        weights = model.weights(
+            quant, runtime, head_quant, element_bytes=model.unpacked_bytes(workload)
+        )
         layer = None
         if architecture is not None and architecture.cache_layers:
             layer = LayerShape.of(architecture)
@@ -81,12 +84,12 @@ class MemoryBudget:
             quant=quant,
             workload=workload,
             weights=weights,
-            weights_basis="header" if model.source == "headers" else "exact",
+            weights_basis=model.weights_basis(quant),
             activations_basis=_activations_basis(layer, workload),
             layer=layer,
             shares=_shares(weights, architecture, workload),
             loading=_loading(model, quant, weights, workload),
-            notes=_notes(model, quant, workload),
+            notes=_notes(model, quant, workload, weights.element_bytes),
         )
 
     def on(self, workload: Workload) -> Self:
@@ -182,6 +185,8 @@ class MemoryBudget:
         if self.layer is not None:
             parts["kv_cache"] = Component(cache_bytes, "exact")
             parts |= self._prompt_parts(self._prompt_peak(self.layer, workload))
+            if computes_anew(self.model, workload):
+                parts |= self._anew_parts(self.layer, workload, share)
         own = self._own_runtime(workload)
         adapter_bytes = 0
         if own is not None and own.adapter is not None:
@@ -196,6 +201,19 @@ class MemoryBudget:
             parts |= _decoding(read_back_bytes)
         return demand
 
+    def _anew_parts(self, layer: LayerShape, workload: Workload, share: Share) -> Parts:
+        """One token more, for which the whole text goes through again beside its old cache."""
+        longer = replace(workload, context=workload.context + 1)
+        old_bytes = self._cache_bytes(workload, share) + overhang_bytes(
+            share.cache_layers,
+            context=workload.context,
+            batch=workload.batch,
+            element_bytes=self.weights.element_bytes,
+        )
+        cache_bytes = old_bytes + self._cache_bytes(longer, share)
+        parts = self._prompt_parts(self._prefill(layer, longer))
+        return {**parts, "kv_cache": Component(cache_bytes, "exact")}
+
     def _training_demands(self, workload: Workload) -> list[Demand]:
         """One per GPU."""
         architecture = self.model.architecture
@@ -205,7 +223,13 @@ class MemoryBudget:
         from qtool.planner.training_plan import training_demand, workload_peak  # only for training
 
         own_bytes = self._own_buffer_bytes(workload)
-        peak = workload_peak(architecture, self.quant, workload, buffer_bytes=own_bytes)
+        peak = workload_peak(
+            architecture,
+            self.quant,
+            workload,
+            base_bytes=self.weights.element_bytes,
+            buffer_bytes=own_bytes,
+        )
         return [
             training_demand(peak, weights=held, part=share.part)
             for held, share in zip(weights, self.shares, strict=True)
@@ -262,7 +286,7 @@ class MemoryBudget:
             converted_bytes=weights.compute_bytes if converts else 0,
             int8_outliers=self._int8_outliers(context * batch),
         )
-        if not weights.are_float32 or self.quant == "int8":  # LLM.int8() computes in float16
+        if not weights.are_float32:
             return peak
         attention = spelled_out_peak(layer, tokens=context, batch=batch)
         return max(peak, attention, key=lambda moment: moment.total_bytes)
@@ -303,7 +327,9 @@ class MemoryBudget:
         )
 
 
-def _notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str, ...]:
+def _notes(
+    model: PlannedModel, quant: str, workload: Workload, element_bytes: int
+) -> tuple[str, ...]:
     notes = plan_notes(model, quant, workload)
     if workload.is_own and workload.adapter is not None:
         notes = (*notes, *workload.adapter.notes())
@@ -311,7 +337,7 @@ def _notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str, ..
         return notes
     from qtool.planner.training_plan import training_notes
 
-    return (*notes, *training_notes(model.architecture, quant, workload))
+    return (*notes, *training_notes(model.architecture, quant, workload, element_bytes))
 
 
 def _decoding(read_back_bytes: int) -> Parts:
@@ -351,5 +377,5 @@ def _loading(
     from qtool.planner.loading import load_with_transformers  # only this runtime pays for it
 
     fmt = next((QuantFormat(known) for known in QUANTIZED_PRECISIONS if known == quant), None)
-    packed = model.architecture.quantizable(model.skip_modules) if fmt else ()
+    packed = model.packable() if fmt else ()
     return load_with_transformers(model.architecture, packed, fmt, weights.element_bytes)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, cast, get_args
 
 from qtool.architecture import Architecture, ModelTensor, build_architecture
-from qtool.architecture.stored_weights import check_linear_layers
+from qtool.architecture.stored_weights import check_weights
 from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.errors import Option, QtoolError
 from qtool.events import OnEvent, ignore_events
@@ -26,8 +26,10 @@ from qtool.formats.precisions import QUANTIZED_PRECISIONS, Precision, QuantizedP
 from qtool.formats.tensors import DTYPE_BITS, SourceDtype, TensorLayout
 from qtool.planner.inventory import Inventory, take_inventory
 from qtool.planner.kv_cache import Runtime
-from qtool.planner.records import ModelFacts, ModelSourceKind
-from qtool.planner.stored_formats import StoredFormat, find_format, fp8_per_tensor
+from qtool.planner.records import Basis, ModelFacts, ModelSourceKind, Workload
+from qtool.planner.stored_formats import FP8, StoredFormat, find_format
+from qtool.planner.stored_methods import FP8_TENSOR
+from qtool.planner.units import HALF_BYTES
 from qtool.planner.weights import (
     CAST_DTYPES,
     COMPUTE_BYTES,
@@ -102,6 +104,21 @@ class PlannedModel:
         """Bytes of an activation when the model runs as it is stored."""
         return DTYPE_BITS[_model_dtype(self.config, self.layouts)] // 8
 
+    def unpacked_bytes(self, workload: Workload) -> int:
+        """The same of what a quantized precision leaves unpacked: `qtool finetune` loads that in
+        16 bit, others as the model has it."""
+        is_own_training = workload.mode != "generate" and workload.runtime == "qtool"
+        return HALF_BYTES if is_own_training else self.element_bytes
+
+    def weights_basis(self, precision: str) -> Basis:
+        """How the bytes of the weights at `precision` are known."""
+        if self.stored_format is None or precision == self.stored_precision:
+            if self.source == "headers":
+                return "header"
+            if self.stored_format is not None:
+                return "heuristic" if self.stored_format.layout is None else "formula"
+        return "exact"
+
     def check_precision(self, precision: str) -> None:
         """Raise QtoolError if the model cannot be planned at `precision`."""
         is_stored = precision == self.stored_precision
@@ -138,13 +155,19 @@ class PlannedModel:
         precision: str,
         runtime: Runtime = "qtool",
         head_quant: QuantizedPrecision | None = None,
+        *,
+        element_bytes: int | None = None,
     ) -> Weights:
         """The weights at `precision`; with `head_quant` the output head is packed in memory too.
+
+        Args:
+            element_bytes: what a quantized model computes in and keeps unpacked weights in; None
+                for the dtype of the model.
 
         Raises:
             QtoolError: `check_precision` objects, or there is no output head to pack.
         """
-        weights = self._weights(precision, runtime)
+        weights = self._weights(precision, runtime, element_bytes or self.element_bytes)
         if head_quant is None:
             return weights
         return with_packed_head(weights, self._output_head(head_quant), head_quant)
@@ -166,7 +189,7 @@ class PlannedModel:
             hint=("leave out ", Option("head_quant")),
         )
 
-    def _weights(self, precision: str, runtime: Runtime) -> Weights:
+    def _weights(self, precision: str, runtime: Runtime, element_bytes: int) -> Weights:
         self.check_precision(precision)
         if self.packed:
             assert self.architecture is not None
@@ -174,8 +197,8 @@ class PlannedModel:
                 self.layouts,
                 self.packed,
                 self.architecture,
-                self.element_bytes,
-                self._compute_bytes,
+                element_bytes,
+                self._compute_bytes(element_bytes),
                 runtime,
             )
         if self.stored_format is not None and precision == self.stored_precision:
@@ -183,14 +206,14 @@ class PlannedModel:
         if precision in CAST_DTYPES:
             return cast_weights(self._take_inventory(), precision)
         assert self.architecture is not None
-        if precision == "fp8":
-            fmt = StoredFormat("fp8", fp8_per_tensor, self._is_packed)
-            return formatted_weights(self._take_inventory(), fmt, self.element_bytes)
+        if precision == FP8:
+            fmt = StoredFormat(FP8, FP8_TENSOR, self._is_packed)
+            return formatted_weights(self._take_inventory(), fmt, element_bytes)
         self._check_once(self.architecture)
         return quantized_weights(
             self._take_inventory(),
             cast(QuantizedPrecision, precision),
-            element_bytes=self.element_bytes,
+            element_bytes=element_bytes,
             runtime=runtime,
         )
 
@@ -204,7 +227,7 @@ class PlannedModel:
 
     def _check_once(self, architecture: Architecture) -> None:
         if not self._is_checked:
-            check_linear_layers(self._full_precision(), architecture, self.skip_modules)
+            check_weights(self._full_precision(), architecture, self.packable())
             self._is_checked.append(True)
 
     def _weights_as_stored(self, fmt: StoredFormat) -> Weights:
@@ -225,32 +248,34 @@ class PlannedModel:
     def _is_packed(self) -> Callable[[ModelTensor], bool]:
         """Which parameters a quantized precision packs: linear layers and routed experts."""
         assert self.architecture is not None
-        linear = self.architecture.quantizable(self.skip_modules)
+        linear = self.packable()
         return lambda parameter: parameter.name in linear or parameter.is_expert
+
+    def packable(self) -> Mapping[str, ModelTensor]:
+        """The linear layers that a quantized precision packs, by the names of their weights: those
+        of the default rule, unless config.json has a list of its own of what stays as it is."""
+        if self.architecture is None:
+            return {}
+        skip = self._quantization.get("llm_int8_skip_modules")
+        if not isinstance(skip, list):
+            return self.architecture.quantizable()
+        return self.architecture.replaced([name for name in skip if isinstance(name, str)])
 
     @property
     def _quantization(self) -> Mapping[str, Any]:
         entry = self.config.get("quantization_config")
         return entry if isinstance(entry, Mapping) else {}
 
-    @property
-    def _compute_bytes(self) -> int:
+    def _compute_bytes(self, element_bytes: int) -> int:
         said = str(self._quantization.get("bnb_4bit_compute_dtype")).removeprefix("torch.")
         if self.stored_precision == "int8":
-            return self.element_bytes
-        return COMPUTE_BYTES.get(said, self.element_bytes)
-
-    @property
-    def skip_modules(self) -> tuple[str, ...]:
-        """What config.json adds to the default rule of what stays unpacked."""
-        skip = self._quantization.get("llm_int8_skip_modules")
-        names = skip if isinstance(skip, list) else ()
-        return tuple(name for name in names if isinstance(name, str))
+            return element_bytes
+        return COMPUTE_BYTES.get(said, element_bytes)
 
     def _stored_parameters(self) -> int | None:
         """Elements in the files, packed weights counted as the weights they stand for; None for
         formats of others that pack several weights into an element."""
-        if self.stored_format is not None and self.stored_format.method != "fp8":
+        if self.stored_format is not None and self.stored_format.method != FP8:
             return None
         statistics = {
             part.name for group in self.packed.values() for part in group.statistics.values()
@@ -280,7 +305,6 @@ def describe_model(checkpoint: Checkpoint) -> PlannedModel:
     """The model of a checkpoint whose headers and config were read; pure."""
     layouts: Mapping[str, TensorLayout] = checkpoint.tensors
     packed = find_quantized(layouts)
-    stored_format = None if packed else find_format(checkpoint.config)
     warnings: list[str] = []
     why_unknown: QtoolError | None = None
     architecture: Architecture | None = None
@@ -294,6 +318,10 @@ def describe_model(checkpoint: Checkpoint) -> PlannedModel:
             f"{error.message}; only its size is known, so cache, activations and what else it "
             "needs to run are not counted"
         )
+    stored_format = None
+    if not packed:
+        stored_format = find_format(checkpoint.config, layouts.values(), architecture)
+        warnings += _format_warnings(checkpoint, stored_format)
     entry = checkpoint.config.get("quantization_config")
     if isinstance(entry, Mapping) and entry.get("llm_int8_has_fp16_weight"):
         warnings.append(
@@ -333,6 +361,23 @@ def implied_layouts(
         for name, tensor in architecture.tensors.items()
         if tensor.tied_to is None
     }
+
+
+def _format_warnings(checkpoint: Checkpoint, fmt: StoredFormat | None) -> list[str]:
+    """What a reader of plans for a format of others must know, in words."""
+    if fmt is not None and not fmt.is_declared:
+        return [
+            f"the files hold {fmt.method} weights, of which config.json says nothing: as they are "
+            f"stored they are planned from the headers, at other precisions from config.json; "
+            "quantize wants the 16-bit model"
+        ]
+    if fmt is not None and fmt.layout is None and not checkpoint.tensors:
+        return [
+            f"how quant_method {fmt.method!r} of config.json stores weights is not known: its row "
+            "is for weights that are not packed, the most that they can take; with the headers of "
+            "the files their size is exact"
+        ]
+    return []
 
 
 def _left_out(layouts: Iterable[TensorLayout], architecture: Architecture) -> list[str]:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from qtool.errors import Option, QtoolError
+from qtool.planner.units import FLOAT32_BYTES
 
-FLOAT32_BYTES: Final = 4
 # bitsandbytes: `min_8bit_size` and the block size of the states' absmax.
 MIN_8BIT_ELEMENTS: Final = 4096
 BLOCK_ELEMENTS: Final = 256

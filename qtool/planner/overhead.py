@@ -9,9 +9,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from qtool.planner.records import Workload
-
-MIB = 1 << 20
-GIB = 1 << 30
+from qtool.planner.units import GIB, MIB
 
 # CUDA context with PyTorch's kernels loaded as they are used: 0.30 GiB on consumer GPUs, 0.47 on an
 # A100, 0.55 on an H100, 0.61 and with cuBLAS in use 0.70 on an H200; 0.92 with eager loading.

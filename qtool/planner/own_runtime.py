@@ -45,6 +45,7 @@ from qtool.planner.adapters import PlannedAdapter
 from qtool.planner.kv_cache import CacheLayers, cached_tokens, kv_cache_bytes
 from qtool.planner.records import Workload
 from qtool.planner.rounded_products import RoundedProducts
+from qtool.planner.units import FLOAT32_BYTES, HALF_BYTES
 from qtool.planner.weights import Weights, piece_rows
 
 Path = Literal["fused", "graph", "eager"]
@@ -83,12 +84,10 @@ FUSED_ROTARY: Final = frozenset({"default", "linear", "llama3", "yarn"})
 FUSED_COLUMNS: Final = 64  # rows of a weight are whole groups of so many
 LARGEST_GROUP: Final = 16
 LARGEST_HEAD_DIM: Final = 256
-HALF_BYTES: Final = 2
 
 FEW_TOKENS: Final = 64  # up to so many, products read packed bytes
 # Of the largest GPUs: as many blocks, or one for each key head, share the attention of one token.
 MULTIPROCESSORS: Final = 148
-FLOAT32_BYTES: Final = 4
 INT64_BYTES: Final = 8
 DEFAULT_INT8_THRESHOLD: Final = 6.0  # bitsandbytes' own, and what `qtool quantize` writes
 # Logits of a graph are compared with those of the operations that it was recorded from: three of

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from qtool.planner.units import HALF_BYTES
+
 MAX_SUMS: Final = 1 << 25
 MAX_ROUNDED_ROWS: Final = 2048
 SUMS_MULTIPLE: Final = 256
-HALF_BYTES: Final = 2
 INT32_BYTES: Final = 4
 COUNTER_BYTES: Final = 16  # behind the marks
 

@@ -13,9 +13,10 @@ from qtool.architecture import Architecture
 from qtool.errors import Option, QtoolError, Words
 from qtool.formats.precisions import QUANTIZED_PRECISIONS
 from qtool.planner.activations import ATTENTION_MATRIX_BYTES
-from qtool.planner.gpus import GIB, OLDEST_COMPUTE_CAPABILITY, Gpu
+from qtool.planner.gpus import OLDEST_COMPUTE_CAPABILITY, Gpu
 from qtool.planner.model import PlannedModel
 from qtool.planner.records import Workload
+from qtool.planner.units import GIB, HALF_BYTES
 
 # accelerate leaves a tenth of a GPU free of weights; the quantizer for bitsandbytes a tenth more.
 DEVICE_MAP_SHARE: Final = 0.90
@@ -24,6 +25,10 @@ QUANTIZER_SHARE: Final = 0.90
 DEVICE_MAP_BITS: Final = {"int8": 8}
 AMPERE: Final = 8  # the compute capability from which on there is bfloat16
 VLLM_SHARE: Final = 0.90  # gpu_memory_utilization
+# Phi-3's own preparation of inputs, which looks at this key alone, with its default.
+SWITCHING_TYPES: Final = frozenset({"phi3"})
+SWITCHING_KEY: Final = "original_max_position_embeddings"
+SWITCHING_TOKENS: Final = 4096
 
 
 def usable_share(workload: Workload) -> float:
@@ -31,18 +36,35 @@ def usable_share(workload: Workload) -> float:
     return VLLM_SHARE if workload.runtime == "vllm" else 1.0
 
 
+def computes_anew(model: PlannedModel, workload: Workload) -> bool:
+    """Whether transformers throws the cache of the whole context away for the next token, since
+    rotary frequencies change there; the old one goes when the new one is there."""
+    architecture = model.architecture
+    if architecture is None or architecture.model_type not in SWITCHING_TYPES:
+        return False
+    generates = workload.runtime == "transformers" and workload.mode == "generate"
+    return generates and workload.context == model.config.get(SWITCHING_KEY, SWITCHING_TOKENS)
+
+
 def plan_notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str, ...]:
     """Lines about the plan, whatever the GPU."""
     notes = [*_expert_notes(model, quant, workload)]
     if workload.runtime == "transformers" and workload.mode == "generate" and quant == "int8":
         notes.append(
-            "LLM.int8() multiplies columns with outliers once more in 16 bit; how many there are "
-            "depends on weights and text, counted as for weights drawn at random, in float16"
+            "LLM.int8() multiplies columns with outliers once more as they are; how many there are "
+            "depends on weights and text, counted as for weights drawn at random"
+            + (", in float16" if model.element_bytes == HALF_BYTES else "")
         )
     if workload.runtime == "vllm":
         notes.append(
             "vLLM: the cache in pages of 16 tokens, prompts in pieces of 8,192 tokens; it takes "
             f"{VLLM_SHARE:.0%} of the GPU whatever the model needs (gpu_memory_utilization)"
+        )
+    notes += _split_notes(model, workload)
+    if computes_anew(model, workload):
+        notes.append(
+            f"at {workload.context:,} tokens rotary frequencies change: transformers computes the "
+            "whole text anew for the next token, and holds two caches then"
         )
     notes += _mode_notes(quant, workload)
     is_eager = model.architecture and model.architecture.model_type in ATTENTION_MATRIX_BYTES
@@ -132,6 +154,21 @@ def kernel_notes(workload: Workload, gpu: Gpu) -> tuple[str, ...]:
     )
 
 
+def _split_notes(model: PlannedModel, workload: Workload) -> list[str]:
+    """What vLLM asserts of heads that it spreads over GPUs (ModelConfig.verify_with_parallel_config
+    and QKVParallelLinear); key heads that are too few it repeats."""
+    architecture, gpus = model.architecture, workload.gpus
+    if architecture is None or workload.runtime != "vllm" or workload.split != "tensor":
+        return []
+    heads, key_heads = architecture.num_attention_heads, architecture.num_kv_heads
+    if heads % gpus == 0 and (key_heads % gpus == 0 or gpus % key_heads == 0):
+        return []
+    return [
+        f"vLLM refuses this: {heads} attention heads with {key_heads} for keys do not spread "
+        f"evenly over {gpus} GPUs; a pipeline takes any number of GPUs"
+    ]
+
+
 def _lacks_bfloat16(gpu: Gpu) -> bool:
     major = (gpu.compute_capability or "").partition(".")[0]
     return gpu.vendor == "NVIDIA" and major.isdigit() and int(major) < AMPERE
@@ -144,7 +181,7 @@ def _device_map_notes(
         return ()
     needed_bytes, num_gpus = weights_bytes, workload.gpus
     if quant in QUANTIZED_PRECISIONS:
-        needed_bytes = _device_map_bytes(model.architecture, quant, model.element_bytes)
+        needed_bytes = _device_map_bytes(model, model.architecture, quant)
     share = DEVICE_MAP_SHARE * (QUANTIZER_SHARE if quant in QUANTIZED_PRECISIONS else 1.0)
     if needed_bytes <= share * gpu.usable_bytes * num_gpus:
         return ()
@@ -178,8 +215,8 @@ def _expert_notes(model: PlannedModel, quant: str, workload: Workload) -> list[s
     return []
 
 
-def _device_map_bytes(architecture: Architecture, quant: str, element_bytes: int) -> int:
-    packed = architecture.quantizable()
+def _device_map_bytes(model: PlannedModel, architecture: Architecture, quant: str) -> int:
+    packed, element_bytes = model.packable(), model.element_bytes
     bits = DEVICE_MAP_BITS.get(quant, 4)
     return sum(
         math.prod(tensor.shape) * (bits if name in packed else 8 * element_bytes) // 8

@@ -1,7 +1,7 @@
 """Formats that others quantize checkpoints to, read off `quantization_config`: sizes only.
 
-qtool neither writes nor runs them. Where file headers are at hand they say the bytes; these
-formulas serve a config.json alone, and `--quant fp8`.
+qtool neither writes nor runs them. Where file headers are at hand they say the bytes; the layouts
+of `stored_methods` serve a config.json alone, and `--quant fp8`.
 
     find_format(config).matrix_bytes((4096, 14336))
 """
@@ -9,34 +9,63 @@ formulas serve a config.json alone, and `--quant fp8`.
 from __future__ import annotations
 
 import fnmatch
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from qtool.architecture import ModelTensor
-
-FP8_BLOCK: Final = (128, 128)
-DEFAULT_BITS: Final = 4
-DEFAULT_GROUP: Final = 128
-MXFP4_GROUP: Final = 32
-NVFP4_GROUP: Final = 16
-SCALE_BYTES: Final = 4  # float32
+from qtool.architecture import Architecture, ModelTensor
+from qtool.formats.tensors import TensorLayout
+from qtool.planner.stored_methods import FP8_TENSOR, MXFP8, NVFP4, PackedLayout, packed_layout
 
 MatrixBytes = Callable[[tuple[int, ...]], int]
 
+FP8: Final = "fp8"
+FP8_DTYPES: Final = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+# Methods that people call by another name than config.json does.
+CALLED: Final = {"fbgemm_fp8": FP8, "finegrained_fp8": FP8}
+CALLED_BY_LAYOUT: Final = {MXFP8: "mxfp8", NVFP4: "nvfp4"}
+EXPERTS_ONLY: Final = frozenset({"mxfp4"})  # gpt-oss
+# Where entries list the layers that stay as they are.
+EXCLUDING_KEYS: Final = (
+    "modules_to_not_convert",
+    "ignore",
+    "ignored_layers",
+    "exclude",
+    "exclude_modules",
+    "skip_modules",
+    "linear_weights_not_to_quantize",
+)
+
 
 class StoredFormat(NamedTuple):
-    """`method` as people call it; `matrix_bytes` of one packed [out, in]; `packs` says which
-    linear layers and experts it packs."""
+    """`method` as people call it; `packs` says which linear layers and experts it packs.
+
+    `layout` is None where it is not known how; then nothing counts as packed, which is the most
+    that it can take. `is_declared` by config.json, which may be silent about FP8.
+    """
 
     method: str
-    matrix_bytes: MatrixBytes
+    layout: PackedLayout | None
     packs: Callable[[ModelTensor], bool]
+    is_declared: bool = True
+
+    def matrix_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of one packed [out, in]."""
+        assert self.layout is not None
+        return self.layout.num_bytes(shape)
 
 
-def find_format(config: Mapping[str, Any]) -> StoredFormat | None:
-    """The format that config.json names, other than bitsandbytes'; None if there is none."""
+def find_format(
+    config: Mapping[str, Any],
+    layouts: Iterable[TensorLayout] = (),
+    architecture: Architecture | None = None,
+) -> StoredFormat | None:
+    """The format of a checkpoint that is quantized, but not in bitsandbytes' way; None if it is
+    none. Of the stored `layouts` only the architecture knows which are linear layers."""
+    return _declared(config) or _undeclared(layouts, architecture)
+
+
+def _declared(config: Mapping[str, Any]) -> StoredFormat | None:
     entry = config.get("quantization_config") or config.get("compression_config")
     text = config.get("text_config")
     if entry is None and isinstance(text, Mapping):
@@ -46,67 +75,45 @@ def find_format(config: Mapping[str, Any]) -> StoredFormat | None:
     method = entry.get("quant_method", "bitsandbytes")
     if not isinstance(method, str) or method == "bitsandbytes":
         return None
-    label, matrix_bytes = _sizes(method, entry)
-    if label == "mxfp4":  # gpt-oss: the experts only
-        return StoredFormat(label, matrix_bytes, lambda parameter: parameter.is_expert)
-    return StoredFormat(label, matrix_bytes, _unless_excluded(_excluded(entry)))
+    layout = packed_layout(method, entry)
+    packs = _unless_excluded(_excluded(entry))
+    if layout is None:
+        packs = _nothing
+    elif method in EXPERTS_ONLY:
+        packs = _experts
+    return StoredFormat(_called(method, layout), layout, packs)
 
 
-def fp8_per_tensor(shape: tuple[int, ...]) -> int:
-    """A byte per weight and one scale: what `--quant fp8` plans."""
-    return math.prod(shape) + SCALE_BYTES
+def _undeclared(
+    layouts: Iterable[TensorLayout], architecture: Architecture | None
+) -> StoredFormat | None:
+    """FP8 weights of which config.json says nothing; None if no linear layer has any."""
+    if architecture is None:
+        return None
+    for tensor in layouts:
+        parameter = architecture.find(tensor.name) if tensor.dtype in FP8_DTYPES else None
+        if parameter is not None and (parameter.is_linear or parameter.is_expert):
+            return StoredFormat(FP8, FP8_TENSOR, _unless_excluded(()), is_declared=False)
+    return None
 
 
-def fp8_in_blocks(shape: tuple[int, ...], block: Sequence[int] = FP8_BLOCK) -> int:
-    """A byte per weight and a float32 scale per block (DeepSeek-V3's layout)."""
-    rows, columns = -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
-    return math.prod(shape) + SCALE_BYTES * rows * columns
-
-
-def _sizes(method: str, entry: Mapping[str, Any]) -> tuple[str, MatrixBytes]:
-    """What people call the format, and the bytes of one packed matrix."""
-    if method in ("fp8", "fbgemm_fp8"):
-        block = _pair(entry.get("weight_block_size"))
-        if block is None:
-            return "fp8", fp8_per_tensor
-        return "fp8", lambda shape: fp8_in_blocks(shape, block)
-    if method == "mxfp4":
-        return "mxfp4", lambda shape: math.prod(shape) // 2 + math.prod(shape) // MXFP4_GROUP
-    if method == "modelopt" or "nvfp4" in str(entry.get("format", "")).lower():
-        return "nvfp4", _nvfp4
-    bits, group, zero_points = _grouped_integers(method, entry)
-    return method, lambda shape: _grouped(shape, bits, group, zero_points)
-
-
-def _nvfp4(shape: tuple[int, ...]) -> int:
-    """Two weights a byte, an FP8 scale per 16, one float32 scale."""
-    return math.prod(shape) // 2 + math.prod(shape) // NVFP4_GROUP + SCALE_BYTES
-
-
-def _grouped(shape: tuple[int, ...], bits: int, group: int, zero_points: bool) -> int:
-    """Integers of `bits` with a 16-bit scale, and perhaps a zero point, per group of a row."""
-    columns = shape[-1] if group <= 0 else group
-    groups = math.prod(shape[:-1]) * -(-shape[-1] // columns)
-    zero_bytes = groups * bits // 8 if zero_points else 0
-    return math.prod(shape) * bits // 8 + 2 * groups + zero_bytes
-
-
-def _grouped_integers(method: str, entry: Mapping[str, Any]) -> tuple[int, int, bool]:
-    """(bits, group size, zero points) of GPTQ, AWQ, compressed-tensors and their like."""
-    if method == "compressed-tensors":
-        groups = entry.get("config_groups")
-        first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
-        weights = first.get("weights") if isinstance(first, Mapping) else None
-        entry = weights if isinstance(weights, Mapping) else {}
-        zero_points = entry.get("symmetric") is False
-    else:
-        zero_points = True
-    bits = _count(entry.get("bits")) or _count(entry.get("num_bits")) or DEFAULT_BITS
-    group = -1 if entry.get("group_size") == -1 else _count(entry.get("group_size"))
-    return min(bits, 32), group or DEFAULT_GROUP, zero_points
+def _called(method: str, layout: PackedLayout | None) -> str:
+    if layout in CALLED_BY_LAYOUT:
+        return CALLED_BY_LAYOUT[layout]
+    if method == "modelopt" and layout is not None and layout.bits == FP8_TENSOR.bits:
+        return FP8
+    return CALLED.get(method, method)
 
 
 # -- which layers ---------------------------------------------------------------------------------
+
+
+def _nothing(parameter: ModelTensor) -> bool:
+    return False
+
+
+def _experts(parameter: ModelTensor) -> bool:
+    return parameter.is_expert
 
 
 def _unless_excluded(patterns: Sequence[str]) -> Callable[[ModelTensor], bool]:
@@ -120,10 +127,10 @@ def _unless_excluded(patterns: Sequence[str]) -> Callable[[ModelTensor], bool]:
 
 
 def _excluded(entry: Mapping[str, Any]) -> list[str]:
-    for key in ("modules_to_not_convert", "ignore", "ignored_layers"):
+    for key in EXCLUDING_KEYS:
         found = entry.get(key)
         if isinstance(found, list):
-            return [name for name in found if isinstance(name, str)]
+            return [name.removesuffix(".weight") for name in found if isinstance(name, str)]
     return []
 
 
@@ -137,15 +144,3 @@ def _matches(pattern: str, name: str) -> bool:
     if "*" in pattern:
         return fnmatch.fnmatch(name, f"{pattern}*")
     return f".{pattern}." in f".{name}."
-
-
-def _count(value: object) -> int | None:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
-    return value if is_count and isinstance(value, int) else None
-
-
-def _pair(value: object) -> tuple[int, int] | None:
-    if not isinstance(value, list) or len(value) != 2:
-        return None
-    rows, columns = map(_count, value)
-    return (rows, columns) if rows and columns else None

@@ -45,11 +45,11 @@ from qtool.planner.training_layers import (
     training_layers,
 )
 from qtool.planner.training_loss import PiecewiseLoss
+from qtool.planner.units import GIB
 
 TrainingMode = Literal["qlora", "lora", "full"]
 FloatName = Literal["fp32", "bf16"]
 FLOAT_BYTES: Final[dict[FloatName, int]] = {"fp32": FP32, "bf16": BF16}
-GIB: Final = 1 << 30
 
 # ForCausalLMLoss per logit (transformers/loss/loss_utils.py): bf16, float32, log-softmax when the
 # loss is computed; log-softmax, its gradient, that of the float32 logits in the backward pass.
@@ -68,7 +68,8 @@ class TrainingOptions:
     """How a model is trained. `context` is tokens per sequence, `batch` sequences per pass.
 
     `accumulates_gradients`: more than one pass per optimizer step, so gradients never go away.
-    `master_dtype` matters to "full" alone, `quant` to "qlora" alone.
+    `master_dtype` matters to "full" alone, `quant` to "qlora" alone, and so does `base_bytes`:
+    per element of what is not packed, as it is loaded.
     """
 
     mode: TrainingMode
@@ -84,6 +85,7 @@ class TrainingOptions:
     gradient_checkpointing: bool = True
     accumulates_gradients: bool = False
     master_dtype: FloatName = "bf16"
+    base_bytes: int = BF16
 
     @property
     def is_prepared(self) -> bool:
@@ -298,9 +300,9 @@ class _Run:
 
     @property
     def upcast_bytes(self) -> int:
-        """float32 in place of 16 bit, for each unpacked parameter; full training is planned with
-        weights that are float32 already."""
-        return 0 if self.is_full else (self.stream - BF16) * self.trained.num_unpacked
+        """What preparing adds to each unpacked parameter, nothing where it is float32 already."""
+        added = self.stream - self.options.base_bytes if self.options.is_prepared else 0
+        return added * self.trained.num_unpacked
 
     def optimizer_bytes(self) -> tuple[int, int]:
         """All states, and those of them that may be paged out."""
@@ -448,7 +450,7 @@ class _Run:
     def notes(self) -> Iterable[str]:
         """What a reader would not expect."""
         has_experts = self._has_experts
-        if self.options.is_prepared:
+        if self.options.is_prepared and self.upcast_bytes:
             extra = self.upcast_bytes / GIB
             yield (
                 "prepare_model_for_kbit_training holds embeddings, head, norms and whatever else "

@@ -30,9 +30,11 @@ from typing import Final, NamedTuple
 
 from qtool.architecture import Architecture, AttentionCache, ModelTensor
 from qtool.planner.lora import features, num_adapter_parameters
+from qtool.planner.mlp_activations import mlp_activation
+from qtool.planner.units import FLOAT32_BYTES, HALF_BYTES
 
-BF16: Final = 2
-FP32: Final = 4
+BF16: Final = HALF_BYTES
+FP32: Final = FLOAT32_BYTES
 MASK: Final = 1
 
 # The layer that a tensor belongs to: everything up to the first number in its name.
@@ -50,8 +52,6 @@ _RECURRENT: Final = frozenset({"linear_attn"})  # has queries too, but no attent
 # Their attention and activation do more in Python than these steps say.
 UNCHECKED: Final = frozenset({"bloom"})
 
-# MLP-sized tensors kept by activations that are spelled out in Python (`gelu_new`, BloomGelu).
-ACTIVATION_COPIES: Final = {"gpt2": 4, "phi": 4}
 # Kept of each output of a recurrent mixer's linear layers: the convolution's input, its
 # activation's input and what the scan reads. Nobody counted a kernel's own buffers.
 RECURRENT_COPIES: Final = 3
@@ -277,7 +277,9 @@ class _Builder:
             if is_attention and name.rpartition(".")[2] not in _RECURRENT:
                 mixers += self._attention(linears, tensors, inputs)
             elif names & _MLP_OUTPUTS:
-                mlps += self._mlp(linears, inputs)
+                # A single norm: attention and MLP read what it puts out.
+                kept_width = hidden if mixers and len(norms) == 1 else None
+                mlps += self._mlp(linears, inputs, kept_width=kept_width)
             else:
                 mixers += self._recurrent(linears, inputs)
                 is_known = False
@@ -365,15 +367,21 @@ class _Builder:
         return self._step(float32 + FP32 + trained, float32, NORM_BACKWARD_COPIES * float32)
 
     def _linears(
-        self, linears: Sequence[ModelTensor], element_bytes: int, *, is_kept: bool = False
+        self,
+        linears: Sequence[ModelTensor],
+        element_bytes: int,
+        *,
+        is_kept: bool = False,
+        kept_width: int | None = None,
     ) -> list[Step]:
-        """Linear layers that read one input, one after another; `is_kept` by another step anyway.
+        """Linear layers that read one input, one after another; `is_kept` by another step anyway,
+        or of `kept_width` by linear layers before them.
 
         What they put out, or its gradients, is beside them until the last of them is done.
         """
         steps = []
         outputs = 0
-        keeping: set[int] = set()  # widths of the inputs that are kept already
+        keeping = {kept_width}  # widths of the inputs that are kept already
         for index, tensor in enumerate(linears):
             width, output = features(tensor)
             outputs += self.output_bytes(tensor, element_bytes) * output
@@ -527,20 +535,23 @@ class _Builder:
         mask = MASK_PAIR_BYTES * self.context if self.is_masked else 0
         return self._step(kept + mask, work, work)
 
-    def _mlp(self, linears: Sequence[ModelTensor], element_bytes: int) -> list[Step]:
+    def _mlp(
+        self, linears: Sequence[ModelTensor], element_bytes: int, *, kept_width: int | None
+    ) -> list[Step]:
         down = next(tensor for tensor in linears if _name(tensor) in _MLP_OUTPUTS)
         others = [tensor for tensor in linears if tensor is not down]
         width = features(down)[0]
         result = self.output_bytes(others[0], element_bytes)
         is_gated = sum(features(tensor)[1] for tensor in others) >= 2 * width
-        copies = ACTIVATION_COPIES.get(self.architecture.model_type, 3 if is_gated else 1)
-        activation = self._step(
-            copies * result * width, 2 * result * width, (3 if is_gated else 2) * result * width
-        )
+        activation = mlp_activation(self.architecture)
+        made = activation.output_bytes(result)
+        kept, backward = activation.kept_bytes(result), activation.backward
+        if is_gated:  # the product goes first, and frees what it kept
+            kept, backward = kept + made + result, max(backward, 3)
         return [
-            *self._linears(others, element_bytes),
-            activation,
-            *self._linears([down], result),
+            *self._linears(others, element_bytes, kept_width=kept_width),
+            self._step(kept * width, 2 * made * width, backward * made * width),
+            *self._linears([down], made),
         ]
 
     def _experts(self, element_bytes: int) -> list[Step]:

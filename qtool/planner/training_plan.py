@@ -12,14 +12,21 @@ from qtool.planner.training import TrainingOptions, TrainingPeak, training_peak
 
 
 def workload_peak(
-    architecture: Architecture, quant: str, workload: Workload, *, buffer_bytes: int | None
+    architecture: Architecture,
+    quant: str,
+    workload: Workload,
+    *,
+    base_bytes: int,
+    buffer_bytes: int | None,
 ) -> TrainingPeak:
     """The peak of one training step of the whole model.
 
     Args:
+        base_bytes: per element of what is not packed when the model is loaded.
         buffer_bytes: what multiplying by a packed weight takes; None: bitsandbytes' whole weight.
     """
-    return training_peak(architecture, training_options(workload, quant), buffer_bytes=buffer_bytes)
+    options = training_options(workload, quant, base_bytes)
+    return training_peak(architecture, options, buffer_bytes=buffer_bytes)
 
 
 def training_demand(peak: TrainingPeak, *, weights: Component, part: float) -> Demand:
@@ -48,12 +55,14 @@ def training_demand(peak: TrainingPeak, *, weights: Component, part: float) -> D
     return Demand(parts, steady_bytes, steady_bytes, share(peak.paged_bytes).bytes)
 
 
-def training_notes(architecture: Architecture, quant: str, workload: Workload) -> tuple[str, ...]:
+def training_notes(
+    architecture: Architecture, quant: str, workload: Workload, base_bytes: int
+) -> tuple[str, ...]:
     """What preparing the model for training does that one may not expect."""
-    return training_peak(architecture, training_options(workload, quant)).notes
+    return training_peak(architecture, training_options(workload, quant, base_bytes)).notes
 
 
-def training_options(workload: Workload, quant: str) -> TrainingOptions:
+def training_options(workload: Workload, quant: str, base_bytes: int) -> TrainingOptions:
     """The workload in the words of the training formulas."""
     assert workload.mode != "generate"
     tuning = workload.tuning
@@ -70,4 +79,5 @@ def training_options(workload: Workload, quant: str) -> TrainingOptions:
         optimizer=tuning.optimizer,
         gradient_checkpointing=tuning.gradient_checkpointing,
         master_dtype="fp32" if quant == "fp32" else "bf16",
+        base_bytes=base_bytes,
     )

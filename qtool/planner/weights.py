@@ -14,6 +14,8 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from qtool.architecture import Architecture, ModelTensor
+from qtool.architecture.stored_weights import place_of as file_place
+from qtool.errors import Option, QtoolError
 from qtool.formats.bitsandbytes import QuantizedWeight, packed_layouts
 from qtool.formats.pieces import rows_at_a_time
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
@@ -22,6 +24,7 @@ from qtool.planner.activations import NO_BUFFER, DequantBuffer
 from qtool.planner.inventory import AFTER, Inventory, Place, TensorGroup, place_of, take_inventory
 from qtool.planner.kv_cache import Runtime
 from qtool.planner.stored_formats import StoredFormat
+from qtool.planner.units import FLOAT32_BYTES
 
 CAST_DTYPES: Final = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FLOAT_DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16"})
@@ -33,7 +36,6 @@ COMPUTE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 # runtime): a weight becomes floating point in pieces of whole rows (`qtool.formats.pieces`). The
 # backward pass of INT8 makes its pieces in chunks through float32.
 CHUNK_ELEMENTS: Final = 1 << 24
-FLOAT32_BYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +215,6 @@ def _stored_stock(
 ) -> _Stock:
     parameter = architecture.find(weight.name)
     shape = weight.weight.shape if parameter is None else parameter.shape
-    absmax = weight.statistics.get("absmax")
-    blocksize = math.prod(shape) // absmax.num_elements if absmax else 1
     place = place_of(parameter) if parameter else 0
     parts = (weight.weight, *weight.statistics.values())
     return _Stock(
@@ -223,8 +223,22 @@ def _stored_stock(
         _sum_bytes(parts),
         _device_bytes(parts),
         # The JSON that knows what it was quantized from is data, not header.
-        _PackedWeight(shape, element_bytes, weight.precision, blocksize),
+        _PackedWeight(shape, element_bytes, weight.precision, _blocksize(weight, shape)),
     )
+
+
+def _blocksize(weight: QuantizedWeight, shape: tuple[int, ...]) -> int:
+    """Weights that share an absmax; 1 where rows do."""
+    absmax = weight.statistics.get("absmax")
+    if absmax is None:
+        return 1
+    if not absmax.num_elements:
+        raise QtoolError(
+            f"{file_place(absmax)}: expected a number per block of {weight.name}, found none",
+            kind="bad_file",
+            hint=("fetch the weights again; ", Option("verify", True, "inspect"), " finds more"),
+        )
+    return max(math.prod(shape) // absmax.num_elements, 1)
 
 
 def _sum_bytes(parts: Iterable[TensorLayout]) -> int:

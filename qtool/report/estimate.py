@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qtool.planner.gpus import Gpu
 from qtool.planner.records import (
+    Basis,
     ComponentName,
     Estimate,
     Fit,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from qtool.report.tables import WholeTable
 
 MAX_BAR_CELLS: Final = 72
+MIN_LABEL_CELLS: Final = 12  # behind a bar, so that bars of most models are alike
 TINY_BYTES: Final = 128 * MIB  # of weights: two digits of GiB would not show what is less
 EQUAL_SHARE: Final = 5e-5  # a difference that two digits do not show
 NOT_KNOWN: Final = "-"
@@ -38,6 +40,12 @@ VERDICT_SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
     "yes": ("✓ yes", "green"),
     "tight": ("! tight", "yellow"),
     "no": ("✗ no", "red"),
+}
+WEIGHTS_ORIGINS: Final[dict[Basis, str]] = {
+    "header": "the file headers, exact",
+    "exact": "config.json, exact if it is right",
+    "formula": "config.json, by the format's formula",
+    "heuristic": "not known, unpacked at most",
 }
 TRAINING: Final = "training"
 Key = TypeVar("Key")
@@ -350,7 +358,8 @@ def _bars(plans: tuple[MemoryPlan, ...], width: int) -> Iterable[Text]:
 
     name_cells = max(len(plan.quant) for plan in plans) + 2
     size = _size_of(plans)
-    cells = min(width - name_cells - 12, MAX_BAR_CELLS)
+    label_cells = max(MIN_LABEL_CELLS, *(len(size(plan.peak_bytes)) + 1 for plan in plans))
+    cells = max(min(width - name_cells - label_cells, MAX_BAR_CELLS), 1)
     scale = cells / max(plan.peak_bytes for plan in plans)
     for plan in plans:
         bar = Text(plan.quant.ljust(name_cells))
@@ -475,13 +484,21 @@ def _collected(pairs: Iterable[tuple[Key, str]]) -> dict[Key, list[str]]:
     return found
 
 
+def _weights_origin(plans: Sequence[MemoryPlan]) -> str:
+    """Where the weights' sizes come from, and of which plans where that differs."""
+    about = _collected(
+        (WEIGHTS_ORIGINS[plan.components["weights"].basis], plan.quant) for plan in plans
+    )
+    if len(about) == 1:
+        return next(iter(about))
+    return "; ".join(f"{origin} ({', '.join(quants)})" for origin, quants in about.items())
+
+
 def _provenance(estimate: Estimate) -> Text:
     """Where the numbers come from."""
     from rich.text import Text
 
-    is_config = estimate.model.source == "config"
-    origin = "config.json, exact if it is right" if is_config else "the file headers, exact"
-    parts = [f"on disk, weights: {origin}"]
+    parts = [f"on disk, weights: {_weights_origin(estimate.plans)}"]
     if any("kv_cache" in plan.components for plan in estimate.plans):
         parts.append("KV cache: exact")
     for name in ("adapters", "optimizer", "activations"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers.activations import ACT2FN
 
 from qtool.architecture import (
     KNOWN_MODEL_TYPES,
@@ -38,6 +41,48 @@ def assert_same_model(ours: Architecture, model: oracle.Model) -> None:
     assert ties == oracle.tied(model)
     assert set(ours.skipped_modules) == oracle.default_skips(model)
     assert set(ours.quantizable()) == oracle.would_replace(model, ours.skipped_modules)
+
+
+def activations(model: oracle.Model) -> set[str]:
+    """What the decoder's dense MLPs apply between their linear layers."""
+    found = set()
+    for name, module in model.named_modules():
+        is_mlp = re.search(r"(layers|h)\.\d+(\.mlp|\.feed_forward|\.block)?$", name)
+        is_text = "vision" not in name and "visual" not in name and "audio" not in name
+        for attribute in ("act", "act_fn", "activation_fn", "gelu_impl"):
+            activation = getattr(module, attribute, None)
+            if is_mlp and is_text and isinstance(activation, torch.nn.Module):
+                found.add(type(activation).__name__)
+    return found
+
+
+ACTIVATION_KEYS = {
+    "bloom": None,
+    "falcon": "activation",
+    "gpt2": "activation_function",
+    "nemotron_h": "mlp_hidden_act",
+    "opt": "activation_function",
+    **dict.fromkeys(("gemma2", "gemma3_text", "gemma4_text"), "hidden_activation"),
+}
+PLAIN_TYPES = [
+    model_type
+    for model_type in KNOWN_MODEL_TYPES
+    if "mamba" not in model_type and "text_config" not in TINY[model_type]
+]
+
+
+@pytest.mark.parametrize("model_type", PLAIN_TYPES)
+def test_the_activation_is_the_config_s_or_transformers_default(model_type):
+    config = {"model_type": model_type, **TINY[model_type]}
+    ours = build_architecture(config)
+    model = oracle.build_model(config, ours.class_name)
+    if ours.activation == "bloom_gelu":
+        assert activations(model) == {"BloomGelu"}
+        return
+    assert activations(model) <= {type(ACT2FN[ours.activation]).__name__}
+    key = ACTIVATION_KEYS.get(model_type, "hidden_act")
+    assert getattr(model.config, key) == ours.activation
+    assert build_architecture({**config, key: "quick_gelu"}).activation == "quick_gelu"
 
 
 def test_every_known_type_is_tested():

@@ -203,6 +203,38 @@ def test_text_fits_the_terminal(large, monkeypatch, width):
     assert ("allocator" in ran.stdout) == (width == 140)
 
 
+def test_long_numbers_leave_bars_less_room(large, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("estimate", large, "--context", 999_999_999_999).stdout.splitlines()
+    bars = [line for line in lines if "▓▓" in line]
+    assert len(bars) == 4
+    assert all(len(bar) <= 80 and bar[-1].isdigit() for bar in bars)
+
+
+def test_sizes_that_are_known_in_different_ways_are_told_apart(large):
+    config = json.loads((large / "config.json").read_text())
+    for method, said in (
+        ("eetq", "by the format's formula (eetq)"),
+        ("what comes next", "not known, unpacked at most (what comes next)"),
+    ):
+        entry = {"quantization_config": {"quant_method": method}}
+        (large / "config.json").write_text(json.dumps({**config, **entry}))
+        ran = run("estimate", large)
+        text = " ".join(ran.stdout.split())
+        assert said in text
+        assert "config.json, exact if it is right (bf16, int8, nf4, nf4-dq)" in text
+        assert ("is not known" in ran.stderr) == (method != "eetq")
+
+
+@pytest.mark.parametrize("size", ["512MB", "1TB"])
+def test_sizes_of_gpus_in_other_units(large, size):
+    ran = run("estimate", large, "--gpu", size, "--json")
+    assert ran.exit_code == (3 if size == "512MB" else 0)
+    assert run("sizing", large, "--gpu", size, "--json").exit_code == ran.exit_code
+    refused = run("estimate", large, "--gpu", "0.1GB", "--json")
+    assert refused.exit_code == 2 and "from 256MB to 1024TB" in refused.error["message"]
+
+
 @pytest.mark.parametrize("width", [124, 140, 155, 170, 200])
 @pytest.mark.parametrize("mode", ["generate", "qlora", "full"])
 def test_a_column_for_every_component_only_where_a_line_holds_them(large, monkeypatch, width, mode):

@@ -17,6 +17,7 @@ from qtool.runtime import requirements
 from tests.cli.running import run
 from tests.hub_server import TOKEN, HubServer, hub_server
 from tests.inspection.folders import quantized_llama
+from tests.planner.foreign import write_fp8
 from tests.tiny_models import write_llama
 
 __all__ = ["hub_server"]  # the fixture
@@ -404,7 +405,7 @@ class TestMachine:
         machine.CPUINFO.write_text(text)
         assert by_name(machine.check_cpu())["cpu"].status == status
 
-    def test_a_container_s_limits_count(self, monkeypatch, tmp_path):
+    def test_a_container_s_limits_count(self, enough_memory, monkeypatch, tmp_path):
         monkeypatch.setattr(machine, "CGROUP", tmp_path)
         (tmp_path / "cpu.max").write_text("50000 100000\n")
         (tmp_path / "memory.max").write_text(f"{1 << 30}\n")
@@ -605,6 +606,17 @@ class TestModel:
         }
         found = by_name(model.check_model(str(original.write(tmp_path / "m")), NO_GPU))
         assert found["quantization"].status == "fail"
+
+    @pytest.mark.parametrize("entry", [{"quantization_config": {"quant_method": "fp8"}}, {}])
+    def test_formats_of_others_fail_as_they_do_where_they_are_to_be_read(self, tmp_path, entry):
+        write_fp8(tmp_path, **entry)
+        full = gpu.NvidiaSmi((gpu.Gpu("tiny", 1, 0, "9.0"),))
+        found = by_name(model.check_model(str(tmp_path), full))
+        assert ": fp8, " in found["model"].found
+        assert found["quantization"].status == "fail" and "fp8" in found["quantization"].found
+        assert "full-precision model" in found["quantization"].fix
+        assert "qtool quantize" not in found["size"].fix
+        assert run("quantize", tmp_path, "-o", tmp_path / "out", "--dry-run").exit_code == 1
 
     def test_a_model_that_cannot_be_opened_fails_with_the_reason(self, tmp_path):
         check = only(model.check_model(str(tmp_path), NO_GPU))

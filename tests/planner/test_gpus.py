@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from qtool.errors import QtoolError
 from qtool.planner import gpus
 from qtool.planner.gpus import (
-    MIB,
     Gpu,
     find_gpu,
     list_gpus,
@@ -20,8 +20,8 @@ from qtool.planner.gpus import (
     resolve_gpus,
     vram_class,
 )
+from qtool.planner.units import GIB, MIB
 
-GIB = 1 << 30
 NUMBERS = ("memory_mib", "visible_mib", "bandwidth_gb_s", "bf16_dense_tflops", "int8_dense_tops")
 
 
@@ -114,10 +114,30 @@ def test_a_size_is_any_gpu_with_so_much(name):
     assert resolve_gpus([name]) == (vram_class(24),)
 
 
-@pytest.mark.parametrize("name", ["0GB", "0.5 GiB", "24MB", "a100 24gb"])
-def test_what_is_not_quite_a_size_is_a_name(name):
-    with pytest.raises(QtoolError, match="is not in the catalogue"):
+@pytest.mark.parametrize(
+    ("name", "gib"), [("512MB", 0.5), ("0.5 GiB", 0.5), ("1TB", 1024), ("1.5 TiB", 1536)]
+)
+def test_a_size_may_have_another_unit(name, gib):
+    (found,) = resolve_gpus([name])
+    assert (found.memory_gb, found.memory_mib) == (gib, gib * 1024)
+
+
+@pytest.mark.parametrize("name", ["0GB", "0.1GB", "24MB", "99999TB"])
+def test_a_size_that_no_gpu_has_is_refused_with_the_limits(name):
+    with pytest.raises(QtoolError, match="expected a size from 256MB to 1024TB") as raised:
         resolve_gpus([name])
+    assert raised.value.kind == "usage"
+
+
+@pytest.mark.parametrize("name", ["a100 24gb", "24", "24 kB"])
+def test_what_is_not_quite_a_size_is_a_name(name):
+    with pytest.raises(QtoolError, match="catalogue"):
+        resolve_gpus([name])
+
+
+def test_the_machine_s_own_memory_is_no_gpu_without_kernels():
+    host = replace(vram_class(24), vendor=gpus.HOST_VENDOR)
+    assert not host.lacks_kernels
 
 
 # -- where qtool's kernels run ---------------------------------------------------------------------

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from qtool.checkpoint import Checkpoint
 from qtool.planner.estimate import default_quants
 from qtool.planner.fit import fit
 from qtool.planner.gpus import find_gpu, vram_class
-from qtool.planner.model import open_model
+from qtool.planner.model import describe_model, open_model
 from qtool.planner.records import Tuning, Workload
 from qtool.planner.reference_models import reference_models
 from tests.planner.plans import budget_of, plan_of
+from tests.tiny_models import llama_config
 
 GIB = 1 << 30
 
@@ -111,3 +113,28 @@ def test_full_training_is_planned_as_it_is_done(runtime, expected):
     """`qtool finetune` holds float32 weights, the Trainer those of the model it was given."""
     workload = Workload(context=1, mode="full", runtime=runtime)
     assert default_quants(workload) == expected
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "gpus", "is_refused"),
+    [(16, 16, 3, True), (24, 8, 3, True), (16, 2, 4, False), (16, 16, 4, False), (15, 5, 3, True)],
+)
+def test_vllm_spreads_whole_heads_evenly(heads, key_heads, gpus, is_refused):
+    config = {
+        **llama_config(hidden=960),
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "head_dim": 64,
+        "dtype": "bfloat16",
+    }
+    model = describe_model(Checkpoint.of_config("m", config))
+
+    def refusals(runtime, split):
+        workload = {"runtime": runtime, "split": split, "gpus": gpus, "context": 64}
+        notes = plan_of(model, "bf16", **workload).notes
+        return [note for note in notes if "vLLM refuses" in note]
+
+    said = refusals("vllm", "tensor")
+    assert len(said) == is_refused
+    assert all(f"{heads} attention heads" in note and f"{gpus} GPUs" in note for note in said)
+    assert refusals("vllm", "pipeline") == refusals("qtool", "tensor") == []

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from qtool.checkpoint import Checkpoint
 from qtool.errors import QtoolError
-from qtool.formats.precisions import QUANTIZED_PRECISIONS
+from qtool.formats.precisions import QUANTIZED_PRECISIONS, QuantFormat
 from qtool.planner.activations import NO_BUFFER
 from qtool.planner.model import describe_model, open_model
 from qtool.planner.reference_models import reference_models
+from tests.architecture import oracle
+from tests.planner.plans import plan_of
 from tests.tiny_models import llama_config, llama_shapes, write_llama
 
 MIB = 1 << 20
@@ -175,6 +178,21 @@ def test_tied_weights_stored_under_the_head_alone_are_not_lost(test_data):
     assert weights.device_bytes == weights.checkpoint_bytes == 4 * model.facts.parameters
 
 
+def test_a_packed_weight_without_an_absmax_is_a_damaged_file(tmp_path):
+    from tests.inspection.folders import quantized_llama
+
+    parts, _ = quantized_llama(QuantFormat("nf4"))
+    folder = parts.write(tmp_path / "m")
+    model = open_model(str(folder))
+    name = next(name for name in model.layouts if name.endswith(".absmax"))
+    weight = model.packed[name.removesuffix(".absmax")]
+    empty = replace(weight.statistics["absmax"], shape=(0,))
+    damaged = replace(weight, statistics={**weight.statistics, "absmax": empty})
+    with pytest.raises(QtoolError, match=f"{name}: expected a number per block") as raised:
+        replace(model, packed={weight.name: damaged}).weights("nf4")
+    assert raised.value.kind == "bad_file"
+
+
 # -- quantized already ----------------------------------------------------------------------------
 
 
@@ -224,12 +242,42 @@ def test_a_bare_config_says_how_its_weights_are_quantized(tmp_path, entry, preci
     assert model.weights(precision) == expected
 
 
-@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "compressed-tensors"])
-def test_formats_of_others_are_planned_as_stored_and_at_our_precisions(tmp_path, method):
+@pytest.mark.parametrize("skip", [["model.layers.0"], ["lm_head", "down_proj"], [], None])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_list_of_skipped_modules_stands_in_for_the_default_rule(skip, tied):
+    config = {**llama_config(tied=tied), "dtype": "bfloat16"}
+    network = oracle.build_model(config, "LlamaForCausalLM")
+    expected = oracle.replaced(network) if skip is None else oracle.would_replace(network, skip)
+    entry = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": skip}
+    model = describe_model(Checkpoint.of_config("m", {**config, "quantization_config": entry}))
+    assert set(model.packable()) == expected
+
+
+def test_an_output_head_that_is_not_skipped_is_planned_as_packed():
+    """With the list of config.json, and so when transformers loads it."""
+    config = {**llama_config(), "dtype": "bfloat16"}
+    entry = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+    def weights_bytes(skip, runtime):
+        quantized = {**config, "quantization_config": {**entry, "llm_int8_skip_modules": skip}}
+        model = describe_model(Checkpoint.of_config("m", quantized))
+        return plan_of(model, "int8", context=16, runtime=runtime).components["weights"].bytes
+
+    head = config["vocab_size"] * config["hidden_size"]
+    for runtime in ("qtool", "transformers"):
+        saved = weights_bytes(["lm_head"], runtime) - weights_bytes(["nothing"], runtime)
+        assert saved == pytest.approx(head, rel=0.1)  # 1 of 2 bytes each; a scale per row
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("fp8", {}), ("gptq", {"bits": 4}), ("awq", {}), ("eetq", {})],
+)
+def test_formats_of_others_are_planned_as_stored_and_at_our_precisions(tmp_path, method, settings):
     config = {**llama_config(), "dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     plain = open_model(str(tmp_path))
-    config["quantization_config"] = {"quant_method": method}
+    config["quantization_config"] = {"quant_method": method, **settings}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = open_model(str(tmp_path))
     assert model.stored_precision == method

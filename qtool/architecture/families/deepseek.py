@@ -14,6 +14,7 @@ from qtool.architecture.config import Config
 from qtool.architecture.decoder import (
     PRE_NORMS,
     ROTARY_BUFFER,
+    USUAL_ACTIVATION,
     Body,
     Layer,
     Sizes,
@@ -166,6 +167,7 @@ def _sizes(
         head_dim=latent.query_dim,
         vocab=config.count("vocab_size", vocab),
         max_context=config.count("max_position_embeddings", context),
+        activation=config.text("hidden_act") or USUAL_ACTIVATION,
     )
 
 

@@ -10,6 +10,7 @@ from qtool.architecture.config import Config
 from qtool.architecture.decoder import (
     PRE_NORMS,
     ROTARY_BUFFER,
+    USUAL_ACTIVATION,
     Body,
     Layer,
     Sizes,
@@ -94,6 +95,7 @@ def _sizes(config: Config) -> Sizes:
         head_dim=config.count("head_dim", 512),
         vocab=config.count("vocab_size", 129280),
         max_context=config.count("max_position_embeddings", 1048576),
+        activation=config.text("hidden_act") or USUAL_ACTIVATION,
     )
 
 

@@ -36,6 +36,7 @@ def gemma(config: Config) -> Body:
         head_dim=256,
         vocab=256000,
         context=8192,
+        activation="gelu_pytorch_tanh",
     )
     cache = attention_cache(config, sizes)
     layer = _layer(config, sizes, PRE_NORMS)
@@ -106,6 +107,8 @@ def _sizes(config: Config, *, vocab: int, context: int) -> Sizes:
         head_dim=256,
         vocab=vocab,
         context=context,
+        activation="gelu_pytorch_tanh",
+        activation_key="hidden_activation",
     )
     config.require_divisible("hidden_size", sizes.hidden, sizes.num_heads, "num_attention_heads")
     return sizes

@@ -56,6 +56,8 @@ def gemma4_text(config: Config, root: str = "model") -> Body:
         head_dim=256,
         vocab=262144,
         context=131072,
+        activation="gelu_pytorch_tanh",
+        activation_key="hidden_activation",
     )
     layers = _layer_kinds(config, sizes)
     per_layer = config.whole("hidden_size_per_layer_input", 256)

@@ -40,6 +40,7 @@ def gpt2(config: Config) -> Body:
         head_dim=config.require_divisible("n_embd", hidden, heads, "n_head"),
         vocab=config.count("vocab_size", 50257),
         max_context=positions,
+        activation=config.text("activation_function") or "gelu_new",
     )
 
     def layer(name: str) -> Tensors:
@@ -70,7 +71,15 @@ def gpt2(config: Config) -> Body:
 
 def gpt_neox(config: Config) -> Body:
     """gpt_neox (Pythia, GPT-NeoX-20B)."""
-    sizes = _sizes(config, hidden=6144, layers=44, heads=64, vocab=50432, intermediate=24576)
+    sizes = _sizes(
+        config,
+        hidden=6144,
+        layers=44,
+        heads=64,
+        vocab=50432,
+        intermediate=24576,
+        activation="gelu",
+    )
     bias = config.flag("attention_bias", True)
 
     def layer(name: str) -> Tensors:
@@ -114,6 +123,7 @@ def bloom(config: Config) -> Body:
         head_dim=config.require_divisible("hidden_size", hidden, heads, "n_head"),
         vocab=config.count("vocab_size", 250880),
         max_context=None,
+        activation="bloom_gelu",  # its own, which no key names
     )
 
     def layer(name: str) -> Tensors:
@@ -194,6 +204,7 @@ def _falcon_sizes(config: Config, *, new: bool, multi_query: bool) -> Sizes:
         head_dim=config.require_divisible("hidden_size", hidden, heads, "num_attention_heads"),
         vocab=config.count("vocab_size", 65024),
         max_context=config.count("max_position_embeddings", 2048),
+        activation=config.text("activation") or "gelu",
     )
 
 
@@ -208,7 +219,15 @@ def _falcon_norms(config: Config, *, new: bool) -> tuple[str, ...]:
 def opt(config: Config) -> Body:
     """opt: learned positions; OPT-350m embeds into a narrower space and norms afterwards."""
     sizes = _sizes(
-        config, hidden=768, layers=12, heads=12, vocab=50272, intermediate=3072, mlp_key="ffn_dim"
+        config,
+        hidden=768,
+        layers=12,
+        heads=12,
+        vocab=50272,
+        intermediate=3072,
+        activation="relu",
+        activation_key="activation_function",
+        mlp_key="ffn_dim",
     )
     hidden, root = sizes.hidden, "model.decoder"
     embedded = config.optional_count("word_embed_proj_dim") or hidden
@@ -264,6 +283,8 @@ def _sizes(
     heads: int,
     vocab: int,
     intermediate: int,
+    activation: str,
+    activation_key: str = "hidden_act",
     mlp_key: str = "intermediate_size",
 ) -> Sizes:
     """Sizes under the usual keys, where every head has keys of its own and hidden / heads wide."""
@@ -277,6 +298,7 @@ def _sizes(
         head_dim=config.require_divisible("hidden_size", hidden, heads, "num_attention_heads"),
         vocab=config.count("vocab_size", vocab),
         max_context=config.count("max_position_embeddings", 2048),
+        activation=config.text(activation_key) or activation,
     )
 
 

@@ -189,6 +189,7 @@ def _nemotron_sizes(config: Config, num_layers: int) -> Sizes:
         head_dim=config.count("head_dim", 128),
         vocab=config.count("vocab_size", 131072),
         max_context=config.count("max_position_embeddings", 4096),
+        activation=config.text("mlp_hidden_act") or "relu2",
     )
 
 

@@ -238,7 +238,14 @@ def phi3(config: Config) -> Body:
 def phi(config: Config) -> Body:
     """phi (Phi 1, 1.5 and 2): biases everywhere, the head included, and a plain MLP."""
     sizes = read_sizes(
-        config, hidden=2048, intermediate=8192, layers=24, heads=32, vocab=51200, context=2048
+        config,
+        hidden=2048,
+        intermediate=8192,
+        layers=24,
+        heads=32,
+        vocab=51200,
+        context=2048,
+        activation="gelu_new",
     )
     qk_norm = config.flag("qk_layernorm", False)
 
@@ -310,6 +317,7 @@ def starcoder2(config: Config) -> Body:
         kv_heads=2,
         vocab=49152,
         context=4096,
+        activation="gelu_pytorch_tanh",
     )
     bias = config.flag("use_bias", True)
 
