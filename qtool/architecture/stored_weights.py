@@ -25,8 +25,8 @@ def check_weights(
     architecture: Architecture,
     wanted: Mapping[str, ModelTensor],
 ) -> None:
-    """Raise QtoolError unless every weight to quantize is there, in the shape that config.json
-    says and a dtype that can be quantized.
+    """Raise QtoolError unless every weight to quantize is there, in a dtype that can be quantized,
+    and every parameter in the shape that config.json says.
 
     Args:
         wanted: those weights, by their names in the model.
@@ -34,9 +34,11 @@ def check_weights(
     missing = dict(wanted)
     for tensor in tensors:
         parameter = architecture.find(tensor.name)
-        if parameter is not None and parameter.name in missing:
-            del missing[parameter.name]
-            _check_source(tensor, parameter)
+        if parameter is None:
+            continue
+        _check_shape(tensor, parameter)
+        if missing.pop(parameter.name, None) is not None:
+            _check_dtype(tensor)
     if missing:
         _raise_missing(sorted(missing), architecture)
 
@@ -71,7 +73,7 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".N", name)
 
 
-def _check_source(tensor: TensorLayout, parameter: ModelTensor) -> None:
+def _check_shape(tensor: TensorLayout, parameter: ModelTensor) -> None:
     if tensor.shape != parameter.shape:
         raise QtoolError(
             f"{place_of(tensor)}: config.json implies shape {list(parameter.shape)}, "
@@ -79,6 +81,9 @@ def _check_source(tensor: TensorLayout, parameter: ModelTensor) -> None:
             kind="bad_file",
             hint="config.json and the weights do not belong together; fetch both again",
         )
+
+
+def _check_dtype(tensor: TensorLayout) -> None:
     if tensor.dtype not in QUANTIZABLE_DTYPES:
         raise QtoolError(
             f"{place_of(tensor)}: dtype {tensor.dtype} cannot be quantized, "

@@ -120,6 +120,14 @@ def test_a_weight_of_another_shape_than_the_config_says_is_refused(tmp_path):
     assert "[200, 64]" in caught.value.message and "[160, 64]" in caught.value.message
 
 
+def test_a_copied_tensor_of_another_shape_is_refused_too(tmp_path):
+    config = write_llama(tmp_path)
+    config["vocab_size"] *= 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QtoolError, match=r"(embed_tokens|lm_head)\.weight: .* implies shape"):
+        plan_of(tmp_path)
+
+
 def test_a_missing_weight_is_named(tmp_path):
     config = llama_config()
     rng = np.random.default_rng(0)
