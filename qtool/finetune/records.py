@@ -19,6 +19,7 @@ Scheduler = Literal["linear", "cosine", "constant"]
 ADAPTER_LR: Final = 2e-4
 FULL_LR: Final = 2e-5
 DEFAULT_MAX_LENGTH: Final = 1024
+WHOLE_SPLIT: Final = "train"  # of a Hub dataset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class DataOptions:
 
     source: str
     subset: str | None = None
-    split: str = "train"
+    split: str = WHOLE_SPLIT
     text_column: str | None = None
     eval_split: str = ""
     max_length: int | None = None

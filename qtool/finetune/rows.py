@@ -67,6 +67,11 @@ class Rows:
     def __iter__(self) -> Iterator[Row]:
         return self._iterate()
 
+    @property
+    def is_file(self) -> bool:
+        """Not a dataset on the Hub."""
+        return self._path is not None
+
     def check(self) -> DataFile:
         """Look at every row; returns what it came from.
 

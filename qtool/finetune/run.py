@@ -25,7 +25,9 @@ from qtool.errors import Option, QtoolError, Words
 from qtool.events import Note, OnEvent, ignore_events
 from qtool.finetune.plan import PlannedRun, num_processes, plan_run
 from qtool.finetune.records import (
+    WHOLE_SPLIT,
     DataFile,
+    DataOptions,
     FinetuneRequest,
     FinetuneResult,
     OnProgress,
@@ -96,13 +98,30 @@ def prepare(request: FinetuneRequest, *, warn: Warn, on_event: OnEvent = ignore_
         raise no_chat_template(rows.source)
     if isinstance(held_out, Rows):
         files.append(held_out.check())
-    if rows.kind == "running text" and request.data.packing:
-        warn((Option("packing"), " changes nothing: a running text fills its sequences anyway"))
+    for words in _without_effect(request.data, rows):
+        warn(words)
     prepared = Prepared(planned, rows, held_out, tuple(files), folder)
     if manifest is None:
         return prepared
     folder.require_same(_by_name(manifest), _by_name(_description(prepared)))
     return replace(prepared, finished=FinetuneResult.from_manifest(manifest))
+
+
+def _without_effect(data: DataOptions, rows: Rows) -> Iterator[Words]:
+    """What to say of options that rows of this kind have no use for."""
+    if rows.kind == "running text":
+        if data.packing:
+            yield (Option("packing"), " changes nothing: a running text fills its sequences anyway")
+        if data.text_column is not None:
+            yield (
+                Option("text_column", data.text_column),
+                " changes nothing: a text has no columns",
+            )
+    if rows.is_file:
+        if data.subset is not None:
+            yield (Option("subset", data.subset), " changes nothing: DATA is a file")
+        if data.split != WHOLE_SPLIT:
+            yield (Option("split", data.split), " changes nothing: DATA is a file")
 
 
 def train(

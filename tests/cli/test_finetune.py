@@ -465,3 +465,33 @@ def test_two_processes_train_one_adapter(stories: Path, story: Path, tmp_path: P
     assert document["tokens"] == 4 * 2 * 2 * 32  # both processes' batches
     assert document["eval_loss"] == pytest.approx(alone.document["eval_loss"], rel=1e-5)
     assert len(losses(out)) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("rows.txt", ("--packing",), "--packing changes nothing: a running text fills"),
+        ("rows.txt", ("--text-column", "a"), "--text-column a changes nothing: a text has no"),
+        ("rows.jsonl", ("--split", "test"), "--split test changes nothing: DATA is a file"),
+        ("rows.jsonl", ("--subset", "a"), "--subset a changes nothing: DATA is a file"),
+        ("rows.jsonl", ("--text-column", "text"), None),
+    ],
+)
+def test_options_without_effect_are_warnings(
+    tmp_path: Path, name: str, options: tuple[str, ...], said: str | None
+) -> None:
+    data = tmp_path / name
+    data.write_text('{"text": "a text to learn"}\n' * 8)
+    ran = run(
+        "finetune",
+        "qtool/demo_model",
+        data,
+        "-o",
+        tmp_path / "out",
+        *options,
+        "--dry-run",
+        "--json",
+    )
+    assert ran.exit_code == 0
+    found = [warning for warning in ran.document["warnings"] if "changes nothing" in warning]
+    assert len(found) == (said is not None) and all(w.startswith(said or "") for w in found)
