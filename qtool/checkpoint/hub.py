@@ -109,7 +109,7 @@ def open_on_hub(
     if not weights.shards:  # nothing to download; the caller says why
         return repository
     index = () if weights.index is None else (weights.index,)
-    named = (CONFIG_NAME, *index, *weights.shards, *list_other_files(repository))
+    named = (CONFIG_NAME, *index, *weights.shards, *list_other_files(repository, are_needed=True))
     return download(repository, revision, named, on_event)
 
 

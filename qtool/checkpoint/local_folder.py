@@ -110,7 +110,7 @@ class LocalFolder:
         folder = self.path.resolve()
         # The Hub cache: models--ORG--NAME/snapshots/COMMIT/FILE -> ../../blobs/HASH
         if folder.parent.name == "snapshots":
-            return folder, folder.parent.parent / "blobs"
+            return folder, (folder.parent.parent / "blobs").resolve()
         return (folder,)
 
     def _unreadable(self, path: Path, error: OSError) -> QtoolError:

@@ -88,7 +88,7 @@ def open_checkpoint(
             for status in [source.status_of(name)]
         ),
         tensors=check_against_index(source, weights, tensors),
-        other_files=list_other_files(source),
+        other_files=list_other_files(source, are_needed=need == "files"),
     )
 
 

@@ -359,6 +359,24 @@ class TestLinks:
         with pytest.raises(QtoolError, match="expected a file inside"):
             open_checkpoint(str(snapshot), need="files")
 
+    def test_of_a_hub_cache_whose_blobs_are_on_another_disk(self, single: Path, tmp_path: Path):
+        repo = tmp_path / "models--org--name"
+        snapshot = repo / "snapshots" / "0123abc"
+        snapshot.parent.mkdir(parents=True)
+        (tmp_path / "disk").mkdir()
+        (repo / "blobs").symlink_to(tmp_path / "disk")
+        shutil.copytree(single, snapshot)
+        for path in snapshot.iterdir():
+            path.rename(repo / "blobs" / path.name)
+            path.symlink_to(Path("../../blobs") / path.name)
+        assert len(open_checkpoint(str(snapshot), need="files").tensors) == 12
+
+    def test_of_files_that_are_not_read_may_lead_anywhere(self, single: Path):
+        (single / "merges.txt").symlink_to("/dev/null")
+        assert open_checkpoint(str(single), need="headers").tensors
+        with pytest.raises(QtoolError, match=r"merges\.txt"):
+            open_checkpoint(str(single), need="files")
+
 
 def test_a_local_folder_is_opened_without_numpy_or_the_hub_client(sharded: Path):
     code = (
