@@ -10,7 +10,7 @@ import json
 from typing import Any, Final, NoReturn
 
 from qtool.checkpoint.names import quoted
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, Words
 
 # A million values take at most about 250 MB as Python objects. The largest published indexes
 # (bitsandbytes layouts of mixtures of experts) hold some 300,000.
@@ -22,7 +22,7 @@ class _Fault(ValueError):
 
 
 def parse_json_object(
-    data: bytes, *, file: str, hint: str, allow_infinity: bool = False
+    data: bytes, *, file: str, hint: Words, allow_infinity: bool = False
 ) -> dict[str, Any]:
     """Parse `data` as one JSON object.
 
@@ -83,5 +83,5 @@ def _object_with_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _reject(file: str, what: str, hint: str) -> NoReturn:
+def _reject(file: str, what: str, hint: Words) -> NoReturn:
     raise QtoolError(f"{file}: {what}", kind="bad_file", hint=hint) from None

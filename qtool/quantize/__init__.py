@@ -3,8 +3,8 @@
     plan = build_plan(checkpoint, Recipe(QuantFormat("nf4-dq")))   # pure: headers + config
     quantize_checkpoint(checkpoint, plan, Path("out"))             # one pass over the bytes
 
-`plan` decides everything, sizes included; `tiles` and `pipeline` move the bytes; `output_folder`
-makes sure that a folder that looks finished is finished.
+`plan` decides everything, sizes included; `tiles` and `pipeline` move the bytes; `folder_state` and
+`output_folder` make sure that a folder that looks finished is finished.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ class ShardPipeline:
                 tile,
                 values,
                 num_bad,
-                is_int8=self._format.is_int8,
+                through_float16=self._format.is_int8 and tile.tensor.action == "quantize",
                 hint=self._context.nonfinite_hint,
             )
 
@@ -261,18 +261,16 @@ def _constant_statistics(fmt: QuantFormat) -> dict[str, NDArray[Any]]:
 
 
 def _nonfinite_error(
-    tile: Tile, values: SourceArray, num_bad: int, *, is_int8: bool, hint: Words
+    tile: Tile, values: SourceArray, num_bad: int, *, through_float16: bool, hint: Words
 ) -> QtoolError:
     source = cast(TensorInfo, tile.tensor.source)
     floats = widen(values.reshape(-1), cast(SourceDtype, source.dtype))
     with np.errstate(over="ignore"):
-        bad = ~np.isfinite(floats.astype(np.float16) if is_int8 else floats)
-    if not bad.any():  # a copied tensor in an INT8 run
-        bad = ~np.isfinite(floats)
+        bad = ~np.isfinite(floats.astype(np.float16) if through_float16 else floats)
     where = int(np.argmax(bad))
     itemsize = np.dtype(NUMPY_DTYPES[cast(SourceDtype, source.dtype)]).itemsize
     index = tile.start // itemsize if tile.tensor.action == "copy" else tile.start
-    overflow = is_int8 and np.isfinite(floats[where])
+    overflow = through_float16 and np.isfinite(floats[where])
     found = (
         f"{floats[where]} (beyond float16, which INT8 rows go through)"
         if overflow

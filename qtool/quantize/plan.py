@@ -14,6 +14,8 @@ from qtool.architecture import Architecture, ModelTensor, build_architecture
 from qtool.architecture.skip import is_skipped
 from qtool.architecture.stored_weights import check_linear_layers, place_of
 from qtool.checkpoint.records import Checkpoint, TensorInfo
+from qtool.checkpoint.safetensors_header import DATA_ALIGNMENT
+from qtool.checkpoint.weight_files import SINGLE_FILE
 from qtool.errors import Option, QtoolError, Words, naming
 from qtool.formats.bitsandbytes import find_quantized, packed_layouts, quantization_config
 from qtool.formats.precisions import ComputeDtype, QuantFormat
@@ -23,7 +25,6 @@ Action = Literal["quantize", "copy"]
 
 _MAX_NAMES: Final = 12
 _MAX_NAME_LENGTH: Final = 80
-DATA_ALIGNMENT_BYTES = 16  # a 16-byte load never straddles the start of a large tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +80,15 @@ class ShardPlan:
         return sum(tensor.output_bytes for tensor in self.tensors)
 
     def outputs(self) -> list[TensorLayout]:
-        """The file's tensors in file order: whole multiples of 16 bytes first, large before small.
+        """The file's tensors in file order: multiples of the alignment first, large before small.
 
-        So every large tensor starts at a multiple of 16 bytes although safetensors allows no gaps.
+        So every large tensor is as aligned as the data's start, although safetensors allows no
+        gaps, and no 16-byte load straddles its start.
         """
         layouts = [output for tensor in self.tensors for output in tensor.outputs]
         return sorted(
             layouts,
-            key=lambda t: (t.num_bytes % DATA_ALIGNMENT_BYTES != 0, -t.num_bytes, t.name),
+            key=lambda t: (t.num_bytes % DATA_ALIGNMENT != 0, -t.num_bytes, t.name),
         )
 
 
@@ -271,5 +273,5 @@ def split_into_shards(
 
 def _shard_name(number: int, num_shards: int) -> str:
     if num_shards == 1:
-        return "model.safetensors"
+        return SINGLE_FILE
     return f"model-{number:05d}-of-{num_shards:05d}.safetensors"

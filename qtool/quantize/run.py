@@ -2,10 +2,10 @@
 
     result = quantize_checkpoint(checkpoint, plan, Path("out"), choose_backend().backend)
 
-A few shards are in work at once. Each has a thread that makes its file, follows with the checksum
-while the workers fill it, and syncs, renames and journals it. Small files, index and manifest come
-after; config.json is the last file to appear. `write_folder` does the same for whoever else makes
-a folder of weights.
+Small files come first. Then a few shards are in work at once: each has a thread that makes its
+file, follows with the checksum while the workers fill it, and syncs, journals and renames it.
+Manifest and index come after; config.json is the last file to appear. `write_folder` does the same
+for whoever else makes a folder of weights.
 """
 
 from __future__ import annotations
@@ -14,36 +14,35 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from qtool.backends.protocol import Backend
+from qtool.checkpoint.config_json import CONFIG_NAME
 from qtool.checkpoint.output_place import encode_json
-from qtool.checkpoint.reading import OpenTensors, open_shards
+from qtool.checkpoint.reading import CHANGED_HINT, OpenTensors, open_shards
 from qtool.checkpoint.records import Checkpoint
 from qtool.checkpoint.safetensors_header import EncodedHeader, encode_header
+from qtool.checkpoint.weight_files import INDEX
 from qtool.errors import QtoolError
 from qtool.events import Finished, Note, OnEvent, Started, ignore_events
 from qtool.formats.precisions import QuantFormat
 from qtool.formats.tensors import SourceDtype
+from qtool.quantize.folder_state import SAMPLES, RunIdentity
 from qtool.quantize.memory import PeakMemory
 from qtool.quantize.output_folder import (
     OutputFolder,
-    RunIdentity,
     check_output_folder,
-    encode_manifest,
     hash_bytes,
     open_output_folder,
-    read_finished_manifest,
-    require_same,
 )
 from qtool.quantize.pipeline import PipelineSettings, ShardPipeline, warm_up_kernels
 from qtool.quantize.plan import QuantPlan, Recipe, ShardPlan, TensorPlan
+from qtool.quantize.source_samples import sample_weights
 from qtool.quantize.workers import SHARDS_IN_TURN, TileWorkers, open_workers
 
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
+INDEX_NAME = f"model{INDEX}"
 WORTH_SAYING_S = 3.0  # loading compiled kernels takes about a second, compiling them several
 REPORT_INTERVAL_S = 0.05  # as often as memory is looked at and progress told
 # As many shards are filled as take turns; as many again are being made or synced meanwhile.
@@ -60,6 +59,7 @@ class FolderPlan:
         format: of the tensors that are quantized.
         config: for config.json.
         other_files: small files to carry along: name in the folder -> where it lies.
+        identity: without `digests`, which follow from the rest.
         input_bytes: of the files that are read.
         source_folders: where nothing may be written.
         open_tensors: reads the tensors' values.
@@ -130,7 +130,12 @@ def plan_folder(checkpoint: Checkpoint, plan: QuantPlan) -> FolderPlan:
         format=plan.recipe.format,
         config={**checkpoint.config, "quantization_config": dict(plan.config_entry)},
         other_files={n: checkpoint.path_of(n) for n in checkpoint.other_files} if is_here else {},
-        identity=_identify(checkpoint, plan),
+        identity=RunIdentity(
+            source=describe_source(checkpoint),
+            options=describe_recipe(plan.recipe),
+            source_state=source_state(checkpoint),
+            file_names=folder_file_names(plan.shards, checkpoint.other_files),
+        ),
         input_bytes=sum(shard.file_bytes for shard in checkpoint.shards),
         source_folders=() if checkpoint.folder is None else (checkpoint.folder,),
     )
@@ -142,11 +147,7 @@ def check_output(plan: FolderPlan, output: Path, *, restart: bool = False) -> No
     Raises:
         QtoolError: as `quantize_checkpoint`, of all that can be known before the values are read.
     """
-    for source in plan.source_folders:
-        _refuse_writing_into_source(source, output)
-    if restart or not _is_finished(output, plan.identity):
-        sizes = {shard.file_name: _encode(shard).file_bytes for shard in plan.shards}
-        check_output_folder(output, plan.identity, sizes, restart=restart)
+    _check_output(plan, _identify(plan), output, restart=restart)
 
 
 def write_folder(
@@ -159,22 +160,20 @@ def write_folder(
     on_event: OnEvent = ignore_events,
 ) -> QuantizeResult:
     """Carry `plan` out, or go on with it; raises as `quantize_checkpoint`."""
-    for source in plan.source_folders:
-        _refuse_writing_into_source(source, output)
+    identity = _identify(plan)
     peak_memory = PeakMemory(backend)
     resumed, read_bytes, start_s = True, 0, time.perf_counter()
-    if restart or not _is_finished(output, plan.identity):
+    if not _check_output(plan, identity, output, restart=restart):
         with open_workers(backend, plan.tensors, plan.format, settings, on_event) as workers:
             _warm_up(backend, plan, on_event)
             start_s = time.perf_counter()
             job = _Job(plan, workers, peak_memory, on_event)
             with (
-                open_output_folder(output, plan.identity, restart=restart) as folder,
+                open_output_folder(output, identity, _sizes(plan), restart=restart) as folder,
                 _discarding_refused(folder),
             ):
                 resumed = folder.resumed
-                read_bytes = _write_shards(folder, job)
-                _finish(folder, plan)
+                read_bytes = _write_files(folder, job)
     return QuantizeResult(
         input_bytes=plan.input_bytes,
         output_bytes=output_file_bytes(plan),
@@ -189,7 +188,18 @@ def write_folder(
 
 def output_file_bytes(plan: QuantPlan | FolderPlan) -> int:
     """Bytes of the output's safetensors files, headers included."""
-    return sum(_encode(shard).file_bytes for shard in plan.shards)
+    return sum(_sizes(plan).values())
+
+
+def _sizes(plan: QuantPlan | FolderPlan) -> dict[str, int]:
+    return {shard.file_name: _encode(shard).file_bytes for shard in plan.shards}
+
+
+def _check_output(plan: FolderPlan, identity: RunIdentity, output: Path, *, restart: bool) -> bool:
+    """Whether the folder is complete already; raises as `check_output`."""
+    for source in plan.source_folders:
+        _refuse_writing_into_source(source, output)
+    return check_output_folder(output, identity, _sizes(plan), restart=restart)
 
 
 def _warm_up(backend: Backend, plan: FolderPlan, on_event: OnEvent) -> None:
@@ -219,17 +229,28 @@ def _discarding_refused(folder: OutputFolder) -> Iterator[None]:
     try:
         yield
     except QtoolError as error:
-        if not folder.resumed and (error.kind == "bad_file" or not folder.finished):
+        if not folder.resumed and (error.kind == "bad_file" or not folder.holds_work):
             folder.discard()
         raise
 
 
-def _write_shards(folder: OutputFolder, job: _Job) -> int:
+def _write_files(folder: OutputFolder, job: _Job) -> int:
     """Write what is missing; returns the bytes of tensor data read for it."""
+    if folder.is_complete:  # another process was at it meanwhile
+        return 0
+    # Small files before hours of work, lest one of them be gone after that.
+    for name, path in job.plan.other_files.items():
+        if name not in folder.finished:
+            folder.write_file(name, _read_small_file(path, folder.identity.digests[name]))
+    read_bytes = _write_shards(folder, job)
+    folder.complete(_last_files(job.plan))
+    return read_bytes
+
+
+def _write_shards(folder: OutputFolder, job: _Job) -> int:
     shards = job.plan.shards
     headers = {shard.file_name: _encode(shard) for shard in shards}
     missing = [shard for shard in shards if shard.file_name not in folder.finished]
-    folder.require_space(sum(headers[shard.file_name].file_bytes for shard in missing))
     total_bytes = sum(shard.input_bytes for shard in shards)
     missing_bytes = sum(shard.input_bytes for shard in missing)
     job.on_event(Started(job.plan.stage, total_bytes, total_bytes - missing_bytes))
@@ -280,17 +301,23 @@ def _encode(shard: ShardPlan) -> EncodedHeader:
     return encode_header(shard.outputs())
 
 
-def _finish(folder: OutputFolder, plan: FolderPlan) -> None:
-    """Everything beside the shards; config.json last."""
-    files = {shard.file_name: folder.finished[shard.file_name] for shard in plan.shards}
-    for name, path in plan.other_files.items():
-        files[name] = folder.write_file(name, path.read_bytes())
-    last_files = {}
-    if len(plan.shards) > 1:
-        last_files[INDEX] = encode_json(_index(plan.shards))
-    last_files[CONFIG] = encode_json(plan.config)
-    files.update({name: hash_bytes(data) for name, data in last_files.items()})
-    folder.complete(encode_manifest(folder.identity, files), last_files)
+def _last_files(plan: FolderPlan) -> dict[str, bytes]:
+    """What follows from the plan alone; config.json last."""
+    index = {INDEX_NAME: encode_json(_index(plan.shards))} if len(plan.shards) > 1 else {}
+    return {**index, CONFIG_NAME: encode_json(plan.config)}
+
+
+def _read_small_file(path: Path, sha256: str) -> bytes:
+    """Its bytes, which must still be those that the run began with."""
+    data = _read_whole(path)
+    found = hash_bytes(data).sha256
+    if found != sha256:
+        raise QtoolError(
+            f"{path}: changed while reading: expected SHA-256 {sha256}, found {found}",
+            kind="bad_file",
+            hint=CHANGED_HINT,
+        )
+    return data
 
 
 def _index(shards: Iterable[ShardPlan]) -> dict[str, Any]:
@@ -302,23 +329,43 @@ def _index(shards: Iterable[ShardPlan]) -> dict[str, Any]:
     }
 
 
-def _identify(checkpoint: Checkpoint, plan: QuantPlan) -> RunIdentity:
-    return RunIdentity(
-        source=describe_source(checkpoint),
-        options=describe_recipe(plan.recipe),
-        source_state=source_state(checkpoint),
-        file_names=folder_file_names(plan.shards, checkpoint.other_files),
-    )
+def _identify(plan: FolderPlan) -> RunIdentity:
+    """With the digests of what is known before the work; of small files that are here.
+
+    Raises:
+        QtoolError: a small file cannot be read.
+    """
+    digests = {n: hash_bytes(_read_whole(path)).sha256 for n, path in plan.other_files.items()}
+    digests |= {name: hash_bytes(data).sha256 for name, data in _last_files(plan).items()}
+    return replace(plan.identity, digests=digests)
+
+
+def _read_whole(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise QtoolError(
+            f"{path}: expected a file to carry along, found none that can be read: "
+            f"{error.strerror or error}",
+            kind="not_found" if isinstance(error, FileNotFoundError) else "bad_file",
+            hint="restore it, or let nothing write to the model's folder meanwhile",
+        ) from error
 
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the manifest says of a checkpoint that was read."""
+    samples = sample_weights(checkpoint)
     return {
-        # A local folder's place is not part of what it is.
-        "model": checkpoint.id if checkpoint.location == "hub" else Path(checkpoint.id).name,
+        "model": model_name(checkpoint),
         "revision": checkpoint.revision,
         "files": {shard.file_name: shard.file_bytes for shard in checkpoint.shards},
+        **({SAMPLES: samples} if samples else {}),
     }
+
+
+def model_name(checkpoint: Checkpoint) -> str:
+    """What a model is called wherever it lies, and however its folder was spelled."""
+    return checkpoint.id if checkpoint.location == "hub" else Path(checkpoint.id).resolve().name
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -346,21 +393,8 @@ def source_state(checkpoint: Checkpoint) -> dict[str, list[int]]:
 def folder_file_names(shards: Iterable[ShardPlan], other_files: Iterable[str]) -> tuple[str, ...]:
     """Every file that a run writes, but the manifest."""
     shard_names = [shard.file_name for shard in shards]
-    index = [INDEX] if len(shard_names) > 1 else []
-    return (*shard_names, *other_files, *index, CONFIG)
-
-
-def _is_finished(output: Path, identity: RunIdentity) -> bool:
-    manifest = read_finished_manifest(output)
-    if manifest is None:
-        return False
-    sizes = {name: entry.get("bytes") for name, entry in manifest.get("files", {}).items()}
-    for name in identity.file_names:
-        path = output / name
-        if not path.is_file() or path.stat().st_size != sizes.get(name):
-            return False
-    require_same(manifest, identity, output)
-    return True
+    index = [INDEX_NAME] if len(shard_names) > 1 else []
+    return (*shard_names, *other_files, *index, CONFIG_NAME)
 
 
 def _refuse_writing_into_source(folder: Path, output: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from qtool.quantize.command import PlannedRequest
 from qtool.quantize.plan import QuantPlan, TensorPlan
-from qtool.quantize.run import QuantizeResult, output_file_bytes
+from qtool.quantize.run import QuantizeResult, model_name, output_file_bytes
 from qtool.report.estimate import new_table
 from qtool.report.output import Output
 from qtool.report.units import format_bytes, format_rate
@@ -45,12 +44,12 @@ def _plan_lines(planned: PlannedRequest) -> list[str]:
     plan, fmt = planned.plan, planned.plan.recipe.format
     checkpoint = planned.checkpoint
     revision = f"@{checkpoint.revision[:7]}" if checkpoint.revision else ""
-    name = checkpoint.id if checkpoint.location == "hub" else Path(checkpoint.id).resolve().name
+    model = f"{model_name(checkpoint)}{revision}"
     size = f" · blocksize {fmt.blocksize}" if not fmt.is_int8 else ""
     reasons = Counter(t.reason for t in plan.tensors if t.action == "copy")
     kept = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     return [
-        f"plan     {name}{revision} ({plan.architecture.class_name}) · {fmt.precision}{size}",
+        f"plan     {model} ({plan.architecture.class_name}) · {fmt.precision}{size}",
         f"         {plan.count('quantize')} of {len(plan.tensors)} tensors → {fmt.precision}, "
         f"{plan.count('copy')} copied ({kept})",
         f"         {_totals(plan)} in {len(plan.shards)} file{'s' * (len(plan.shards) != 1)}",
