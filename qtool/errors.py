@@ -146,10 +146,13 @@ class QtoolError(Exception):
 
 @contextmanager
 def naming(place: str) -> Iterator[None]:
-    """Put `place`, a model or file, before the message of a QtoolError that is raised meanwhile."""
+    """Put `place`, a model or file, before the message of a QtoolError that is raised meanwhile;
+    not before one that is about options."""
     try:
         yield
     except QtoolError as error:
+        if error.kind == "usage":
+            raise
         raise error.of(place) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +29,11 @@ def share_processors() -> None:
 
 
 share_processors()
+
+# A shell without job control starts what runs in the background with Ctrl-C ignored, and so all
+# that the tests start, which are to be interrupted.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def data_folder() -> Path | None:

@@ -26,7 +26,7 @@ def check_weights(
     wanted: Mapping[str, ModelTensor],
 ) -> None:
     """Raise QtoolError unless every weight to quantize is there, in a dtype that can be quantized,
-    and every parameter in the shape that config.json says.
+    and every parameter but experts' in the shape that config.json says.
 
     Args:
         wanted: those weights, by their names in the model.
@@ -34,7 +34,7 @@ def check_weights(
     missing = dict(wanted)
     for tensor in tensors:
         parameter = architecture.find(tensor.name)
-        if parameter is None:
+        if parameter is None or parameter.is_expert:  # experts may be stored one by one
             continue
         _check_shape(tensor, parameter)
         if missing.pop(parameter.name, None) is not None:

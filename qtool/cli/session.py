@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -233,7 +232,8 @@ def _how_again(ctx: typer.Context, command: str) -> Hint:
         return RUN_AGAIN
     if command in CONTINUING:
         output = ctx.params.get("output")
-        is_begun = output is None or Path(output).exists()  # what holds nothing is taken away
+        # What holds nothing is taken away. Path.exists() fails on names that no file can have.
+        is_begun = output is None or os.path.exists(output)  # noqa: PTH110
         return (*RUN_AGAIN, "; it continues where it stopped" if is_begun else "; it begins anew")
     if command == "finetune":  # which begins too, where nothing is saved
         return (*RUN_AGAIN, " with ", Option("resume"))

@@ -252,7 +252,8 @@ class _Encoder:
                 'completions are learned from messages of the role "assistant"',
             )
         if self._has_marks:
-            return self._marked_spans(row, messages, ids)
+            ends = [end for place in turns if (end := conversation.end(place)) is not None]
+            return list(_to_ends(self._marked_spans(row, messages), ends))
         return [
             self._shown(row, messages, place, conversation.start(place), conversation.end(place))
             for place in turns
@@ -277,15 +278,14 @@ class _Encoder:
         is_marked = isinstance(template, str) and GENERATION.search(template) is not None
         return is_marked and self.tokenizer.is_fast  # others do not know which token is where
 
-    def _marked_spans(self, row: Row, messages: list[Any], ids: list[int]) -> list[Span]:
-        """What the template marks, and end tokens right behind, lest the model never stop."""
+    def _marked_spans(self, row: Row, messages: list[Any]) -> list[Span]:
+        """What the template marks."""
         made = self._apply(row, messages, return_dict=True, return_assistant_tokens_mask=True)
         spans, place = [], 0
         for is_said, group in groupby(made["assistant_masks"]):
             end = place + len(list(group))
             if is_said:
-                has_end = end < len(ids) and ids[end] == self.tokenizer.eos_token_id
-                spans.append((place, end + has_end))
+                spans.append((place, end))
             place = end
         roles = [role for role, _ in groupby(message["role"] for message in messages)]
         if len(spans) < roles.count(ASSISTANT):
@@ -335,6 +335,15 @@ def _learn(ids: list[int], spans: Iterable[Span]) -> Tokens:
     for start, end in spans:
         labels[start:end] = ids[start:end]
     return Tokens(ids, labels)
+
+
+def _to_ends(spans: Sequence[Span], ends: Sequence[int]) -> Iterator[Span]:
+    """What is marked, on to the end of its turn, lest the model never stop; not past what is marked
+    next."""
+    limits = [*(start for start, _ in spans[1:]), None]
+    for (start, end), limit in zip(spans, limits, strict=True):
+        turn_end = min((place for place in ends if place >= end), default=end)
+        yield start, turn_end if limit is None or turn_end <= limit else end
 
 
 def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:

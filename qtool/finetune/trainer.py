@@ -146,7 +146,9 @@ def build_config(request: FinetuneRequest, place: Placement, folder: Path, *, ev
     return SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=training.batch,
-        per_device_eval_batch_size=training.batch,
+        # Rows that only fill up the last batch of several processes are told by their place in it;
+        # sequences that are packed have none.
+        per_device_eval_batch_size=1 if request.data.packing else training.batch,
         gradient_accumulation_steps=training.grad_accum,
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,

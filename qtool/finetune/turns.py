@@ -12,7 +12,7 @@ they were, tell where its text ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 ASSISTANT: Final = "assistant"
@@ -31,6 +31,7 @@ class Conversation:
     messages: Sequence[Message]
     ids: list[int]
     render: Render
+    _text_ends: dict[int, int | None] = field(default_factory=dict)  # in `ids`, by message
 
     def start(self, place: int) -> int | None:
         """Where a message begins, behind the words that ask for it; None where it is not found."""
@@ -52,11 +53,17 @@ class Conversation:
             return None
         if self.ids[: len(ids)] == ids:
             return len(ids)
-        here = self._text_end(self.messages, count - 1, self.ids, asks=False)
+        here = self._own_text_end(count - 1)
         there = self._text_end(first, count - 1, ids, asks=asks)
         if here is None or there is None:
             return None
         return here + common_length(self.ids[here:], ids[there:])
+
+    def _own_text_end(self, place: int) -> int | None:
+        """Asked for the end of a message and for the start of the next one."""
+        if place not in self._text_ends:
+            self._text_ends[place] = self._text_end(self.messages, place, self.ids, asks=False)
+        return self._text_ends[place]
 
     def _text_end(
         self, messages: Sequence[Message], place: int, ids: list[int], *, asks: bool

@@ -53,7 +53,7 @@ class EightBitOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, paged: bool) -> None:
         self._batches: list[DeviceBatch | HostBatch] = []
         # ids of the parameters and states that batches were made of, and keep
-        self._seen: list[tuple[int, int]] = []
+        self._seen: tuple[list[int], list[int]] = ([], [])
         self._waiting: list[Tensor] = []  # for their first gradient
         super().__init__(params, defaults)
         self._paged = paged
@@ -141,7 +141,7 @@ class EightBitOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Make batches anew at the next step."""
-        self._batches, self._seen, self._waiting = [], [], []
+        self._batches, self._seen, self._waiting = [], ([], []), []
 
     def _gather(self) -> None:
         """Give states to parameters that have their first gradient, and make batches anew then."""
@@ -158,9 +158,12 @@ class EightBitOptimizer(Optimizer):
         self._seen = self._identities()
         self._batches = self._new_batches()
 
-    def _identities(self) -> list[tuple[int, int]]:
-        """`state` is everybody's to change: who clears it begins anew, as with PyTorch's own."""
-        return [(id(p), id(self.state.get(p))) for p in self._parameters()]
+    def _identities(self) -> tuple[list[int], list[int]]:
+        """`state` is everybody's to change: who clears it begins anew, as with PyTorch's own.
+
+        Without looking parameters up in it: that takes longer than all else the host does.
+        """
+        return list(map(id, self._parameters())), list(map(id, self.state.values()))
 
     def _new_batches(self) -> list[DeviceBatch | HostBatch]:
         members: dict[Any, list[Member]] = {}

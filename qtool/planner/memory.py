@@ -36,7 +36,7 @@ from qtool.planner.model import PlannedModel
 from qtool.planner.overhead import Overhead
 from qtool.planner.own_runtime import OwnRuntime
 from qtool.planner.records import Basis, Component, ComponentName, MemoryPlan, Workload
-from qtool.planner.runtimes import check_mode, computes_anew, plan_notes
+from qtool.planner.runtimes import check_mode, plan_notes, switching_tokens
 from qtool.planner.weights import Weights
 
 if TYPE_CHECKING:
@@ -139,11 +139,17 @@ class MemoryBudget:
         return fixed_bytes + demand.total_bytes + overhead.allocator_bytes(demand.dynamic_bytes)
 
     def needed_bytes(self, workload: Workload) -> int:
-        """The same, or what loading takes where an output head shrinks only then."""
-        if not self.weights.more_before_bytes:
-            return self.peak_bytes(workload)
-        loading_bytes = self._load_peak_bytes() + self._overhead(workload).context_bytes
-        return max(self.peak_bytes(workload), loading_bytes)
+        """The same, or what loading takes where an output head shrinks only then, or a shorter text
+        takes that grows past a length at which it is computed anew."""
+        needed_bytes = self.peak_bytes(workload)
+        if self.weights.more_before_bytes:
+            loading_bytes = self._load_peak_bytes() + self._overhead(workload).context_bytes
+            needed_bytes = max(needed_bytes, loading_bytes)
+        switching = switching_tokens(self.model, workload)
+        if switching is not None and switching < workload.context:
+            growing_bytes = self.peak_bytes(replace(workload, context=switching))
+            needed_bytes = max(needed_bytes, growing_bytes)
+        return needed_bytes
 
     def kv_cache_bytes(self, workload: Workload) -> int:
         """The keys and values of full sequences, which decoding a token reads; 0 without layers."""
@@ -185,7 +191,7 @@ class MemoryBudget:
         if self.layer is not None:
             parts["kv_cache"] = Component(cache_bytes, "exact")
             parts |= self._prompt_parts(self._prompt_peak(self.layer, workload))
-            if computes_anew(self.model, workload):
+            if switching_tokens(self.model, workload) == workload.context:
                 parts |= self._anew_parts(self.layer, workload, share)
         own = self._own_runtime(workload)
         adapter_bytes = 0

@@ -36,14 +36,17 @@ def usable_share(workload: Workload) -> float:
     return VLLM_SHARE if workload.runtime == "vllm" else 1.0
 
 
-def computes_anew(model: PlannedModel, workload: Workload) -> bool:
-    """Whether transformers throws the cache of the whole context away for the next token, since
-    rotary frequencies change there; the old one goes when the new one is there."""
+def switching_tokens(model: PlannedModel, workload: Workload) -> int | None:
+    """The length, within the workload's context, at which transformers throws the cache of a whole
+    text away for the next token, since rotary frequencies change there; the old one goes when the
+    new one is there."""
     architecture = model.architecture
     if architecture is None or architecture.model_type not in SWITCHING_TYPES:
-        return False
+        return None
     generates = workload.runtime == "transformers" and workload.mode == "generate"
-    return generates and workload.context == model.config.get(SWITCHING_KEY, SWITCHING_TOKENS)
+    tokens = model.config.get(SWITCHING_KEY, SWITCHING_TOKENS)
+    is_within = generates and isinstance(tokens, int) and tokens <= workload.context
+    return tokens if is_within else None
 
 
 def plan_notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str, ...]:
@@ -61,10 +64,12 @@ def plan_notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str
             f"{VLLM_SHARE:.0%} of the GPU whatever the model needs (gpu_memory_utilization)"
         )
     notes += _split_notes(model, workload)
-    if computes_anew(model, workload):
+    switching = switching_tokens(model, workload)
+    if switching is not None:
         notes.append(
-            f"at {workload.context:,} tokens rotary frequencies change: transformers computes the "
-            "whole text anew for the next token, and holds two caches then"
+            f"at {switching:,} tokens rotary frequencies change: transformers computes the whole "
+            "text anew for the next token, and holds two caches then"
+            + ("" if switching == workload.context else "; what fits has room for that, too")
         )
     notes += _mode_notes(quant, workload)
     is_eager = model.architecture and model.architecture.model_type in ATTENTION_MATRIX_BYTES

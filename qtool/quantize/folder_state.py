@@ -25,7 +25,7 @@ from qtool.checkpoint.names import quoted
 from qtool.checkpoint.other_files import MANIFEST
 from qtool.checkpoint.output_place import WORK_FOLDER, encode_json
 from qtool.checkpoint.strict_json import json_type, parse_json_object
-from qtool.errors import Option, QtoolError, Words
+from qtool.errors import Option, QtoolError
 
 JOURNAL: Final = "journal.jsonl"
 MANIFEST_SCHEMA: Final = 1
@@ -33,8 +33,13 @@ SAMPLES: Final = "samples"  # in `RunIdentity.source`: what tells weights of one
 
 _NAMED_DIFFERENCES: Final = 4
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_BEGIN_ANEW: Final = (Option("restart"), " begins anew")
-_MAKE_ANEW: Final = (Option("restart"), " makes it anew; or choose another ", Option("output"))
+_BEGIN_ANEW: Final = (Option("restart"), " begins anew; or choose another ", Option("output"))
+# Whose the files are that an unreadable record listed, nobody can tell: those stay, in the way.
+_TRY_ANEW: Final = (
+    Option("restart"),
+    " begins anew if no file that it lacks a record of is in the way; or choose another ",
+    Option("output"),
+)
 
 # empty: nothing, or what a run left that had not begun. foreign: files, and no record of ours.
 # unfinished: a journal. incomplete: a manifest, but a file that it lists is missing or cut.
@@ -132,7 +137,7 @@ class FolderState:
                 f"{self.path} was made by an earlier qtool, which did not record of which weights; "
                 "whether they are those of this model cannot be told",
                 kind="usage",
-                hint=_MAKE_ANEW,
+                hint=_BEGIN_ANEW,
             )
 
     def refuse_overwriting(self, names: Collection[str]) -> None:
@@ -300,7 +305,7 @@ def _parse_journal(
 ) -> tuple[RunIdentity, Mapping[str, FileRecord]]:
     where = str(journal)
     head, *entries = (
-        parse_json_object(line, file=f"{where}: line {number}", hint=_BEGIN_ANEW)
+        parse_json_object(line, file=f"{where}: line {number}", hint=_TRY_ANEW)
         for number, line in enumerate(lines, start=1)
     )
     version = head.get("qtool_version")
@@ -311,44 +316,42 @@ def _parse_journal(
             hint=_BEGIN_ANEW,
         )
     identity = RunIdentity(
-        source=_take(head, "source", dict, where, _BEGIN_ANEW),
-        options=_take(head, "options", dict, where, _BEGIN_ANEW),
-        source_state=_take(head, "source_state", dict, where, _BEGIN_ANEW),
-        file_names=_take_names(head, "file_names", where, _BEGIN_ANEW),
-        digests=_take(head, "digests", dict, where, _BEGIN_ANEW),
+        source=_take(head, "source", dict, where),
+        options=_take(head, "options", dict, where),
+        source_state=_take(head, "source_state", dict, where),
+        file_names=_take_names(head, "file_names", where),
+        digests=_take(head, "digests", dict, where),
     )
     return identity, {
-        _take(entry, "file", str, where, _BEGIN_ANEW): _take_record(entry, where, _BEGIN_ANEW)
-        for entry in entries
+        _take(entry, "file", str, where): _take_record(entry, where) for entry in entries
     }
 
 
 def _read_manifest(manifest: Path) -> dict[str, Any]:
-    content = parse_json_object(manifest.read_bytes(), file=str(manifest), hint=_MAKE_ANEW)
+    content = parse_json_object(manifest.read_bytes(), file=str(manifest), hint=_TRY_ANEW)
     if content.get("schema") != MANIFEST_SCHEMA:
         found = quoted(content.get("schema"))
         raise QtoolError(
             f"{manifest}: expected schema {MANIFEST_SCHEMA}, found {found}",
             kind="bad_file",
-            hint=_MAKE_ANEW,
+            hint=_TRY_ANEW,
         )
     return content
 
 
 def _parse_manifest(manifest: Path) -> tuple[RunIdentity, Mapping[str, FileRecord]]:
     content, where = _read_manifest(manifest), str(manifest)
-    entries = _take(content, "files", dict, where, _MAKE_ANEW)
+    entries = _take(content, "files", dict, where)
     files = {
         name: _take_record(
-            _take(entries, name, dict, f"{where}: files", _MAKE_ANEW),
+            _take(entries, name, dict, f"{where}: files"),
             f"{where}: files: {quoted(name)}",
-            _MAKE_ANEW,
         )
         for name in entries
     }
     identity = RunIdentity(
-        source=_take(content, "source", dict, where, _MAKE_ANEW),
-        options=_take(content, "options", dict, where, _MAKE_ANEW),
+        source=_take(content, "source", dict, where),
+        options=_take(content, "options", dict, where),
         source_state={},
         file_names=tuple(files),
         digests={name: record.sha256 for name, record in files.items()},
@@ -356,33 +359,33 @@ def _parse_manifest(manifest: Path) -> tuple[RunIdentity, Mapping[str, FileRecor
     return identity, files
 
 
-def _take_record(entry: Mapping[str, Any], where: str, hint: Words) -> FileRecord:
-    num_bytes = _take(entry, "bytes", int, where, hint)
-    sha256 = _take(entry, "sha256", str, where, hint)
+def _take_record(entry: Mapping[str, Any], where: str) -> FileRecord:
+    num_bytes = _take(entry, "bytes", int, where)
+    sha256 = _take(entry, "sha256", str, where)
     if num_bytes < 0 or not _SHA256.fullmatch(sha256):
         raise QtoolError(
             f"{where}: expected a size and 64 hexadecimal digits, found {num_bytes} and "
             f"{quoted(sha256)}",
             kind="bad_file",
-            hint=hint,
+            hint=_TRY_ANEW,
         )
     return FileRecord(num_bytes, sha256)
 
 
-def _take_names(entry: Mapping[str, Any], key: str, where: str, hint: Words) -> tuple[str, ...]:
-    names: list[Any] = _take(entry, key, list, where, hint)
+def _take_names(entry: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    names: list[Any] = _take(entry, key, list, where)
     by_place = {str(place): name for place, name in enumerate(names)}
-    return tuple(_take(by_place, place, str, f"{where}: {quoted(key)}", hint) for place in by_place)
+    return tuple(_take(by_place, place, str, f"{where}: {quoted(key)}") for place in by_place)
 
 
-def _take(entry: Mapping[str, Any], key: str, kind: type[Value], where: str, hint: Words) -> Value:
+def _take(entry: Mapping[str, Any], key: str, kind: type[Value], where: str) -> Value:
     value = entry.get(key)
     if type(value) is not kind:  # not isinstance: true is no number
         found = json_type(value) if key in entry else "nothing"
         raise QtoolError(
             f"{where}: {quoted(key)}: expected {json_type(kind())}, found {found}",
             kind="bad_file",
-            hint=hint,
+            hint=_TRY_ANEW,
         )
     return value
 

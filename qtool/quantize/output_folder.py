@@ -121,6 +121,7 @@ class OutputFolder:
         for name, data in last_files.items():
             self.write_file(name, data)
         self._journal.unlink()
+        sync(self._journal.parent)
 
     def discard(self) -> None:
         """Remove all that this run published: its source turned out to be unusable."""
@@ -221,6 +222,7 @@ def _locked(path: Path) -> Iterator[None]:
                 (work / LOCK).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # the next one is there, or there is a result
                     work.rmdir()
+                    sync(path)
                     path.rmdir()
 
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from qtool.backends.protocol import Backend
 from qtool.checkpoint.config_json import CONFIG_NAME
-from qtool.checkpoint.output_place import encode_json
+from qtool.checkpoint.output_place import encode_json, refuse_file
 from qtool.checkpoint.reading import CHANGED_HINT, OpenTensors, open_shards
 from qtool.checkpoint.records import Checkpoint
 from qtool.checkpoint.safetensors_header import EncodedHeader, encode_header
@@ -197,6 +197,7 @@ def _sizes(plan: QuantPlan | FolderPlan) -> dict[str, int]:
 
 def _check_output(plan: FolderPlan, identity: RunIdentity, output: Path, *, restart: bool) -> bool:
     """Whether the folder is complete already; raises as `check_output`."""
+    refuse_file(output)
     for source in plan.source_folders:
         _refuse_writing_into_source(source, output)
     return check_output_folder(output, identity, _sizes(plan), restart=restart)

@@ -580,3 +580,9 @@ def test_variables_and_tables_set_options(large, tmp_path, monkeypatch):
     monkeypatch.setenv("QTOOL_MODE", "qlora")
     assert {plan["mode"] for plan in plans_of(large)} == {"qlora"}
     assert {plan["mode"] for plan in plans_of(large, "--mode", "full")} == {"full"}
+
+
+@pytest.mark.parametrize("more", [(), ("--mode", "qlora", "--runtime", "transformers")])
+def test_a_mixture_whose_experts_are_stored_one_by_one_is_planned(test_data, more):
+    plans = plans_of(test_data / "models/tinymoe-6m", *more)
+    assert {"nf4", "nf4-dq"} <= {plan["quant"] for plan in plans}

@@ -435,12 +435,16 @@ def run_on_terminal(
     return text
 
 
-def test_two_processes_train_one_adapter(stories: Path, story: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", [(), ("--packing",)])
+def test_two_processes_train_one_adapter(
+    stories: Path, story: Path, tmp_path: Path, packing: tuple[str, ...]
+) -> None:
     out = tmp_path / "out"
     # 5 rows, so that some of the last batches' are rows again; and steps that change nothing.
     texts = [json.dumps({"text": STORY * (number % 3) + "The end."}) for number in range(5)]
     held_out = rows(tmp_path / "held_out.jsonl", *texts)
     measure = ("--eval-split", held_out, "--lr", 1e-9, "--compute-dtype", "float32", "--json")
+    measure += packing
     alone = run(
         *("finetune", stories, story, "-o", tmp_path / "alone", *QUICK),
         *("--max-steps", 1, *measure),

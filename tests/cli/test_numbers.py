@@ -70,6 +70,22 @@ def test_a_file_says_what_the_command_line_does(
     assert run(*plan, "--config", file).document == run(*plan, *given).document
 
 
+def test_a_name_that_no_file_can_have_hides_no_error() -> None:
+    ran = run("quantize", "/no/such/model", "-o", "/tmp/" + "a" * 300, "--json")
+    assert ran.error["kind"] == "not_found" and "/no/such/model" in ran.error["message"]
+
+
+def test_a_link_to_itself_is_no_folder(tmp_path: Path) -> None:
+    (loop := tmp_path / "loop").symlink_to(loop)
+    ran = run("quantize", DEMO, "-o", loop, "--json")
+    assert ran.error["kind"] != "internal" and str(loop) in ran.error["message"]
+
+
+def test_what_is_wrong_with_an_option_is_not_the_model_s() -> None:
+    ran = run("quantize", DEMO, "--skip", "(", "--dry-run", "--json")
+    assert ran.error["kind"] == "usage" and ran.error["message"].startswith("skip pattern '('")
+
+
 @pytest.mark.parametrize(
     "arguments", [("quantize", DEMO), ("merge", "lora"), ("finetune", DEMO, "rows.jsonl")]
 )

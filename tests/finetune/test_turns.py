@@ -191,6 +191,9 @@ def test_marks_of_the_template_are_followed(tmp_path: Path, tokenizer: Any) -> N
         "[system]Be kind.</s>[user]One?</s>[assistant]⟦First.</s>⟧[user]Two?</s>[assistant]⟦2.</s>⟧"
     )
     assert shown(tmp_path, tokenizer, MARKED, {"messages": messages}) == [expected]
+    ends_otherwise = MARKED.replace("</s>", "<end>")  # which is no token of its own
+    expected = expected.replace("</s>", "<end>")
+    assert shown(tmp_path, tokenizer, ends_otherwise, {"messages": messages}) == [expected]
     only_last = MARKED.replace("m.role == 'assistant' %}", "m.role == 'assistant' and loop.last %}")
     with pytest.raises(QtoolError, match=r"line 1: the chat template marks 1 of 2 turns of the"):
         shown(tmp_path, tokenizer, only_last, {"messages": messages})

@@ -27,6 +27,23 @@ def notes_on(model, quant, gib, **workload):
     return fit(budget, budget.plan(budget.workload), vram_class(gib)).notes
 
 
+def test_what_fits_has_room_for_a_text_that_is_computed_anew(test_data):
+    """Phi-3 computes a text anew that grows past 4,096 tokens, with two caches for that token."""
+    phi_3 = open_model(str(test_data / "configs" / "mlc--phi-3_5"))
+    needed, peaks = {}, {}
+    for context in (4095, 4096, 4097, 8192):
+        budget = budget_of(phi_3, "bf16", runtime="transformers", context=context)
+        needed[context] = budget.needed_bytes(budget.workload)
+        peaks[context] = budget.peak_bytes(budget.workload)
+    assert list(needed.values()) == sorted(needed.values())
+    assert needed[4095] == peaks[4095] < peaks[4097] < needed[4097] == peaks[4096]
+    assert "room for that" in " ".join(
+        plan_of(phi_3, "bf16", runtime="transformers", context=4097).notes
+    )
+    own = budget_of(phi_3, "bf16", context=4097)
+    assert own.needed_bytes(own.workload) == own.peak_bytes(own.workload)
+
+
 def test_experts_stay_in_16_bit_with_transformers(mixture):
     """59.7 GB instead of the 16.7 that 4 bits per parameter make one expect."""
     plan = plan_of(mixture, "nf4", runtime="transformers")
