@@ -253,13 +253,31 @@ class _Run:
         start_s = time.perf_counter()
         resume_from = None if self.resume_from is None else str(self.resume_from)
         with signals_to(self.watch, warn), same_bits(self.watch.place):
-            self.trainer.train(resume_from_checkpoint=resume_from)
+            if not self._takes_up_the_end():
+                self.trainer.train(resume_from_checkpoint=resume_from)
         self.watch.raise_if_stopped(self.trainer.state)
         result = self._result(time.perf_counter() - start_s)
         if is_main:
             self._write(result)
         self.trainer.accelerator.wait_for_everyone()
         return result
+
+    def _takes_up_the_end(self) -> bool:
+        """Whether the save is of the last step, so that only the result is left to write.
+
+        The Trainer takes a step before it looks at how many there are to be.
+        """
+        if self.resume_from is None:
+            return False
+        from transformers import TrainerState
+
+        state = TrainerState.load_from_json(str(self.resume_from / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            return False
+        self.trainer._load_from_checkpoint(str(self.resume_from))
+        self.trainer.state = state
+        self.watch.on_train_begin(self.trainer.args, state, self.trainer.control)
+        return True
 
     def _result(self, seconds: float) -> FinetuneResult:
         planned, watch, state = self.prepared.planned, self.watch, self.trainer.state

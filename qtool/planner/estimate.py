@@ -118,7 +118,8 @@ def choose_quants(
         return tuple(dict.fromkeys(asked))
     if model.stored_precision is not None:
         more = default if model.stored_format is not None and model.architecture else ()
-        return (model.stored_precision, *more)
+        trains_packed = bool(more) and set(more) <= set(QUANTIZED_PRECISIONS)  # and nothing else
+        return more if trains_packed else (model.stored_precision, *more)
     if model.architecture is None:
         left_out = [quant for quant in default if quant not in CAST_DTYPES]
         warnings.append(

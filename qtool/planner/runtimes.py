@@ -71,7 +71,7 @@ def plan_notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str
             "text anew for the next token, and holds two caches then"
             + ("" if switching == workload.context else "; what fits has room for that, too")
         )
-    notes += _mode_notes(quant, workload)
+    notes += _mode_notes(model, quant, workload)
     is_eager = model.architecture and model.architecture.model_type in ATTENTION_MATRIX_BYTES
     if workload.mode == "generate" and workload.runtime != "vllm" and is_eager:
         notes.append(
@@ -92,9 +92,10 @@ def plan_notes(model: PlannedModel, quant: str, workload: Workload) -> tuple[str
     return tuple(notes)
 
 
-def _mode_notes(quant: str, workload: Workload) -> list[str]:
+def _mode_notes(model: PlannedModel, quant: str, workload: Workload) -> list[str]:
     notes = []
-    if workload.mode == "qlora" and workload.runtime == "qtool":
+    has_experts = model.architecture is not None and model.architecture.experts is not None
+    if workload.mode == "qlora" and workload.runtime == "qtool" and not has_experts:
         notes.append(
             "as `qtool finetune` trains; --runtime transformers plans PEFT with bitsandbytes, "
             "which makes float32 copies of what is not packed"

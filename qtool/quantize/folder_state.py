@@ -152,6 +152,23 @@ class FolderState:
                     hint=("move it away, or choose another folder with ", Option("output")),
                 )
 
+    def refuse_edited(self, identity: RunIdentity) -> None:
+        """Raise QtoolError(usage) where a finished folder's small file is there in another size:
+        somebody has edited it, a chat template say."""
+        if self.kind != "incomplete":
+            return
+        for name in identity.digests:
+            if name in self.own_names and name not in self.files:
+                raise QtoolError(
+                    f"{self.path / name} was changed since it was written",
+                    kind="usage",
+                    hint=(
+                        Option("restart"),
+                        " writes all anew; or choose another ",
+                        Option("output"),
+                    ),
+                )
+
     def _in_the_way(self, name: str) -> Path | None:
         target = self.path / name
         if target.is_symlink() or target.exists():

@@ -234,6 +234,7 @@ def _judge(
     state.refuse_foreign()
     if not restart:
         state.require_same(identity)
+        state.refuse_edited(identity)
     if restart or state.kind != "finished":
         state.refuse_overwriting((*identity.file_names, MANIFEST))
         goes_on = state.kind == "unfinished" and not restart

@@ -321,7 +321,9 @@ def _report_verification(output: Output, verification: Verification) -> None:
         output.answer(_problem_text(problem))
     if len(problems) > limit:
         output.answer(f"  and {len(problems) - limit} more; -v lists them all")
-    output.note("next: write it anew with the command that made it, or fetch it again")
+    output.note(
+        "next: write it anew, with --restart and the command that made it, or fetch it again"
+    )
 
 
 def _problem_text(problem: Problem) -> Text:

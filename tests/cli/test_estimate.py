@@ -586,3 +586,10 @@ def test_variables_and_tables_set_options(large, tmp_path, monkeypatch):
 def test_a_mixture_whose_experts_are_stored_one_by_one_is_planned(test_data, more):
     plans = plans_of(test_data / "models/tinymoe-6m", *more)
     assert {"nf4", "nf4-dq"} <= {plan["quant"] for plan in plans}
+
+
+def test_qlora_of_a_model_in_another_format_is_planned_with_its_base_packed(test_data):
+    plans = plans_of(test_data / "configs/openai--gpt-oss-120b", "--mode", "qlora")
+    assert [plan["quant"] for plan in plans] == ["nf4", "nf4-dq"]
+    notes = [note for plan in plans for note in plan["notes"]]
+    assert notes and not any("as `qtool finetune` trains" in note for note in notes)

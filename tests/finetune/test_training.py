@@ -400,6 +400,29 @@ def test_nan_before_any_save_promises_none(
     assert Note("resume   no save yet: from the start") in notes
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_that_lacks_the_result_alone_takes_no_step_more(
+    request_: FinetuneRequest, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    request = replace(request_, method=method)
+    request = with_training(request, scheduler="constant", lr=1e-3)
+    expected = run(replace(request, output=request.output.with_name("whole")))
+
+    def fail(*arguments: Any) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr("qtool.finetune.run_folder.RunFolder.finish", fail)
+    with pytest.raises(OSError, match="killed"):
+        run(request)
+    monkeypatch.undo()
+    resumed = run(replace(request, resume=True))
+    assert (resumed.steps, resumed.history) == (expected.steps, expected.history)
+    assert resumed.earlier_tokens == resumed.tokens == expected.tokens
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    whole = request.output.with_name("whole")
+    assert (request.output / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_lora_on_a_mixture_adapts_what_the_plan_counts(
     request_: FinetuneRequest, test_data: Path
 ) -> None:

@@ -261,6 +261,17 @@ def test_a_finished_folder_with_a_file_cut_is_made_anew(tmp_path):
     assert contents(tmp_path / "out") == ALL
 
 
+def test_a_small_file_that_somebody_edited_is_not_overwritten(tmp_path):
+    write(tmp_path / "out")
+    (tmp_path / "out/tokenizer.json").write_text("edited, and longer than it was by a good deal")
+    for refuse in (write, lambda path: check_output_folder(path, IDENTITY, SIZES, restart=False)):
+        with pytest.raises(QtoolError, match=r"tokenizer\.json was changed since") as caught:
+            refuse(tmp_path / "out")
+        assert caught.value.kind == "usage"
+    write(tmp_path / "out", restart=True)
+    assert contents(tmp_path / "out") == ALL
+
+
 def test_what_a_run_left_that_was_killed_at_its_very_end_is_tidied_up(tmp_path):
     write(tmp_path / "out")
     (tmp_path / "out/.qtool").mkdir()
