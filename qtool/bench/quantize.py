@@ -34,6 +34,7 @@ from qtool.bench.records import BenchResult, Moved, Row, make_limit, make_row
 from qtool.bench.watched_process import Ended, MemoryPeaks, run_watched
 from qtool.bench.work_folder import describe_storage, open_work_folder
 from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.other_files import MANIFEST
 from qtool.checkpoint.records import Checkpoint
 from qtool.checkpoint.safetensors_header import encode_header
 from qtool.errors import Option, QtoolError
@@ -41,7 +42,6 @@ from qtool.events import Advanced, Finished, Note, OnEvent, Started, ignore_even
 from qtool.formats.precisions import DEFAULT_PRECISION, QuantFormat, QuantizedPrecision
 from qtool.formats.tensors import SourceDtype
 from qtool.quantize.command import check_before_download
-from qtool.quantize.output_folder import MANIFEST
 from qtool.quantize.plan import QuantPlan, Recipe, build_plan
 
 RAW_READ: Final = "raw read"

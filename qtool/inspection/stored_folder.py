@@ -19,6 +19,7 @@ from qtool.checkpoint.config_json import CONFIG_NAME, read_config
 from qtool.checkpoint.file_source import read_whole
 from qtool.checkpoint.local_folder import LocalFolder
 from qtool.checkpoint.names import is_shard_name
+from qtool.checkpoint.other_files import MANIFEST
 from qtool.checkpoint.output_place import WORK_FOLDER
 from qtool.checkpoint.records import TensorInfo
 from qtool.checkpoint.safetensors_header import Header, read_header
@@ -34,7 +35,6 @@ from qtool.formats.bitsandbytes import (
 )
 from qtool.inspection.summary import known_architecture
 from qtool.inspection.weights import TensorFiles, read_quant_state
-from qtool.quantize.output_folder import MANIFEST
 
 INDEX_NAME: Final = f"model{INDEX}"
 MAX_MANIFEST_BYTES: Final = MAX_INDEX_BYTES

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.other_files import MANIFEST
 from qtool.checkpoint.records import Checkpoint
 from qtool.errors import Option, QtoolError, Words
 from qtool.events import Note, OnEvent
 from qtool.formats.bitsandbytes import find_quantized
 from qtool.formats.precisions import QuantizedPrecision
 from qtool.merge.adapter import Adapter
-from qtool.quantize.output_folder import MANIFEST, read_finished_manifest
+from qtool.quantize.folder_state import read_finished_manifest
 
 Onto = Literal["dequantized", "original"]
 

@@ -17,7 +17,7 @@ from qtool.formats.precisions import Precision, QuantFormat
 from qtool.merge.adapter import Adapter, check_values, open_adapter
 from qtool.merge.base import Base, Onto, find_base
 from qtool.merge.plan import MergeSources, pair
-from qtool.quantize.output_folder import RunIdentity
+from qtool.quantize.folder_state import RunIdentity
 from qtool.quantize.pipeline import PipelineSettings
 from qtool.quantize.plan import QuantPlan, Recipe, ShardPlan, build_plan
 from qtool.quantize.run import (

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qtool.checkpoint.config_json import CONFIG_NAME
-from qtool.checkpoint.other_files import MANIFEST as MANIFEST
+from qtool.checkpoint.other_files import MANIFEST
 from qtool.checkpoint.output_place import (
     WORK_FOLDER,
     hold_lock,
@@ -39,12 +39,10 @@ from qtool.quantize.folder_state import (
     JOURNAL,
     FileRecord,
     FolderState,
+    RunIdentity,
     encode_manifest,
     read_state,
 )
-from qtool.quantize.folder_state import MANIFEST_SCHEMA as MANIFEST_SCHEMA
-from qtool.quantize.folder_state import RunIdentity as RunIdentity
-from qtool.quantize.folder_state import read_finished_manifest as read_finished_manifest
 from qtool.quantize.growing_file import GrowingFile
 
 LOCK: Final = "lock"

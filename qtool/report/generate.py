@@ -193,7 +193,7 @@ def _phases(loaded: LoadedModel, result: GenerateResult) -> str:
     """What the time went to, from the start of the process."""
     phases = [
         ("loading", loaded.load_s),
-        (f"{result.path} path", result.prepare_s),
+        (f"{result.path} path" if result.path else "no path yet", result.prepare_s),
         ("prompt", result.prefill_s),
         ("new tokens", result.decode_s),
     ]

@@ -3,9 +3,9 @@
     with lean_imports():
         from qtool.runtime.loading import load_model
 
-Left out are PyTorch's compiler, its tensors spread over processes, torchvision and scikit-learn;
-and the files of all models are read once where transformers reads them twice. On two cores of an
-EPYC the first token of a small model comes after 2.5 s instead of 3.7.
+Left out are PyTorch's compiler, its tensors spread over processes, torchvision, scikit-learn and
+SciPy; and the files of all models are read once where transformers reads them twice. On two cores
+of an EPYC the first token of a small model comes after 2.5 s instead of 3.7.
 
 For our own commands only: a program that imports qtool may compile and spread what it loads. What
 asks for more than is expected here gets the real thing, later than usual.

@@ -19,9 +19,8 @@ from qtool.checkpoint import output_place
 from qtool.errors import QtoolError
 from qtool.formats.precisions import QuantFormat
 from qtool.quantize import folder_state, run
-from qtool.quantize.folder_state import read_state
+from qtool.quantize.folder_state import RunIdentity, read_state
 from qtool.quantize.output_folder import (
-    RunIdentity,
     check_output_folder,
     hash_bytes,
     open_output_folder,

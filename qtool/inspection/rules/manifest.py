@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from qtool.checkpoint.names import quoted
+from qtool.checkpoint.other_files import MANIFEST
 from qtool.errors import QtoolError
 from qtool.inspection.rules.rule import Finding, unreadable
 from qtool.inspection.stored_folder import StoredFolder
-from qtool.quantize.output_folder import MANIFEST, MANIFEST_SCHEMA
+from qtool.quantize.folder_state import MANIFEST_SCHEMA
 
 
 def manifest(folder: StoredFolder) -> Iterator[Finding]:
