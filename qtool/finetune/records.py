@@ -19,7 +19,7 @@ Scheduler = Literal["linear", "cosine", "constant"]
 ADAPTER_LR: Final = 2e-4
 FULL_LR: Final = 2e-5
 DEFAULT_MAX_LENGTH: Final = 1024
-WHOLE_SPLIT: Final = "train"  # of a Hub dataset
+DEFAULT_SPLIT: Final = "train"  # of a dataset on the Hub
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class DataOptions:
 
     source: str
     subset: str | None = None
-    split: str = WHOLE_SPLIT
+    split: str = DEFAULT_SPLIT
     text_column: str | None = None
     eval_split: str = ""
     max_length: int | None = None

@@ -25,7 +25,7 @@ from qtool.errors import Option, QtoolError, Words
 from qtool.events import Note, OnEvent, ignore_events
 from qtool.finetune.plan import PlannedRun, num_processes, plan_run
 from qtool.finetune.records import (
-    WHOLE_SPLIT,
+    DEFAULT_SPLIT,
     DataFile,
     DataOptions,
     FinetuneRequest,
@@ -120,7 +120,7 @@ def _without_effect(data: DataOptions, rows: Rows) -> Iterator[Words]:
     if rows.is_file:
         if data.subset is not None:
             yield (Option("subset", data.subset), " changes nothing: DATA is a file")
-        if data.split != WHOLE_SPLIT:
+        if data.split != DEFAULT_SPLIT:
             yield (Option("split", data.split), " changes nothing: DATA is a file")
 
 
