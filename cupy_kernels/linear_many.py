@@ -6,6 +6,7 @@ Clocks were measured with NF4 in blocks of 64 and double quantization.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,7 +48,9 @@ class _Arguments(ctypes.Structure):
         ("packed", TokenMap * MAX_WEIGHTS),
         ("outs", TokenMap * MAX_WEIGHTS),
         ("layers", arguments_type(MAX_WEIGHTS)),
-        ("token_tiles", ctypes.c_int),
+        ("row_tiles", ctypes.c_int),
+        ("band", ctypes.c_int),
+        ("band_tiles", ctypes.c_int),
         ("chunks", ctypes.c_int),
         ("has_outs", ctypes.c_int),
         ("shared_from", ctypes.c_int),
@@ -197,6 +200,16 @@ def _clocks(shape: Shape, columns: int, num_alone: int, num_shared: int, num_blo
     return ceil_div(num_alone, num_blocks) * alone + ceil_div(num_shared, pairs) * shared
 
 
+def band_of(shape: Shape, bits: int, num_blocks: int) -> int:
+    """Tiles of rows that a band is wide, so that tiles that run at once read fewest bytes.
+
+    These are those of `band` tiles of rows and of `num_blocks` / `band` tiles of tokens. The sum is
+    least where both are equal.
+    """
+    token_bits, row_bits = shape.tokens * 16, _TILE_ROWS * bits
+    return max(math.isqrt(num_blocks * token_bits // row_bits), 1)
+
+
 def _row_tiles(rows: Sequence[int]) -> int:
     return sum(ceil_div(count, _TILE_ROWS) for count in rows)
 
@@ -248,6 +261,8 @@ class LinearMany:
             overlap=overlap,
         )
         self._num_blocks = self._launch.count_clusters(self.shape.split) * self.shape.split
+        arguments.row_tiles = _row_tiles(rows)
+        arguments.band = band_of(self.shape, self._bits, self._num_blocks)
         self._num_shared = num_shared
         self._mapped: tuple[int, int, int] | None = None
         self._told: Tokens | None = None
@@ -309,7 +324,7 @@ class LinearMany:
             return
         arguments, shape = self._launch.arguments, self.shape
         fill_map(arguments.tokens, *place, columns=self._columns, box=shape.tokens)
-        arguments.token_tiles = ceil_div(tokens.count, shape.tokens)
+        arguments.band_tiles = arguments.band * ceil_div(tokens.count, shape.tokens)
         plan = choose_plan(self._rows, self._columns, tokens.count, self._num_blocks, (shape,))
         num_shared = plan.num_shared if self._num_shared is None else self._num_shared
         num_alone = plan.num_tiles - num_shared

@@ -41,23 +41,26 @@ struct ManyArguments {
     TokenMap packed[NUM_WEIGHTS];    // (rows, bytes of a row), in boxes of ROWS times LINE_BYTES
     TokenMap outs[NUM_WEIGHTS];      // if `has_outs`: (tokens, rows), in boxes of TOKENS times GROUP_ROWS
     Arguments layers;                // tiles: of rows; the first_tile of a layer that is not there is behind all
-    int token_tiles;
+    int row_tiles;
+    int band, band_tiles;            // tiles of rows that a band has, and all its tiles
     int chunks;                      // of a row: columns / 256
     int has_outs;                    // the copy engine can store all outputs
     int shared_from;                 // if SPLIT is 2: the first tile that blocks share; of two chunks, at least
 };
 
-// A tile: which weight it belongs to, its first row and its first token; chunks of the thread block.
+// A tile: which weight it belongs to, its first row and its first token; chunks of the thread block. Tiles come in
+// bands of so many tiles of rows, and in a band those of the same tokens one after the other.
 struct Tile {
     int which, row, token;
     bool is_shared;
     int first_chunk, end_chunk;
 
     __device__ Tile(const ManyArguments& args, int tile, int rank) : which(0) {
-        const int row_tile = tile / args.token_tiles;
+        const int first = tile / args.band_tiles * args.band, in_band = tile % args.band_tiles;
+        const int width = min(args.band, args.row_tiles - first), row_tile = first + in_band % width;
         while (which + 1 < NUM_WEIGHTS && row_tile >= args.layers.weights[which + 1].first_tile) which++;
         row = (row_tile - args.layers.weights[which].first_tile) * ROWS;
-        token = tile % args.token_tiles * TOKENS;
+        token = in_band / width * TOKENS;
         is_shared = SPLIT > 1 && tile >= args.shared_from;
         first_chunk = is_shared ? rank * args.chunks / SPLIT : 0;
         end_chunk = is_shared ? (rank + 1) * args.chunks / SPLIT : args.chunks;

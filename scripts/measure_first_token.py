@@ -23,12 +23,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from qtool.backends.cpu import describe_cpu
+from qtool.bench.machine import package_versions
 from qtool.bench.model_shapes import DEFAULT_SHAPE, SHAPE_NAMES, read_model_shape
 from qtool.bench.random_checkpoint import plan_checkpoint, write_checkpoint
 from qtool.events import ignore_events
@@ -62,7 +62,7 @@ def main() -> None:
         print(f"first token after {run.first_token_s:.2f} s, silent {run.longest_silence_s:.2f} s")
     report = {
         "machine": describe_machine(),
-        "versions": {name: version(name) for name in ("qtool", "torch", "transformers")},
+        "versions": package_versions("torch", "transformers"),
         "command": f"python -m scripts.measure_first_token --shape {arguments.shape} "
         f"--quant {arguments.quant} --device {arguments.device} --runs {arguments.runs}",
         "first_token_s_median": statistics.median(run.first_token_s for run in runs),

@@ -6,6 +6,7 @@ weights take turns, and are more than the caches hold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,9 +43,12 @@ ROTATION_BYTES: Final = 192 << 20  # several times the second-level cache of a l
 MIN_WEIGHTS: Final = 3
 MAX_WEIGHTS: Final = 512
 LAUNCHES: Final = 64  # at least, in one CUDA graph of short products
-# Beyond so many tokens a product computes for longer than its weight is read: fewer launches do.
+# Beyond so many tokens a product computes for longer than its weight is read. A GPU at its limit of
+# power takes a while to find the clock at which it can go on: samples have so many operations, about
+# 60 ms of a large GPU, or so many launches.
 SHORT_TOKENS: Final = 128
-MIN_LAUNCHES: Final = 4
+SAMPLE_FLOPS: Final = 4e13
+MAX_LAUNCHES: Final = 256
 # A product beyond is wrong, not inexact: about ten times what rounding leaves.
 LARGEST_ERROR: Final[dict[SourceDtype, float]] = {"BF16": 3e-2, "F16": 1e-2, "F32": 1e-4}
 LARGEST_ROUNDED_ERROR: Final = 3e-2  # where activations are rounded to INT8
@@ -168,7 +172,8 @@ class ProductGroup:
     def _launches(self) -> int:
         """In one graph; each weight has a turn at least, unless products are long."""
         if self.tokens > SHORT_TOKENS:
-            return max(LAUNCHES * SHORT_TOKENS // self.tokens, MIN_LAUNCHES)
+            rows, columns = self.shape
+            return min(math.ceil(SAMPLE_FLOPS / (2 * self.tokens * rows * columns)), MAX_LAUNCHES)
         sizes = [stored_bytes(self.shape, product.precision) for product in self.products]
         return max(LAUNCHES, *map(_num_weights, sizes))
 

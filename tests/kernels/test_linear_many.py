@@ -17,6 +17,7 @@ from cupy_kernels.linear_few import LinearKind, LinearWeight, Tokens
 from cupy_kernels.linear_many import (
     SHAPES,
     LinearMany,
+    band_of,
     can_be_handed_over,
     choose_plan,
 )
@@ -171,3 +172,16 @@ def test_only_whole_parts_of_16_bytes_are_handed_over():
 def test_a_launch_takes_one_to_three_layers(count):
     with pytest.raises(ValueError, match=f"{count} layers, a launch takes 1 to 3"):
         LinearMany(KIND, [LinearWeight(128, 16)] * count, 512)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_blocks", [78, 114, 132])
+def test_tiles_that_run_at_once_read_few_different_bytes(num_blocks, bits):
+    for shape in SHAPES:
+
+        def bytes_of(band, shape=shape):  # of a column
+            return band * 128 * bits / 8 + num_blocks / band * shape.tokens * 2
+
+        band = band_of(shape, bits, num_blocks)
+        assert band >= 1
+        assert bytes_of(band) <= 1.01 * min(map(bytes_of, range(1, 10 * num_blocks)))

@@ -14,7 +14,8 @@ from tests.kernels.layers_on_gpu import DEVICE, DTYPES, LARGEST_ERROR, make
 
 pytestmark = pytest.mark.gpu
 
-# One chunk of columns; an odd number of them; many. Rows of a part of a tile, and of many.
+# One chunk of columns; an odd number of them; many. Rows of a part of a tile, of many, of several
+# bands.
 KINDS = (
     (LinearKind("nf4", 256, "BF16"), 131),
     (LinearKind("fp4", 1280, "F16", blocksize=128), 300),
