@@ -16,6 +16,8 @@ struct Arguments {
 };
 
 extern "C" __global__ void __launch_bounds__(256) gated_rows(const __grid_constant__ Arguments args) {
+    start_dependents();
+    wait_for_prerequisites();
     const int64 stride = int64(gridDim.x) * blockDim.x;
     for (int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x; i < args.count / OCTET; i += stride) {
         Octet<ACTIVATION> gate, up;

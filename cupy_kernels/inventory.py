@@ -24,7 +24,7 @@ from cupy_kernels import (
     prompt_rows,
 )
 from cupy_kernels.adapter_inner import InnerKind
-from cupy_kernels.decode_attention import HEAD_NORMS, AttentionShape
+from cupy_kernels.decode_attention import AttentionShape
 from cupy_kernels.launch import DTYPES
 from cupy_kernels.linear_few import LinearKind, Norm, SharedMemory, specialise
 from cupy_kernels.loader import Compiled, compile_kernel
@@ -293,14 +293,7 @@ def _of_the_decode_step() -> Iterator[Specialisation]:
 
 def _of_attention(shape: AttentionShape) -> Iterator[Specialisation]:
     yield _make("decode_attention", **decode_attention.defines(shape))
-    yield _make(
-        "rotary_rows",
-        ACTIVATION=DTYPES[shape.dtype],
-        HEAD_DIM=shape.head_dim,
-        ROTARY_DIM=shape.rotary_dim,
-        HEAD_NORM=HEAD_NORMS[shape.head_norm],
-        WARPS=prompt_rows.ROTARY_WARPS,
-    )
+    yield _make("rotary_rows", **prompt_rows.rotary_defines(shape))
 
 
 def resources(compiled: Compiled) -> Resources:

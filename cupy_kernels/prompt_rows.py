@@ -16,7 +16,8 @@ from cupy_kernels.linear_few import NORMS, Gate, Norm, NormWeight
 from cupy_kernels.loader import load_kernel
 
 NORM_WARPS: Final = 8
-ROTARY_WARPS: Final = 4
+_ROTARY_WARPS: Final = 4
+_ROTARY_HEADS: Final = 4  # of a warp
 _GATED_THREADS: Final = 256
 _OCTET: Final = 8
 
@@ -66,7 +67,7 @@ class NormRows:
     """
 
     def __init__(
-        self, columns: int, dtype: str, kind: Norm, *, added: bool = False, overlap: bool = False
+        self, columns: int, dtype: str, kind: Norm, *, added: bool = False, overlap: bool = True
     ) -> None:
         defines = norm_defines(columns, dtype, kind, added=added)
         kernel = load_kernel("norm_rows", cooperative=False, **defines)
@@ -98,7 +99,7 @@ class GatedRows:
 
     def __init__(self, dtype: str, gate: Gate) -> None:
         kernel = load_kernel("gated_rows", ACTIVATION=cuda_dtype(dtype), GATE=gate.upper())
-        self._launch = Launch(kernel, (1,), _GATED_THREADS, 0, _GatedArguments(), overlap=False)
+        self._launch = Launch(kernel, (1,), _GATED_THREADS, 0, _GatedArguments(), overlap=True)
 
     def queue(self, count: int, gate: int, up: int, out: int, stream: int) -> None:
         """Of `count` values, a multiple of 8; `out` may be `gate`."""
@@ -117,14 +118,7 @@ class RotaryRows:
     """
 
     def __init__(self, shape: AttentionShape, tensors: AttentionTensors, *, epsilon: float) -> None:
-        kernel = load_kernel(
-            "rotary_rows",
-            ACTIVATION=cuda_dtype(shape.dtype),
-            HEAD_DIM=shape.head_dim,
-            ROTARY_DIM=shape.rotary_dim,
-            HEAD_NORM=HEAD_NORMS[shape.head_norm],
-            WARPS=ROTARY_WARPS,
-        )
+        kernel = load_kernel("rotary_rows", cooperative=False, **rotary_defines(shape))
         arguments = _RotaryArguments(
             cosines=tensors.cosines,
             sines=tensors.sines,
@@ -137,9 +131,10 @@ class RotaryRows:
             kv_heads=shape.kv_heads,
             capacity=shape.capacity,
         )
-        self._groups = ceil_div(shape.heads + 2 * shape.kv_heads, ROTARY_WARPS)
+        num_heads = shape.heads + 2 * shape.kv_heads
+        self._groups = ceil_div(num_heads, _ROTARY_WARPS * _ROTARY_HEADS)
         self._batch = shape.batch
-        self._launch = Launch(kernel, (1,), ROTARY_WARPS * 32, 0, arguments, overlap=False)
+        self._launch = Launch(kernel, (1,), _ROTARY_WARPS * 32, 0, arguments, overlap=True)
 
     def queue(self, qkv: int, queries: int, *, num_tokens: int, start: int, stream: int) -> None:
         """Of `num_tokens` tokens a sequence, from position `start` on.
@@ -152,3 +147,15 @@ class RotaryRows:
         arguments.qkv, arguments.queries, arguments.start = qkv, queries, start
         self._launch.set_grid(num_tokens, self._groups, self._batch)
         self._launch(stream)
+
+
+def rotary_defines(shape: AttentionShape) -> dict[str, str | int]:
+    """The macros of rotary_rows.cu."""
+    return {
+        "ACTIVATION": cuda_dtype(shape.dtype),
+        "HEAD_DIM": shape.head_dim,
+        "ROTARY_DIM": shape.rotary_dim,
+        "HEAD_NORM": HEAD_NORMS[shape.head_norm],
+        "WARPS": _ROTARY_WARPS,
+        "HEADS": _ROTARY_HEADS,
+    }

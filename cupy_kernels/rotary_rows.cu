@@ -1,10 +1,12 @@
 // Queries, keys and values of a prompt's tokens: norm of heads, rotary embedding, keys and values into their
 // caches.
 //
-// Defines: ACTIVATION (Bf16, F16), HEAD_DIM (up to 256), ROTARY_DIM, HEAD_NORM (see rotary_heads.cuh), WARPS.
+// Defines: ACTIVATION (Bf16, F16), HEAD_DIM (up to 256), ROTARY_DIM, HEAD_NORM (see rotary_heads.cuh), WARPS, HEADS
+// (of a warp).
 //
-// Grid (tokens, groups of WARPS heads, sequences); a warp has one head of one token.
+// Grid (tokens, groups of WARPS * HEADS heads, sequences); a warp has some heads of one token, which share its angles.
 #include "source_dtypes.cuh"
+#include "products.cuh"
 
 using Bits = ACTIVATION::Bits;
 
@@ -24,33 +26,44 @@ struct Arguments {
     int start;                // the first token's position
 };
 
+// Where head number `head` of a token goes: queries, keys and values, one after the other.
+__device__ inline Bits* target_of(const Arguments& args, int head, int sequence, int64 token) {
+    if (head < args.heads)
+        return args.queries + ((int64(sequence) * gridDim.x + token) * args.heads + head) * HEAD_DIM;
+    const int cached = head - args.heads;
+    Bits* cache = cached < args.kv_heads ? args.keys : args.values;
+    const int64 row = int64(sequence) * args.kv_heads + cached % args.kv_heads;
+    return cache + (row * args.capacity + args.start + token) * HEAD_DIM;
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32) rotary_rows(const __grid_constant__ Arguments args) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int token = blockIdx.x, num_tokens = gridDim.x, sequence = blockIdx.z;
-    const int head = blockIdx.y * WARPS + warp, all_heads = args.heads + 2 * args.kv_heads;
-    if (head >= all_heads) return;
-    const int64 position = args.start + token;
-    const Bits* source =
-        args.qkv + ((int64(sequence) * num_tokens + token) * all_heads + head) * HEAD_DIM;
-    if (head >= args.heads + args.kv_heads) {
-        const int kv_head = head - args.heads - args.kv_heads;
-        Bits* target =
-            args.values + ((int64(sequence) * args.kv_heads + kv_head) * args.capacity + position) * HEAD_DIM;
-        for (int i = lane; i < HEAD_DIM; i += WARP) target[i] = source[i];
-        return;
-    }
-    const bool is_key = head >= args.heads;
+    start_dependents();
+    const int token = blockIdx.x, sequence = blockIdx.z;
+    const int num_turned = args.heads + args.kv_heads, num_heads = num_turned + args.kv_heads;
+    const int first = (blockIdx.y * WARPS + threadIdx.x / WARP) * HEADS, end = min(first + HEADS, num_heads);
     Angles angles;
-    angles.load(args.cosines, args.sines, position);
-    Head own;
-    own.load(source);
+    angles.load(args.cosines, args.sines, int64(args.start) + token);
 #if HEAD_NORM
-    Head norm;
-    norm.load(is_key ? args.key_norm : args.query_norm);
-    own.normalize(norm, args.epsilon);
+    Head query_norm, key_norm;
+    query_norm.load(args.query_norm);
+    key_norm.load(args.key_norm);
 #endif
-    own.turn(angles);
-    own.store(is_key ? args.keys + ((int64(sequence) * args.kv_heads + head - args.heads) * args.capacity + position) *
-                                       HEAD_DIM
-                     : args.queries + ((int64(sequence) * num_tokens + token) * args.heads + head) * HEAD_DIM);
+    wait_for_prerequisites();
+    const Bits* source = args.qkv + ((int64(sequence) * gridDim.x + token) * num_heads + first) * HEAD_DIM;
+    Head heads[HEADS];
+#pragma unroll
+    for (int i = 0; i < HEADS; i++)
+        if (first + i < end) heads[i].load(source + i * HEAD_DIM);
+#pragma unroll
+    for (int i = 0; i < HEADS; i++) {
+        const int head = first + i;
+        if (head >= end) return;
+        if (head < num_turned) {
+#if HEAD_NORM
+            heads[i].normalize(head < args.heads ? query_norm : key_norm, args.epsilon);
+#endif
+            heads[i].turn(angles);
+        }
+        heads[i].store(target_of(args, head, sequence, token));
+    }
 }

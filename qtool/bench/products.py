@@ -44,8 +44,8 @@ MIN_WEIGHTS: Final = 3
 MAX_WEIGHTS: Final = 512
 LAUNCHES: Final = 64  # at least, in one CUDA graph of short products
 # Beyond so many tokens a product computes for longer than its weight is read. A GPU at its limit of
-# power takes a while to find the clock at which it can go on: samples have so many operations, about
-# 60 ms of a large GPU, or so many launches.
+# power takes a while to find the clock at which it can go on: samples have so many operations,
+# about 60 ms of a large GPU, or so many launches.
 SHORT_TOKENS: Final = 128
 SAMPLE_FLOPS: Final = 4e13
 MAX_LAUNCHES: Final = 256

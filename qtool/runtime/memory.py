@@ -38,6 +38,7 @@ class DeviceMemory:
         self._used_before_bytes: int | None = None
         if self._device is not None:
             self._used_before_bytes = driver_memory.used_before_context(self._index)
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def allocated_peak_bytes(self) -> int:

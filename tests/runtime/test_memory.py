@@ -75,7 +75,11 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
 def reserved(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What PyTorch's allocator says."""
     said = {"now": 5 * GIB, "peak": 7 * GIB}
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "init", lambda: said.update(initialized=1))
+    # Which PyTorch refuses before.
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: said.__getitem__("initialized")
+    )
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: said["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: said["peak"])
     return said

@@ -462,7 +462,7 @@ class _Step:
 
     def _norm_added(self, norm: Norm, x: Tensor) -> Queue:
         dtype = KERNEL_DTYPES[self._network.dtype]
-        launch = NormRows(x.shape[1], dtype, norm.kind, added=True, overlap=True)
+        launch = NormRows(x.shape[1], dtype, norm.kind, added=True)
         weight, address = NormWeight(norm.weight.data_ptr(), norm.epsilon), x.data_ptr()
         batch, hidden = self._batch, self._buffers.hidden.data_ptr()
         # Without self, which holds this: a cycle would keep the cache until it is collected.

@@ -40,6 +40,7 @@ class Transcript:
     def taking(self, input_ids: Tensor, start: int) -> Iterator[None]:
         """While the cache takes `input_ids` up from `start` on; it may break off at any time."""
         self._is_in_step = False
+        input_ids = input_ids.cpu()  # before work is queued, which the host would wait for
         yield
         self.write(input_ids, start)
         self._is_in_step = True
