@@ -30,8 +30,9 @@ def console_blocks() -> list[tuple[str, str]]:
 
 
 def shape_of(text: str) -> list[str]:
-    """The text's lines with numbers and runs of spaces made alike, without progress."""
-    lines = (re.sub(r"\d[\d,.]*", "#", line) for line in PROGRESS.sub("", text).splitlines())
+    """The text's lines with numbers, rates and runs of spaces made alike, without progress."""
+    text = re.sub(r"\d[\d,.]*", "#", PROGRESS.sub("", text))
+    lines = re.sub(r"# [kMG]B/s", "# B/s", text).splitlines()
     return [re.sub(r"[\s─━]+", " ", line).strip() for line in lines if line.strip()]
 
 

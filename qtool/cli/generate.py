@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qtool.cli import options
-from qtool.cli.session import LOADING, verb_session
+from qtool.cli.session import load_pytorch, verb_session
 from qtool.cli.sizes import parse_threshold
 from qtool.defaults import (
     LEAST_TEMPERATURE,
@@ -245,7 +245,7 @@ def generate(
         require_context(opened, max_context)
         folder = None if adapter is None else _fetch_adapter(show, adapter)
         head_start.begin(device)
-        show.note(LOADING)
+        load_pytorch(show, also="transformers")
         with lean_imports():
             from qtool.report.generate import converse, report_loaded, report_result
             from qtool.runtime.answers import Request, answer, check_request

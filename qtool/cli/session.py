@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import errno
+import importlib
 import math
 import os
 import signal
@@ -31,7 +32,6 @@ LOCKING: Final = ("threading", "concurrent.futures._base", "concurrent.futures.t
 STARTING: Final = ("threading", "start")
 WAITING: Final = [("threading", name) for name in ("wait", "join", "_wait_for_tstate_lock")]
 RUN_AGAIN: Final[Hint] = ("run the command again",)
-LOADING: Final = "loading PyTorch"  # takes seconds, in which there is nothing else to say
 CONTINUING: Final = ("quantize", "merge")  # they go on with what is in OUT, if told nothing
 
 
@@ -68,6 +68,18 @@ def verb_session(
             told = interruption(missed, again)
         report_error(output, error, told)
         raise typer.Exit(told.exit_code) from error
+
+
+def load_pytorch(show: Output, *, also: str = "") -> None:
+    """Import it, and say so: it takes seconds, in which there is nothing else to say.
+
+    Args:
+        also: what the caller imports next and takes as long.
+    """
+    show.note("loading PyTorch")
+    importlib.import_module("torch")
+    if also:
+        show.note(f"loading {also}")
 
 
 @contextmanager
