@@ -23,6 +23,7 @@ from qtool.errors import Option, QtoolError, Words, interruption
 from qtool.formats.precisions import ComputeDtype, QuantizedPrecision
 
 if TYPE_CHECKING:
+    from qtool.checkpoint.records import Checkpoint
     from qtool.report.output import Output
 
 SAMPLING_PANEL = "Sampling"
@@ -220,11 +221,13 @@ def generate(
         from qtool.runtime.memory_limits import require_max_memory
         from qtool.runtime.prompts import SAID_NO, refuse_system
         from qtool.runtime.requirements import (
+            require_chat,
             require_context,
             require_device,
             require_model,
             require_path,
             require_run_extra,
+            require_tokenizer,
         )
 
         text = _read_prompt(prompt, prompt_file)
@@ -242,7 +245,11 @@ def generate(
         if max_memory is not None:
             require_max_memory(max_memory, device)
         opened = require_model(model, quant)
+        if path == "fused":
+            _require_fusable(opened)
         require_context(opened, max_context)
+        require_tokenizer(opened)
+        require_chat(opened, chat=chat, system=system)
         folder = None if adapter is None else _fetch_adapter(show, adapter)
         head_start.begin(device)
         load_pytorch(show, also="transformers")
@@ -280,6 +287,14 @@ def generate(
             report_result(show, loaded, result)
         if result.interruption is not None:
             raise typer.Exit(interruption(result.interruption, "").exit_code)
+
+
+def _require_fusable(checkpoint: Checkpoint) -> None:
+    """By the types that plans know without PyTorch."""
+    from qtool.planner.own_runtime import FUSED_TYPES
+    from qtool.runtime.requirements import require_fusable
+
+    require_fusable(checkpoint, FUSED_TYPES)
 
 
 def _fetch_adapter(show: Output, adapter: str) -> Path:

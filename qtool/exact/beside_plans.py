@@ -7,7 +7,7 @@ from typing import Final
 
 from qtool.errors import Option, QtoolError
 from qtool.exact.records import ExactRequest, FloatDtype, LoraAdapters, Optimizer
-from qtool.planner.llm_int8 import outlier_share
+from qtool.planner.llm_int8 import LAST_MLP_LAYERS, outlier_share
 from qtool.planner.model import PlannedModel
 from qtool.planner.records import Estimate, ExactRun, MemoryPlan, Workload
 from qtool.runtime.requirements import require_peft, require_run_extra
@@ -15,7 +15,6 @@ from qtool.runtime.requirements import require_peft, require_run_extra
 OPTIMIZERS: Final[dict[str, Optimizer]] = {"adamw": "adamw", "adamw-8bit": "adamw_8bit"}
 FLOAT_DTYPES: Final[dict[int, FloatDtype]] = {2: "bf16", 4: "fp32"}
 RUNNING: Final = frozenset({"fp32", "bf16", "fp16", "int8", "fp4", "fp4-dq", "nf4", "nf4-dq"})
-LAST_MLP_LAYERS: Final = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
 
 
 def run_plans(model: PlannedModel, estimate: Estimate) -> Estimate:

@@ -76,7 +76,7 @@ def choose_layers(model: nn.Module, targets: Sequence[str] | None) -> str | list
 
 
 def _all_linear(model: nn.Module) -> str | list[str]:
-    """PEFT's word for all linear layers, or the names of those that it does not refuse."""
+    """PEFT's word for all linear layers, or the names of those that would be trained."""
     names = _linear_names(model)
     kept = [name for name in names if not is_refused(_model_type(model), name)]
     if kept == names:

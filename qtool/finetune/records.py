@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_type_hints
 
 from qtool.formats.precisions import ComputeDtype, QuantizedPrecision
 from qtool.planner.training import FloatName
@@ -116,12 +116,17 @@ class FinetuneRequest:
     force: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """What the result depends on, as JSON has it; a resumed run must have the same."""
+        """What the result depends on, as JSON has it; a resumed run must have the same.
+
+        MODEL and DATA are what they name, however that was spelled.
+        """
         fields = {
-            "model": self.model,
+            "model": _place(self.model),
             "method": self.method,
             "quant": self.quant,
             **asdict(self.data),
+            "source": _place(self.data.source),
+            "eval_split": _place(self.data.eval_split),
             **{f"lora_{name}": value for name, value in asdict(self.lora).items()},
             **asdict(self.training),
         }
@@ -130,6 +135,12 @@ class FinetuneRequest:
         fields["lr"] = self.training.learning_rate(self.method)
         targets = fields.get("lora_targets")
         return fields | ({"lora_targets": list(targets)} if targets else {})
+
+
+def _place(name: str) -> str:
+    """The whole path of what is here, which wins; a Hub id, or a share of the rows, as it is."""
+    path = Path(name).expanduser() if name.startswith("~") else Path(name)
+    return str(path.resolve()) if name and path.exists() else name
 
 
 class Step(NamedTuple):
@@ -201,9 +212,18 @@ class FinetuneResult:
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> FinetuneResult:
-        """What a finished run's manifest says."""
+        """What a finished run's manifest says.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is damaged.
+        """
+        kinds = get_type_hints(cls) | {"method": str}  # as isinstance takes them
+        for name, value in manifest["result"].items():
+            if not isinstance(value, kinds[name]):
+                raise TypeError(f"{name} is {value!r}")
+        steps = manifest["losses"]
         return cls(
             **manifest["result"],
-            history=tuple(Step(*entry) for entry in manifest["losses"]),
-            eval_history=tuple((step, loss) for step, loss in manifest["eval_losses"]),
+            history=tuple(Step(int(step), float(loss), float(lr)) for step, loss, lr in steps),
+            eval_history=tuple((int(step), float(loss)) for step, loss in manifest["eval_losses"]),
         )

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, NamedTuple
 from qtool.errors import Option, QtoolError, Words
 from qtool.finetune.data_place import JSON_SUFFIXES, asked_once, find_file
 from qtool.finetune.records import DataFile, DataOptions
+from qtool.finetune.turns import ASSISTANT
 
 Kind = Literal["running text", "text", "prompt and completion", "messages"]
 Fields = Mapping[str, Any]
@@ -30,6 +31,11 @@ COLUMNS_HINT: Final = (
     'rows hold "text", or "prompt" and "completion", or "messages" (a list of {"role", "content"})'
 )
 PAIRS_HINT: Final = "pairs are all of texts or all of messages, as the first row is"
+ANSWER_HINT: Final = (
+    'what is learned are messages of the role "assistant"; ',
+    Option("completion_only", False),
+    " learns all of a row",
+)
 HALF_HINT: Final = (
     'JSON writes a character beyond U+FFFF as two halves, an emoji as "\\ud83d\\ude00", say: '
     "write the other half too, or take this one out"
@@ -72,8 +78,11 @@ class Rows:
         """Not a dataset on the Hub."""
         return self._path is not None
 
-    def check(self) -> DataFile:
+    def check(self, *, completion_only: bool = True) -> DataFile:
         """Look at every row; returns what it came from.
+
+        Args:
+            completion_only: of messages only the assistant's are learned.
 
         Raises:
             QtoolError: bad_file, with the line or row.
@@ -82,6 +91,8 @@ class Rows:
         has_messages = self.has_messages
         for row in self:
             self._check_row(row, has_messages=has_messages)
+            if self.kind == "messages" and completion_only:
+                self._check_answer(row)
             count += 1
         if not count:
             raise no_rows(self.source, self.kind)
@@ -134,6 +145,10 @@ class Rows:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise self.error(row, f'{where}: expected {{"role", "content"}}')
             self._check_characters(row, message, where)
+
+    def _check_answer(self, row: Row) -> None:
+        if all(message["role"] != ASSISTANT for message in row.fields[MESSAGES]):
+            raise self.error(row, "no message of the assistant", ANSWER_HINT)
 
     def _check_characters(self, row: Row, value: object, where: str) -> None:
         """Refuse halves of characters, which JSON can spell and no tokenizer takes."""

@@ -35,6 +35,7 @@ from qtool.finetune.records import (
 from qtool.finetune.rows import Rows, open_rows
 from qtool.finetune.run_folder import (
     LOCK,
+    MANIFEST,
     MANIFEST_SCHEMA,
     RunFolder,
     identity_of,
@@ -83,7 +84,7 @@ def prepare(request: FinetuneRequest, *, warn: Warn, on_event: OnEvent = ignore_
     folder = RunFolder(request.output)
     if is_main_process():  # the others would see what the first has begun already
         folder.check(resume=request.resume, restart=request.restart)
-    manifest = folder.manifest if request.resume else None
+    earlier = _earlier(folder) if request.resume else None
     checkpoint = open_checkpoint(
         request.model, need="headers", need_weights=True, on_event=on_event
     )
@@ -93,18 +94,37 @@ def prepare(request: FinetuneRequest, *, warn: Warn, on_event: OnEvent = ignore_
         warn(text)
     rows = open_rows(request.data)
     held_out = _held_out(request)
-    files = [rows.check()]
+    only = request.data.completion_only
+    files = [rows.check(completion_only=only)]
     if rows.has_messages and _lacks_chat_template(checkpoint):
         raise no_chat_template(rows.source)
     if isinstance(held_out, Rows):
-        files.append(held_out.check())
+        files.append(held_out.check(completion_only=only))
     for words in _without_effect(request.data, rows):
         warn(words)
     prepared = Prepared(planned, rows, held_out, tuple(files), folder)
-    if manifest is None:
+    if earlier is None:
         return prepared
-    folder.require_same(_by_name(manifest), _by_name(_description(prepared)))
-    return replace(prepared, finished=FinetuneResult.from_manifest(manifest))
+    description, result = earlier
+    folder.require_same(description, _by_name(_description(prepared)))
+    return replace(prepared, finished=result)
+
+
+def _earlier(folder: RunFolder) -> tuple[dict[str, Any], FinetuneResult] | None:
+    """What the finished run in OUT was of, and its result.
+
+    Raises:
+        QtoolError: bad_file, if its manifest is damaged.
+    """
+    manifest = folder.manifest
+    if manifest is None:
+        return None
+    try:
+        return _by_name(manifest), FinetuneResult.from_manifest(manifest)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        lacks = f"expected {error}, found nothing"
+        what = lacks if isinstance(error, KeyError) else f"not as a finished run has it: {error}"
+        raise folder.damaged(folder.path / MANIFEST, what) from error
 
 
 def _without_effect(data: DataOptions, rows: Rows) -> Iterator[Words]:
@@ -197,7 +217,7 @@ class _Run:
 
     @classmethod
     def start(cls, prepared: Prepared, warn: Warn, on_event: OnEvent) -> _Run:
-        """Tokenize, load, wrap."""
+        """Tokenize, load, wrap; then begin OUT, so that what is refused leaves nothing there."""
         from qtool.finetune.head_loss import use_chunked_loss
         from qtool.finetune.network import choose_placement, load_base, make_trainable
         from qtool.finetune.trainer import Watch, build_config, build_trainer
@@ -211,18 +231,16 @@ class _Run:
         _set_pad_token(tokenizer)
         data, held_out = _encode(prepared, tokenizer, warn)
         _tell_of(data, held_out, on_event)
-        # 2. The run that OUT holds, and the space for it.
-        if is_main_process() and planned.is_known:
-            prepared.folder.require_space(_output_bytes(prepared, data))
+        # 2. The run that OUT holds, and the space for another.
+        folder = prepared.folder
         request = replace(request, data=replace(request.data, max_length=planned.max_length))
-        arguments = build_config(
-            request, place, prepared.folder.checkpoints, evals=held_out is not None
-        )
-        has_begun = prepared.folder.is_begun
-        resume_from = _begin(prepared, request, checkpoint, data, held_out)
-        if request.resume and has_begun:
-            _tell_of_resuming(resume_from, on_event)
+        identity = _identity(request, checkpoint, data, held_out)
+        if is_main_process():
+            folder.check_run(identity, resume=request.resume, restart=request.restart)
+            if planned.is_known:
+                folder.require_space(_output_bytes(prepared, data))
         # 3. The model.
+        arguments = build_config(request, place, folder.checkpoints, evals=held_out is not None)
         loaded = load_base(planned, place, on_event)
         network, num_trainable = make_trainable(loaded.model, request, checkpoint)
         is_chunked = use_chunked_loss(network)
@@ -233,6 +251,11 @@ class _Run:
                 f"{type(loaded.model).__name__} computes its loss by itself, from all logits at "
                 "once, which take more memory than planned"
             )
+        # 4. OUT.
+        has_begun = folder.is_begun
+        resume_from = _begin(folder, request, identity)
+        if request.resume and has_begun:
+            _tell_of_resuming(resume_from, on_event)
         return cls(
             prepared,
             checkpoint,
@@ -418,18 +441,11 @@ def _num_steps(planned: PlannedRun, data: Sequences) -> int:
     return math.ceil(training.epochs * math.ceil(passes / training.grad_accum))
 
 
-def _begin(
-    prepared: Prepared,
-    request: FinetuneRequest,
-    checkpoint: Checkpoint,
-    data: Sequences,
-    held_out: Sequences | None,
-) -> Path | None:
-    """Write what the run depends on, or compare; returns the save to go on from, for all
-    processes."""
-    from accelerate.utils import broadcast_object_list
-
-    identity = identity_of(
+def _identity(
+    request: FinetuneRequest, checkpoint: Checkpoint, data: Sequences, held_out: Sequences | None
+) -> dict[str, Any]:
+    """What the run depends on."""
+    return identity_of(
         request.settings(),
         {
             "revision": checkpoint.revision,
@@ -438,9 +454,16 @@ def _begin(
             "processes": num_processes(),
         },
     )
+
+
+def _begin(folder: RunFolder, request: FinetuneRequest, identity: Mapping[str, Any]) -> Path | None:
+    """Write what the run depends on, or compare; returns the save to go on from, for all
+    processes."""
+    from accelerate.utils import broadcast_object_list
+
     found = [None]
     if is_main_process():
-        save = prepared.folder.begin(identity, resume=request.resume, restart=request.restart)
+        save = folder.begin(identity, resume=request.resume, restart=request.restart)
         found = [str(save) if save else None]  # type: ignore[list-item]
     broadcast_object_list(found)
     return Path(found[0]) if found[0] else None
@@ -448,7 +471,11 @@ def _begin(
 
 def _by_name(description: Mapping[str, Any]) -> dict[str, Any]:
     """Options, and the checksums of the data, each under a name that people know."""
-    sums = {f"SHA-256 of {file['source']}": file["sha256"] for file in description["data"]}
+    names = ("DATA", "the held-out rows")
+    sums = {
+        f"SHA-256 of {name}": file["sha256"]
+        for name, file in zip(names, description["data"], strict=False)
+    }
     return {**description["options"], **sums}
 
 

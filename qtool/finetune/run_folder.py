@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from qtool import __version__
 from qtool.checkpoint.output_place import encode_json, refuse_file, require_writable, sync
+from qtool.checkpoint.strict_json import json_type
 from qtool.errors import Option, QtoolError
 
 CHECKPOINTS: Final = "checkpoints"
@@ -53,20 +54,21 @@ class RunFolder:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """Of a finished run."""
-        return _read_json(self.path / MANIFEST)
+        """Of a finished run; QtoolError (bad_file) if it is damaged."""
+        return self._read_record(self.path / MANIFEST)
 
     @property
     def is_begun(self) -> bool:
         """Whether it holds a run of ours, finished or not."""
-        signs = (self.checkpoints / RUN, self.checkpoints / FILES)
-        return self.manifest is not None or any(sign.is_file() for sign in signs)
+        signs = (self.path / MANIFEST, self.checkpoints / RUN, self.checkpoints / FILES)
+        return any(sign.is_file() for sign in signs)
 
     def check(self, *, resume: bool, restart: bool) -> None:
         """Object to what OUT holds, before any work.
 
         Raises:
-            QtoolError: foreign files; a run that neither option says what to do with.
+            QtoolError: foreign files; a run that neither option says what to do with; a damaged
+                record of one.
         """
         refuse_file(self.path)
         self._require_asked(resume=resume, restart=restart)
@@ -81,20 +83,21 @@ class RunFolder:
                     kind="usage",
                     hint="choose another folder with -o; files of others are never overwritten",
                 )
-        elif not (resume or restart):
-            state = "a finished run" if self.manifest is not None else "an unfinished run"
+            return
+        is_finished = self.manifest is not None
+        if not (resume or restart):
             raise QtoolError(
-                f"{self.path} holds {state}",
+                f"{self.path} holds {'a finished' if is_finished else 'an unfinished'} run",
                 kind="usage",
                 hint=(
-                    *(() if self.manifest is not None else (Option("resume"), " continues it, ")),
+                    *(() if is_finished else (Option("resume"), " continues it, ")),
                     Option("restart"),
                     " begins anew, or choose another -o",
                 ),
             )
 
-    def begin(self, identity: Mapping[str, Any], *, resume: bool, restart: bool) -> Path | None:
-        """Start a run, or find the save to go on from; None begins at step 0.
+    def check_run(self, identity: Mapping[str, Any], *, resume: bool, restart: bool) -> None:
+        """Object to the run that is there, and change nothing.
 
         The caller holds the lock. Since `check` another process may have come and gone.
 
@@ -102,11 +105,20 @@ class RunFolder:
             QtoolError: as `check` does; the run that is there depends on something else.
         """
         self._require_asked(resume=resume, restart=restart)
+        found = self._read_record(self.checkpoints / RUN) if resume else None
+        if found is not None:
+            self.require_same(found, identity)
+
+    def begin(self, identity: Mapping[str, Any], *, resume: bool, restart: bool) -> Path | None:
+        """Start a run, or find the save to go on from; None begins at step 0.
+
+        Raises:
+            QtoolError: as `check_run` does.
+        """
+        self.check_run(identity, resume=resume, restart=restart)
         if restart:
             self._discard()
-        found = _read_json(self.checkpoints / RUN)
-        if resume and found is not None:
-            self.require_same(found, identity)
+        if resume and (self.checkpoints / RUN).is_file():
             self._drop_torn()
             return self.last_whole()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -193,7 +205,7 @@ class RunFolder:
 
     def _own_files(self) -> list[Path]:
         """Those of the result, finished or not."""
-        lists = (self.manifest, _read_json(self.checkpoints / FILES))
+        lists = (self.manifest, self._read_record(self.checkpoints / FILES))
         names = {name for listed in lists if listed for name in listed.get("files", [])}
         return [self.path / name for name in sorted(names) if Path(name).name == name]
 
@@ -214,20 +226,53 @@ class RunFolder:
 
     def require_same(self, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
         """QtoolError (usage) that names what differs, of what a run depends on."""
-        differences = [
-            f"{part} is {json.dumps(old)} there, {json.dumps(new)} now"
-            for part, old, new in _differences(found, identity)
-        ]
+        differences = _differences(found, identity)
         if differences:
-            raise QtoolError(
-                f"{self.path} was begun with other settings: {'; '.join(differences[:4])}",
-                kind="usage",
-                hint=(
-                    "give the same to continue it, or ",
-                    Option("restart"),
-                    " to begin anew",
-                ),
+            named = "; ".join(
+                f"{part} is {json.dumps(old)} there, {json.dumps(new)} now"
+                for part, old, new in differences[:4]
             )
+            gone = next((old for _, old, _ in differences if _is_gone(old)), None)
+            way = f"move {gone} back" if gone else "give the same"
+            raise QtoolError(
+                f"{self.path} was begun with other settings: {named}",
+                kind="usage",
+                hint=(f"{way} to continue it, or ", Option("restart"), " to begin anew"),
+            )
+
+    def _read_record(self, path: Path) -> dict[str, Any] | None:
+        """One that appears whole or not at all; None where there is none.
+
+        Raises:
+            QtoolError: bad_file, if it is damaged.
+        """
+        if not path.is_file():
+            return None
+        try:
+            value = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise self.damaged(path, f"expected JSON, found an error: {error}") from error
+        if not isinstance(value, dict):
+            raise self.damaged(path, f"expected a JSON object, found {json_type(value)}")
+        names = value.get("files", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self.damaged(path, 'expected names of files as "files"')
+        return value
+
+    def damaged(self, path: Path, what: str) -> QtoolError:
+        """The error for a record of ours that cannot be read, and what is left to do: without it
+        nobody knows which files of OUT are the run's."""
+        hint: tuple[str | Option, ...] = ("put a whole copy of it back, or choose another -o",)
+        if path.name == RUN:
+            hint = (*hint, ", or ", Option("restart"), " begins anew")
+        elif path.name == MANIFEST and self.last_whole() is not None:
+            hint = (
+                *hint,
+                ", or remove it: then ",
+                Option("resume"),
+                " makes the result from the last save",
+            )
+        return QtoolError(f"{path}: {what}", kind="bad_file", hint=hint)
 
 
 @contextlib.contextmanager
@@ -301,6 +346,11 @@ def _differences(
         for name in names
         if found.get(name) != wanted.get(name)
     ]
+
+
+def _is_gone(value: object) -> bool:
+    """Whether it is the whole path of what is there no more."""
+    return isinstance(value, str) and value.startswith("/") and not Path(value).exists()
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -25,6 +25,8 @@ BATCH_ROWS: Final = 256
 SHORTEST: Final = 2  # tokens; a single one has nothing to predict
 # What a template may put around the words that the assistant makes.
 GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# What templates say where roles are others than they want, or in another order.
+ROLES: Final = re.compile(r"\brole|alternat|system message", re.IGNORECASE)
 SHOWN_HINT: Final = (
     "take the turn out, or end the row before it; ",
     Option("completion_only", False),
@@ -175,6 +177,23 @@ def no_chat_template(source: str) -> QtoolError:
     )
 
 
+def _template_hint(error: Exception, first_line: str) -> str:
+    """What to change where a chat template fails: what it asks for itself it says of the row, and
+    all else is about values that it met, or about itself."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    if isinstance(error, TemplateSyntaxError):
+        return "the template is at fault, not the row: fetch the model's tokenizer files again"
+    if type(error) is not TemplateError:
+        return (
+            "a message has another form than the template reads: a key is missing, or there is a "
+            "list or an object where it wants text"
+        )
+    if ROLES.search(first_line):
+        return "roles, and who begins, are as the model's chat template wants them"
+    return "these are the template's own words: change the messages as they say"
+
+
 @dataclass(frozen=True, slots=True)
 class _Encoder:
     rows: Rows
@@ -230,7 +249,7 @@ class _Encoder:
             raise self.rows.error(
                 row,
                 f"the chat template refuses it: {first_line or type(error).__name__}",
-                "roles, and who begins, are as the model's chat template wants them",
+                _template_hint(error, first_line),
             ) from error
         if not self.completion_only:
             return Tokens(ids, ids)
@@ -245,12 +264,6 @@ class _Encoder:
             start = conversation.start(num_prompt)
             return [self._shown(row, messages, num_prompt, start, len(ids))]
         turns = [place for place, it in enumerate(messages) if it["role"] == ASSISTANT]
-        if not turns:
-            raise self.rows.error(
-                row,
-                "no message of the assistant",
-                'completions are learned from messages of the role "assistant"',
-            )
         if self._has_marks:
             ends = [end for place in turns if (end := conversation.end(place)) is not None]
             return list(_to_ends(self._marked_spans(row, messages), ends))

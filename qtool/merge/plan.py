@@ -108,6 +108,7 @@ def pair(adapter: Adapter, base: Checkpoint, *, max_shard_bytes: int | None) -> 
         pairing.replace(name, tensor)
     pairing.check_shapes()  # first: another model lacks modules too
     pairing.check_complete()
+    pairing.check_named()
     untied = pairing.untie()
     tensors = [
         TensorPlan(info, "copy", source.reason, (info,)) for info, source in pairing.outputs()
@@ -221,6 +222,27 @@ class _Pairing:
                 Option("base"),
                 f"; if it is whole, let {key} in its {CONFIG_NAME} name only what was trained",
             ),
+        )
+
+    def check_named(self) -> None:
+        """Refuse updates of modules that the config does not name: PEFT would leave them out."""
+        config = self.adapter.config
+        if config.get("target_modules") is None:
+            return  # PEFT goes by the model's type then
+        others = [
+            update
+            for module, update in self.adapter.updates.items()
+            if not is_target(config, module, is_linear=not update.is_embedding)
+        ]
+        if not others:
+            return
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise QtoolError(
+            f"{self.adapter.folder}: {WEIGHTS_NAME} holds {others[0].a.name}{more}; in "
+            f"{CONFIG_NAME} target_modules does not name that module, or another key leaves it out",
+            kind="bad_file",
+            hint="config and weights are of different adapters; if they belong together, let "
+            f"target_modules in its {CONFIG_NAME} name all that was trained",
         )
 
     def untie(self) -> str | None:

@@ -22,6 +22,8 @@ CODE_BYTES: Final = 1
 ROW_STATISTICS_BYTES: Final = 4
 LOOKING_BYTES: Final = 3  # per input: its absolute value in 16 bit, and whether that is an outlier
 OUTPUT_BYTES: Final = 6  # int32, and float16 made from it
+# Those with outliers, by name: the MLP's last, as far as a config tells.
+LAST_MLP_LAYERS: Final = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
 COLUMN_BYTES: Final = 9  # of an outlier's weight: its code, float32, and float32 once more
 
 INTEGRATION_STEPS: Final = 2000

@@ -1,8 +1,8 @@
 """Which linear layers LoRA adapts, and the parameters it adds: r * (in + out) for each.
 
 The rules are PEFT's (tuners/tuners_utils.py): "all-linear" is every linear layer but the output
-head, a name matches a module that has it or ends in "." and it. Layers that PEFT refuses are no
-part of "all-linear" here.
+head, a name matches a module that has it or ends in "." and it. Layers whose adapters would never
+be trained are no part of "all-linear" here.
 """
 
 from __future__ import annotations
@@ -16,10 +16,18 @@ from qtool.errors import Option, QtoolError
 ALL_LINEAR: Final = "all-linear"
 # Output head of a language model, and of a classifier.
 HEADS: Final = frozenset({"lm_head", "score"})
-# What PEFT raises ValueError for (_check_lora_target_modules_mamba): kernels of these models read
-# the weight without calling the layer, so an adapter on it would be passed by.
-BYPASSED: Final = frozenset({"out_proj", "conv1d"})
-BYPASSING_TYPES: Final = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+# Layers whose weight is read without calling them, so an adapter on them would be passed by. For
+# those that kernels read PEFT raises ValueError (_check_lora_target_modules_mamba); dt_proj, which
+# the code of these models multiplies with itself, it would wrap in vain.
+_READ_BY_KERNELS: Final = frozenset({"out_proj", "conv1d"})
+BYPASSED: Final = {
+    "falcon_h1": _READ_BY_KERNELS,
+    "falcon_mamba": _READ_BY_KERNELS | {"dt_proj"},
+    "jamba": frozenset({"dt_proj"}),
+    "mamba": _READ_BY_KERNELS | {"dt_proj"},
+    "mamba2": _READ_BY_KERNELS,
+    "nemotron_h": _READ_BY_KERNELS,
+}
 
 Targets = str | Sequence[str]
 
@@ -31,16 +39,16 @@ def features(tensor: ModelTensor) -> tuple[int, int]:
 
 
 def is_refused(model_type: str | None, module_name: str) -> bool:
-    """Whether PEFT refuses to adapt the module in a model of this type."""
-    return model_type in BYPASSING_TYPES and module_name.rpartition(".")[2] in BYPASSED
+    """Whether an adapter on the module is refused in a model of this type."""
+    return module_name.rpartition(".")[2] in BYPASSED.get(model_type or "", ())
 
 
 def refuse_bypassed(model_type: str | None, module_name: str) -> None:
-    """Raise QtoolError (usage) for a target that PEFT refuses."""
+    """Raise QtoolError (usage) for a target that would never be trained."""
     if is_refused(model_type, module_name):
         raise QtoolError(
-            f"LoRA target {module_name}: kernels of {model_type} models read its weight without "
-            "calling the layer, so PEFT refuses an adapter on it",
+            f"LoRA target {module_name}: {model_type} models read its weight without calling the "
+            "layer, so an adapter on it would never be trained",
             kind="usage",
             hint=(Option("lora_targets", ALL_LINEAR), " leaves it out"),
         )
@@ -51,7 +59,7 @@ def target_layers(architecture: Architecture, targets: Targets) -> tuple[ModelTe
 
     Raises:
         QtoolError: "usage" for a name that matches no linear layer, with the nearest names, and for
-            one that PEFT refuses.
+            one that would never be trained.
     """
     model_type = architecture.model_type
     linears = [tensor for tensor in architecture.tensors.values() if tensor.is_linear]

@@ -222,19 +222,19 @@ class MemoryBudget:
 
     def _training_demands(self, workload: Workload) -> list[Demand]:
         """One per GPU."""
-        architecture = self.model.architecture
         weights = [Component(self._resident_bytes(s), self.weights_basis) for s in self.shares]
-        if architecture is None:
+        if self.model.architecture is None:
             return [Demand({"weights": held}, held.bytes, held.bytes) for held in weights]
         from qtool.planner.training_plan import training_demand, workload_peak  # only for training
 
         own_bytes = self._own_buffer_bytes(workload)
         peak = workload_peak(
-            architecture,
+            self.model,
             self.quant,
             workload,
             base_bytes=self.weights.element_bytes,
             buffer_bytes=own_bytes,
+            int8_outliers=self._int8_outliers(workload.context * workload.batch),
         )
         return [
             training_demand(peak, weights=held, part=share.part)
@@ -343,7 +343,7 @@ def _notes(
         return notes
     from qtool.planner.training_plan import training_notes
 
-    return (*notes, *training_notes(model.architecture, quant, workload, element_bytes))
+    return (*notes, *training_notes(model, quant, workload, element_bytes))
 
 
 def _decoding(read_back_bytes: int) -> Parts:

@@ -68,8 +68,10 @@ class TrainingOptions:
     """How a model is trained. `context` is tokens per sequence, `batch` sequences per pass.
 
     `accumulates_gradients`: more than one pass per optimizer step, so gradients never go away.
-    `master_dtype` matters to "full" alone, `quant` to "qlora" alone, and so does `base_bytes`:
-    per element of what is not packed, as it is loaded.
+    `master_dtype` matters to "full" alone, `quant` to "qlora" alone. `base_bytes`: per element of
+    what is not packed, as it is loaded. `int8_outliers`: the share of the columns of
+    an MLP's last layer that hold one, where LLM.int8() multiplies; else None. `packed`: names of
+    the weights that "qlora" packs; None: those of the default rule.
     """
 
     mode: TrainingMode
@@ -86,11 +88,21 @@ class TrainingOptions:
     accumulates_gradients: bool = False
     master_dtype: FloatName = "bf16"
     base_bytes: int = BF16
+    int8_outliers: float | None = None
+    packed: frozenset[str] | None = None
 
     @property
     def is_prepared(self) -> bool:
         """Whether prepare_model_for_kbit_training has been here."""
         return self.mode == "qlora" and self.runtime == "transformers"
+
+    @property
+    def stream_bytes(self) -> int:
+        """Per element of the residual stream, and of weights that are not packed."""
+        if self.mode == "full":
+            return FLOAT_BYTES[self.master_dtype]
+        is_float32 = self.is_prepared or (self.mode == "lora" and self.base_bytes == FP32)
+        return FP32 if is_float32 else BF16
 
     @property
     def is_own(self) -> bool:
@@ -205,12 +217,16 @@ class _Trained:
 
 @lru_cache(maxsize=4)  # limits are found by asking a hundred times about one model
 def _find_trained(
-    architecture: Architecture, mode: TrainingMode, lora_targets: Targets
+    architecture: Architecture,
+    mode: TrainingMode,
+    lora_targets: Targets,
+    packed: frozenset[str] | None,
 ) -> _Trained:
     is_full = mode == "full"
     targets = () if is_full else target_layers(architecture, lora_targets)
     adapted = frozenset(target.name for target in targets)
-    packed = frozenset(architecture.quantizable()) if mode == "qlora" else frozenset()
+    if packed is None:
+        packed = frozenset(architecture.quantizable())
     stored = [tensor for tensor in architecture.tensors.values() if tensor.tied_to is None]
     return _Trained(
         packed=packed,
@@ -241,10 +257,10 @@ class _Run:
         is_full = options.mode == "full"
         named = options.lora_targets
         targets = named if isinstance(named, str) else tuple(named)
-        trained = _find_trained(architecture, options.mode, targets)
-        is_float32 = options.is_prepared or (is_full and options.master_dtype == "fp32")
+        packed = options.packed if options.mode == "qlora" else frozenset()
+        trained = _find_trained(architecture, options.mode, targets, packed)
         precision = Precision(
-            stream=FP32 if is_float32 else BF16,
+            stream=options.stream_bytes,
             is_full=is_full,
             is_bitsandbytes=options.is_prepared,
             is_own=options.is_own,
@@ -254,6 +270,7 @@ class _Run:
             packed=trained.packed,
             adapted=trained.adapted,
             buffer_bytes=_buffer_rule(options.quant, buffer_bytes),
+            int8_outliers=options.int8_outliers,
         )
         sizes = trained.tensors(options.lora_r)
         return cls(
@@ -421,11 +438,12 @@ class _Run:
             made -= self._embedding_gradients
         end = sum(run.num_layers for run in self.layers)
         for before, (layer, count) in zip(reversed(kept[:-1]), reversed(self.layers), strict=True):
-            peak = layer.peak
+            is_recomputed = self.options.gradient_checkpointing
+            peak = layer.peak_again if is_recomputed else layer.peak
             if self.options.accumulates_gradients:
                 peak = replace(peak, gradients=0)
             for index in sorted({0, count - 1}, reverse=True):
-                kept_layers = index + 1 if self.options.gradient_checkpointing else index
+                kept_layers = index + 1 if is_recomputed else index
                 made_here = made + (count - 1 - index) * layer.gradients
                 alive = before + self._keeps(layer) * kept_layers + peak + self._made(made_here)
                 yield f"backward of layer {end - count + index}", alive

@@ -10,6 +10,8 @@ What is kept follows from the code that runs, under bf16 autocast:
 - trained linear: its input in bf16; layers that read the same input share it unless it is float32,
   which autocast casts for each;
 - frozen linear: nothing (F.linear keeps a frozen weight's input no more than MatMul4Bit does);
+- frozen linear of bitsandbytes' LLM.int8(): its input as it is, and the columns of outliers once
+  more. MatMul8bitLt holds them itself, so checkpoints do not let go of them either;
 - LoRA (peft/tuners/lora/layer.py, bnb.py): dropout's mask (1 byte) and, in bf16, what lora_A and
   lora_B read. Each adapter has dropout of its own, so nothing is shared;
 - LoRA over qtool's packed layers (qtool.finetune.lora_function): the layer's input in bf16, shared
@@ -29,6 +31,7 @@ from itertools import groupby
 from typing import Final, NamedTuple
 
 from qtool.architecture import Architecture, AttentionCache, ModelTensor
+from qtool.planner.llm_int8 import CODE_BYTES, LAST_MLP_LAYERS, LOOKING_BYTES, OUTPUT_BYTES
 from qtool.planner.lora import features, num_adapter_parameters
 from qtool.planner.mlp_activations import mlp_activation
 from qtool.planner.units import FLOAT32_BYTES, HALF_BYTES
@@ -81,7 +84,8 @@ class Precision:
     `stream` is the residual stream's. `is_bitsandbytes`: packed layers are bitsandbytes' and PEFT's
     classes for them, which answer in their input's dtype. `is_own`: they are qtool's, each with its
     adapter one step of autograd. `buffer_bytes(elements)` is what a packed weight takes in floating
-    point while it is multiplied by.
+    point while it is multiplied by. `int8_outliers`: the share of the columns of an MLP's last
+    layer that hold one, where LLM.int8() multiplies; else None.
     """
 
     stream: int
@@ -94,6 +98,7 @@ class Precision:
     packed: frozenset[str]
     adapted: frozenset[str]
     buffer_bytes: Callable[[int], int]
+    int8_outliers: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +142,18 @@ def largest(moments: Iterable[Alive]) -> Alive:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Part of a layer. `gradients` are those of its weights, which its backward pass makes."""
+    """Part of a layer. `gradients` are those of its weights, which its backward pass makes.
+
+    `holds` are bytes that its functions keep by themselves, beside what is saved for the backward
+    pass: other ones than any step keeps, and such as another step keeps too.
+    """
 
     keeps: Alive
     forward: Alive = Alive()
     backward: Alive = Alive()
     gradients: int = 0
+    holds: int = 0
+    holds_kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,26 +161,34 @@ class Layer:
     """One decoder layer in training.
 
     `keeps` is all that is kept when its forward pass has ended, `peak` the most at once in its
-    forward and its backward pass, its own gradients included. `checkpoint` is its input, the only
-    thing kept under gradient checkpointing. `cached_copies` are the bf16 copies of trained float32
-    weights, which autocast holds until the loss is computed.
+    forward and its backward pass, its own gradients included. Under gradient checkpointing that is
+    `checkpoint`, its input and what functions hold by themselves, and beside it `peak_again`.
+    `cached_copies` are the bf16 copies of trained float32 weights, which autocast holds until the
+    loss is computed.
     """
 
     keeps: Alive
     peak: Alive
+    peak_again: Alive
     gradients: int
     checkpoint: int
     cached_copies: int
     is_known: bool
 
 
-def _peak(steps: Sequence[Step]) -> Alive:
-    """The largest of the running sums."""
+def _peak(steps: Sequence[Step], *, is_recomputed: bool) -> Alive:
+    """The largest of the running sums.
+
+    Once a layer has been recomputed, its functions are those of the first pass: what the second
+    ones held is gone.
+    """
     moments = []
-    kept, gradients = Alive(), sum(step.gradients for step in steps)
+    kept, held, gradients = Alive(), 0, sum(step.gradients for step in steps)
     for step in steps:
         kept += step.keeps
-        moments += [kept + step.forward, kept + step.backward + Alive(gradients=gradients)]
+        held += step.holds
+        back = kept + step.backward + Alive(0 if is_recomputed else held, gradients=gradients)
+        moments += [kept + step.forward + Alive(held), back]
         gradients -= step.gradients
     return largest(moments)
 
@@ -305,15 +324,13 @@ class _Builder:
         )
         steps = (rest_of_weights, *(self._beside_the_stream(step) for step in steps))
         return Layer(
-            keeps=sum((step.keeps for step in steps), Alive()),
-            peak=_peak(steps),
+            keeps=sum((step.keeps + Alive(step.holds) for step in steps), Alive()),
+            peak=_peak(steps, is_recomputed=False),
+            peak_again=_peak(steps, is_recomputed=True),
             gradients=sum(step.gradients for step in steps),
-            checkpoint=self.tokens * precision.stream * hidden,
-            cached_copies=sum(
-                self._copied(tensor)
-                for _, tensor in tensors
-                if self._gradients(tensor) and not self._is_own(tensor)
-            ),
+            checkpoint=self.tokens * precision.stream * hidden
+            + sum(step.holds + step.holds_kept for step in steps),
+            cached_copies=sum(self._cached(tensor) for _, tensor in tensors),
             is_known=is_known,
         )
 
@@ -330,14 +347,26 @@ class _Builder:
 
     def _copied(self, tensor: ModelTensor) -> int:
         """bf16 copies of float32 weights that a product under autocast reads."""
+        return self._copied_adapter(tensor) + self._copied_weight(tensor)
+
+    def _copied_adapter(self, tensor: ModelTensor) -> int:
         precision = self.precision
-        copied = 0
         is_cast = precision.trained == FP32 or self._is_own(tensor)
-        if tensor.name in precision.adapted and is_cast:
-            copied += BF16 * num_adapter_parameters(tensor, precision.lora_r)
-        if precision.stream == FP32 and tensor.name not in precision.packed and tensor.is_linear:
-            copied += BF16 * math.prod(tensor.shape)
-        return copied
+        if tensor.name not in precision.adapted or not is_cast:
+            return 0
+        return BF16 * num_adapter_parameters(tensor, precision.lora_r)
+
+    def _copied_weight(self, tensor: ModelTensor) -> int:
+        precision = self.precision
+        is_cast = precision.stream == FP32 and tensor.name not in precision.packed
+        return BF16 * math.prod(tensor.shape) if is_cast and tensor.is_linear else 0
+
+    def _cached(self, tensor: ModelTensor) -> int:
+        """Those of them that autocast holds on to: of weights that are trained."""
+        if self._is_own(tensor):
+            return 0
+        trained_weight = self._copied_weight(tensor) if self.precision.is_full else 0
+        return self._copied_adapter(tensor) + trained_weight
 
     # -- steps ------------------------------------------------------------------------------------
 
@@ -382,6 +411,7 @@ class _Builder:
         steps = []
         outputs = 0
         keeping = {kept_width}  # widths of the inputs that are kept already
+        holding = {kept_width}
         for index, tensor in enumerate(linears):
             width, output = features(tensor)
             outputs += self.output_bytes(tensor, element_bytes) * output
@@ -394,12 +424,19 @@ class _Builder:
             read = 0 if is_there else element_bytes * width
             summed = element_bytes * width if index < len(linears) - 1 else 0
             kept = one.keeps + (BF16 * width if is_first else 0)
+            held = 0
+            if self._is_int8(tensor) and width not in holding:
+                holding.add(width)
+                held = element_bytes * width
+            outliers = element_bytes * self._num_outliers(tensor)
             steps.append(
                 Step(
                     keeps=Alive(self.tokens * kept, weight_copies=self._copied(tensor)),
                     forward=one.forward + self._alive(read + outputs),
                     backward=one.backward + self._alive(summed + outputs),
                     gradients=self._gradients(tensor),
+                    holds=self.tokens * (outliers + (0 if is_kept else held)),
+                    holds_kept=self.tokens * held if is_kept else 0,
                 )
             )
         return steps
@@ -413,12 +450,10 @@ class _Builder:
         if precision.is_full:
             gradient = self._alive(element_bytes * inputs)
             return _Linear(cast, not is_float32, Alive(), gradient)
-        buffer = 0
-        if tensor.name in precision.packed:
-            buffer = precision.buffer_bytes(math.prod(tensor.shape))
+        reading, buffer = self._product(tensor, element_bytes)
         if tensor.name not in precision.adapted:
-            passing = Alive(self.tokens * cast, buffer)
-            return _Linear(0, False, passing, passing + self._alive(element_bytes * inputs))
+            back = Alive(self.tokens * cast, buffer)
+            return _Linear(0, False, reading, back + self._alive(element_bytes * inputs))
         if self._is_own(tensor):
             return self._own_linear(inputs, outputs, element_bytes, buffer)
         keeps = BF16 * precision.lora_r + (MASK * inputs if precision.dropout else 0)
@@ -445,7 +480,7 @@ class _Builder:
             shares,
             largest(
                 (
-                    Alive(self.tokens * cast, buffer),
+                    reading,
                     self._alive(own + dropped),
                     self._alive(own + added * outputs),
                 )
@@ -458,6 +493,33 @@ class _Builder:
                 )
             ),
         )
+
+    def _product(self, tensor: ModelTensor, element_bytes: int) -> tuple[Alive, int]:
+        """What multiplying by a frozen weight takes beside input and output; and the bytes that its
+        backward pass makes of the weight."""
+        num_elements = math.prod(tensor.shape)
+        inputs, outputs = features(tensor)
+        cast = BF16 * inputs if element_bytes == FP32 else 0  # to float16 for LLM.int8()
+        if not self._is_int8(tensor):
+            is_packed = tensor.name in self.precision.packed
+            buffer = self.precision.buffer_bytes(num_elements) if is_packed else 0
+            return Alive(self.tokens * cast, buffer), buffer
+        rounding = self._alive(cast + (CODE_BYTES + LOOKING_BYTES) * inputs)
+        multiplying = Alive(
+            self.tokens * (CODE_BYTES * inputs + OUTPUT_BYTES * outputs),
+            buffer=element_bytes * self._num_outliers(tensor) * outputs,
+        )
+        return largest((rounding, multiplying)), element_bytes * num_elements
+
+    def _is_int8(self, tensor: ModelTensor) -> bool:
+        """Whether it is LLM.int8()'s."""
+        return self.precision.int8_outliers is not None and tensor.name in self.precision.packed
+
+    def _num_outliers(self, tensor: ModelTensor) -> int:
+        """Columns of its input that hold one."""
+        if not self._is_int8(tensor) or _name(tensor) not in LAST_MLP_LAYERS:
+            return 0
+        return round((self.precision.int8_outliers or 0) * features(tensor)[0])
 
     def _own_linear(self, inputs: int, outputs: int, element_bytes: int, buffer: int) -> _Linear:
         """A packed layer and its adapter as one step, see `qtool.finetune.lora_function`."""

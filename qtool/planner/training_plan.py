@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from qtool.architecture import Architecture
 from qtool.planner.demand import Demand, Parts
 from qtool.planner.lora import ALL_LINEAR
+from qtool.planner.model import PlannedModel
 from qtool.planner.records import Basis, Component, Workload
 from qtool.planner.training import TrainingOptions, TrainingPeak, training_peak
 
 
 def workload_peak(
-    architecture: Architecture,
+    model: PlannedModel,
     quant: str,
     workload: Workload,
     *,
     base_bytes: int,
     buffer_bytes: int | None,
+    int8_outliers: float | None,
 ) -> TrainingPeak:
-    """The peak of one training step of the whole model.
+    """The peak of one training step of the whole model, whose architecture is known.
 
     Args:
         base_bytes: per element of what is not packed when the model is loaded.
         buffer_bytes: what multiplying by a packed weight takes; None: bitsandbytes' whole weight.
+        int8_outliers: see `TrainingOptions`.
     """
-    options = training_options(workload, quant, base_bytes)
-    return training_peak(architecture, options, buffer_bytes=buffer_bytes)
+    assert model.architecture is not None
+    options = training_options(model, quant, workload, base_bytes)
+    options = replace(options, int8_outliers=int8_outliers)
+    return training_peak(model.architecture, options, buffer_bytes=buffer_bytes)
 
 
 def training_demand(peak: TrainingPeak, *, weights: Component, part: float) -> Demand:
@@ -56,13 +61,17 @@ def training_demand(peak: TrainingPeak, *, weights: Component, part: float) -> D
 
 
 def training_notes(
-    architecture: Architecture, quant: str, workload: Workload, base_bytes: int
+    model: PlannedModel, quant: str, workload: Workload, base_bytes: int
 ) -> tuple[str, ...]:
     """What preparing the model for training does that one may not expect."""
-    return training_peak(architecture, training_options(workload, quant, base_bytes)).notes
+    assert model.architecture is not None
+    options = training_options(model, quant, workload, base_bytes)
+    return training_peak(model.architecture, options).notes
 
 
-def training_options(workload: Workload, quant: str, base_bytes: int) -> TrainingOptions:
+def training_options(
+    model: PlannedModel, quant: str, workload: Workload, base_bytes: int
+) -> TrainingOptions:
     """The workload in the words of the training formulas."""
     assert workload.mode != "generate"
     tuning = workload.tuning
@@ -80,4 +89,5 @@ def training_options(workload: Workload, quant: str, base_bytes: int) -> Trainin
         gradient_checkpointing=tuning.gradient_checkpointing,
         master_dtype="fp32" if quant == "fp32" else "bf16",
         base_bytes=base_bytes,
+        packed=frozenset(model.packable()),
     )

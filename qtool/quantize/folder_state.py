@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import re
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, TypeVar
@@ -33,13 +33,8 @@ SAMPLES: Final = "samples"  # in `RunIdentity.source`: what tells weights of one
 
 _NAMED_DIFFERENCES: Final = 4
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_NAMED_FILES: Final = 3
 _BEGIN_ANEW: Final = (Option("restart"), " begins anew; or choose another ", Option("output"))
-# Whose the files are that an unreadable record listed, nobody can tell: those stay, in the way.
-_TRY_ANEW: Final = (
-    Option("restart"),
-    " begins anew if no file that it lacks a record of is in the way; or choose another ",
-    Option("output"),
-)
 
 # empty: nothing, or what a run left that had not begun. foreign: files, and no record of ours.
 # unfinished: a journal. incomplete: a manifest, but a file that it lists is missing or cut.
@@ -116,7 +111,7 @@ class FolderState:
     def require_same(self, identity: RunIdentity) -> None:
         """Raise QtoolError naming in what `identity` differs from what OUT was made of."""
         if self.fault is not None:
-            raise self.fault
+            raise self._with_way_out(self.fault, identity)
         if self.identity is None:
             return
         differences = list(dict.fromkeys(_differences(self.identity, identity)))
@@ -140,17 +135,22 @@ class FolderState:
                 hint=_BEGIN_ANEW,
             )
 
-    def refuse_overwriting(self, names: Collection[str]) -> None:
-        """Raise QtoolError(usage) where one of `names` is a file that no run of ours published."""
-        for name in names:
-            in_the_way = None if name in self.own_names else self._in_the_way(name)
-            if in_the_way is not None:
-                raise QtoolError(
-                    f"{in_the_way} is in the way: it is to be written, and neither journal nor "
-                    "manifest lists it as qtool's own",
-                    kind="usage",
-                    hint=("move it away, or choose another folder with ", Option("output")),
-                )
+    def refuse_overwriting(self, names: Iterable[str]) -> None:
+        """Raise QtoolError(usage) where some of `names` are files that no run of ours published."""
+        paths = self._in_the_way(names)
+        if not paths:
+            return
+        is_one = len(paths) == 1
+        what = f"{paths[0]} is" if is_one else f"{self.path}: {self._named(paths)} are"
+        raise QtoolError(
+            f"{what} in the way of what is to be written, and neither journal nor manifest lists "
+            f"{'it' if is_one else 'them'} as qtool's own",
+            kind="usage",
+            hint=(
+                f"move {'it' if is_one else self.path} away, or choose another folder with ",
+                Option("output"),
+            ),
+        )
 
     def refuse_edited(self, identity: RunIdentity) -> None:
         """Raise QtoolError(usage) where a finished folder's small file is there in another size:
@@ -169,7 +169,27 @@ class FolderState:
                     ),
                 )
 
-    def _in_the_way(self, name: str) -> Path | None:
+    def _with_way_out(self, fault: QtoolError, identity: RunIdentity) -> QtoolError:
+        """Whose the files are that a damaged record listed, nobody can tell: those stay."""
+        paths = self._in_the_way((*identity.file_names, MANIFEST))
+        if not paths:
+            return fault
+        lost = f"no record is left of {self._named(paths)}: move {self.path} away"
+        return fault.with_hint((f"{lost}, or choose another folder with ", Option("output")))
+
+    def _named(self, paths: Sequence[Path]) -> str:
+        """The first names, and how many more there are."""
+        names = [str(path.relative_to(self.path)) for path in paths]
+        hidden = len(names) - _NAMED_FILES
+        *shown, last = names if hidden <= 0 else [*names[:_NAMED_FILES], f"{hidden} more"]
+        return f"{', '.join(shown)} and {last}" if shown else last
+
+    def _in_the_way(self, names: Iterable[str]) -> list[Path]:
+        """What lies where files with these names would go, and no run of ours published."""
+        found = (self._at_place_of(name) for name in names if name not in self.own_names)
+        return list(dict.fromkeys(path for path in found if path is not None))
+
+    def _at_place_of(self, name: str) -> Path | None:
         target = self.path / name
         if target.is_symlink() or target.exists():
             return target
@@ -322,7 +342,7 @@ def _parse_journal(
 ) -> tuple[RunIdentity, Mapping[str, FileRecord]]:
     where = str(journal)
     head, *entries = (
-        parse_json_object(line, file=f"{where}: line {number}", hint=_TRY_ANEW)
+        parse_json_object(line, file=f"{where}: line {number}", hint=_BEGIN_ANEW)
         for number, line in enumerate(lines, start=1)
     )
     version = head.get("qtool_version")
@@ -345,13 +365,13 @@ def _parse_journal(
 
 
 def _read_manifest(manifest: Path) -> dict[str, Any]:
-    content = parse_json_object(manifest.read_bytes(), file=str(manifest), hint=_TRY_ANEW)
+    content = parse_json_object(manifest.read_bytes(), file=str(manifest), hint=_BEGIN_ANEW)
     if content.get("schema") != MANIFEST_SCHEMA:
         found = quoted(content.get("schema"))
         raise QtoolError(
             f"{manifest}: expected schema {MANIFEST_SCHEMA}, found {found}",
             kind="bad_file",
-            hint=_TRY_ANEW,
+            hint=_BEGIN_ANEW,
         )
     return content
 
@@ -384,7 +404,7 @@ def _take_record(entry: Mapping[str, Any], where: str) -> FileRecord:
             f"{where}: expected a size and 64 hexadecimal digits, found {num_bytes} and "
             f"{quoted(sha256)}",
             kind="bad_file",
-            hint=_TRY_ANEW,
+            hint=_BEGIN_ANEW,
         )
     return FileRecord(num_bytes, sha256)
 
@@ -402,7 +422,7 @@ def _take(entry: Mapping[str, Any], key: str, kind: type[Value], where: str) -> 
         raise QtoolError(
             f"{where}: {quoted(key)}: expected {json_type(kind())}, found {found}",
             kind="bad_file",
-            hint=_TRY_ANEW,
+            hint=_BEGIN_ANEW,
         )
     return value
 

@@ -25,7 +25,7 @@ def report_plan(output: Output, planned: PlannedRequest, *, dry_run: bool) -> No
 
 def report_result(output: Output, planned: PlannedRequest, result: QuantizeResult) -> None:
     """Say what was written, how fast, and with how much memory."""
-    size = format_bytes(result.output_bytes)
+    size = format_bytes(result.output_bytes, beside=planned.plan.input_bytes)
     if result.read_bytes:
         rate = format_rate(result.read_bytes, result.seconds)
         done = "complete (continued)" if result.resumed else "complete"
@@ -59,10 +59,9 @@ def _plan_lines(planned: PlannedRequest) -> list[str]:
 
 def _totals(plan: QuantPlan) -> str:
     bits = 8 * plan.weights_bytes / plan.architecture.num_parameters
-    return (
-        f"{format_bytes(plan.input_bytes)} → {format_bytes(plan.weights_bytes)}, "
-        f"{bits:.2f} bits per parameter"
-    )
+    before = plan.input_bytes
+    after = format_bytes(plan.weights_bytes, beside=before)
+    return f"{format_bytes(before)} → {after}, {bits:.2f} bits per parameter"
 
 
 def _tensor_table(plan: QuantPlan) -> Any:

@@ -10,22 +10,23 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 
-def format_bytes(num_bytes: int) -> str:
-    """Bytes with the unit that keeps three or four digits: "512 B", "3.25 MiB", "14.96 GiB"."""
-    if num_bytes < KIB:
-        return f"{num_bytes} B"
+def format_bytes(num_bytes: int, *, beside: int | None = None) -> str:
+    """Bytes with the unit that keeps three or four digits: "512 B", "3.25 MiB", "14.96 GiB".
+
+    Args:
+        beside: other bytes that stand nearby to be compared: their unit is taken.
+    """
+    judged = num_bytes if beside is None else beside
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
-        if num_bytes >= size:
+        if judged >= size:
             return f"{num_bytes / size:,.2f} {unit}"
-    raise AssertionError("unreachable")
+    return f"{num_bytes} B"
 
 
 def format_done(num_bytes: int, total_bytes: int) -> str:
     """A part and the whole in one unit: "1.27/6.27 GiB"."""
-    whole = format_bytes(total_bytes)
-    unit = whole.rpartition(" ")[2]
-    size = {"GiB": GIB, "MiB": MIB, "KiB": KIB}.get(unit)
-    return f"{num_bytes / size:,.2f}/{whole}" if size else f"{num_bytes}/{whole}"
+    part = format_bytes(num_bytes, beside=total_bytes).partition(" ")[0]
+    return f"{part}/{format_bytes(total_bytes)}"
 
 
 def format_gib(num_bytes: int) -> str:

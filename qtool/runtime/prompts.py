@@ -8,6 +8,7 @@ from typing import Any, Final
 from qtool.errors import Option, QtoolError, Words
 
 SAID_NO: Final = (Option("chat", False), " was given")
+NO_TEMPLATE: Final = "there is no chat template"
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -18,17 +19,22 @@ def has_chat_template(tokenizer: Any) -> bool:
 def require_chat_template(tokenizer: Any) -> None:
     """QtoolError if conversations cannot be."""
     if not has_chat_template(tokenizer):
-        raise QtoolError(
-            "the tokenizer has no chat template",
-            kind="usage",
-            hint=(
-                "leave out ",
-                Option("chat"),
-                " and ",
-                Option("system"),
-                ", and give the text to continue",
-            ),
-        )
+        raise no_chat_template()
+
+
+def no_chat_template() -> QtoolError:
+    """The error for a chat that was asked for where there is no template."""
+    return QtoolError(
+        "the tokenizer has no chat template",
+        kind="usage",
+        hint=(
+            "leave out ",
+            Option("chat"),
+            " and ",
+            Option("system"),
+            ", and give the text to continue",
+        ),
+    )
 
 
 def refuse_system(why: Words) -> QtoolError:

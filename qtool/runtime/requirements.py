@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from qtool.backends.cuda_driver import NoCudaError, cannot_run, find_driver
 from qtool.errors import Option, QtoolError, naming
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
+from qtool.runtime.prompts import NO_TEMPLATE, no_chat_template, refuse_system
 
 if TYPE_CHECKING:
     from qtool.architecture import Architecture
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 RUN_PACKAGES: Final = ("torch", "transformers", "accelerate")
 FINETUNE_PACKAGES: Final = ("trl", "peft", "datasets")
 NO_GPU: Final = "CUDA graphs need an NVIDIA GPU"
+NO_CUPY: Final = "the fused kernels need CuPy"
 OLDEST_TRANSFORMERS: Final = (5, 10)  # older releases follow hostile paths and names in checkpoints
 
 
@@ -62,11 +65,13 @@ def require_device(device: str) -> None:
 
 
 def require_path(path: str, device: str, model: str) -> None:
-    """The same for a way to run `model` that there is with a GPU alone.
+    """The same for a way to run `model` that there is with a GPU alone, or with CuPy on one.
 
     Raises:
         QtoolError: unsupported.
     """
+    if path == "fused" and device.startswith("cuda") and importlib.util.find_spec("cupy") is None:
+        raise cannot_take(model, path, NO_CUPY)
     if path != "graph":
         return
     try:
@@ -148,6 +153,49 @@ def _packed_mixture(
         kind="unsupported",
         hint=("leave out ", Option("quant", quant), " to run it as it is stored"),
     )
+
+
+def require_fusable(checkpoint: Checkpoint, fused_types: Collection[str]) -> None:
+    """The same for the fused path, which there is for blocks of `fused_types`.
+
+    Raises:
+        QtoolError: unsupported.
+    """
+    from qtool.architecture import KNOWN_MODEL_TYPES
+
+    model_type = checkpoint.config.get("model_type")
+    if model_type in KNOWN_MODEL_TYPES and model_type not in fused_types:
+        why = f"{model_type} blocks have no fused kernels"
+        raise cannot_take(checkpoint.id, "fused", why)
+
+
+def require_tokenizer(checkpoint: Checkpoint) -> None:
+    """The same for a tokenizer, as far as names of files tell; the rest is for transformers to say.
+
+    Raises:
+        QtoolError: not_found.
+    """
+    from qtool.runtime.tokenizer_files import lacks_tokenizer
+
+    if lacks_tokenizer(checkpoint):
+        raise QtoolError(
+            f"{checkpoint.id}: no usable tokenizer: there is none among its files",
+            kind="not_found",
+            hint="tokenizer.json and tokenizer_config.json belong into the model's folder",
+        )
+
+
+def require_chat(checkpoint: Checkpoint, *, chat: bool | None, system: str | None) -> None:
+    """The same for a chat that was asked for, of a model whose files hold no chat template.
+
+    Raises:
+        QtoolError: usage.
+    """
+    from qtool.runtime.tokenizer_files import lacks_chat_template
+
+    is_asked_for = chat or (chat is None and system is not None)
+    if is_asked_for and lacks_chat_template(checkpoint):
+        raise no_chat_template() if chat else refuse_system(NO_TEMPLATE)
 
 
 def made_for(checkpoint: Checkpoint) -> int | None:

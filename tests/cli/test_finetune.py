@@ -196,7 +196,8 @@ def test_a_dry_run_plans_and_writes_nothing(stories: Path, story: Path, tmp_path
         (('{"question": "a"}',), "bad_file", 'found "question"'),
         ((), "bad_file", "line 1: not JSON"),
         (('{"text": 4}',), "bad_file", 'line 1: "text": expected text, found a number'),
-        (('{"messages": [{"role": "user", "content": "a"}]}',), "unsupported", "no chat template"),
+        (('{"messages": [{"role": "user", "content": "a"}]}',), "bad_file", "of the assistant"),
+        (('{"messages": [{"role": "assistant"}]}',), "unsupported", "no chat template"),
     ],
 )
 def test_bad_data_is_an_error_with_its_line(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -28,6 +30,7 @@ from qtool.runtime.text_stream import TextStream
 from tests.cli.running import run
 from tests.hub_server import HubServer, hub_server  # noqa: F401
 from tests.merge.adapters import linear_layers, lora_tensors, write_adapter
+from tests.test_structure import loaded_modules
 
 PROMPT = "Once upon a time"
 START = ", there was a little girl named Lily."
@@ -87,8 +90,10 @@ def test_quiet_says_the_text_only(stories: Path) -> None:
 
 
 def test_verbose_tells_phases_and_where_the_weights_went_and_lists_no_tensors(
-    stories: Path,
+    stories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # On a busy machine lines of progress would name what is in work.
+    monkeypatch.setattr("qtool.report.progress.FIRST_LINE_S", {False: math.inf, True: math.inf})
     arguments = ("generate", stories, PROMPT, "--max-new-tokens", 6, "--device", "cpu")
     ran = run(*arguments, "--quant", "int8", "-v")
     said = " ".join(ran.stderr.split())
@@ -364,6 +369,43 @@ def test_a_path_that_the_device_has_not_is_refused_at_once(
     ran = run("generate", stories, "x", "--path", "graph", "--device", "cpu", "--json")
     assert (ran.exit_code, ran.error["kind"]) == (1, "unsupported")
     assert "cannot take the graph path: CUDA graphs need an NVIDIA GPU" in ran.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        ("slm4096-gpt2-hf", ("--path", "fused"), "path: gpt2 blocks have no fused kernels"),
+        ("TinyStories-656K-hf", ("--chat",), "the tokenizer has no chat template"),
+        ("TinyStories-656K-hf", ("--system", "s"), "a chat, but there is no chat template"),
+        ("mute", (), "no usable tokenizer: there is none among its files"),
+    ],
+)
+def test_what_the_files_tell_loads_no_torch(
+    test_data: Path, tmp_path: Path, model: str, options: tuple[str, ...], said: str
+) -> None:
+    folder = test_data / "models" / model
+    if model == "mute":
+        without = shutil.ignore_patterns("*token*")
+        folder = shutil.copytree(
+            test_data / "models/TinyStories-656K-hf", tmp_path / "m", ignore=without
+        )
+    command = ("generate", str(folder), "Hi", *options)
+    assert said in run(*command, "--json").error["message"]
+    assert "torch" not in loaded_modules(*command)
+
+
+def test_a_fused_path_on_a_gpu_needs_cupy(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("qtool.runtime.requirements.find_driver", lambda: None)
+    monkeypatch.setattr(
+        requirements.importlib.util,
+        "find_spec",
+        lambda name: None if name == "cupy" else found(name),
+    )
+    monkeypatch.setattr("qtool.cli.generate.load_pytorch", in_vain)
+    ran = run("generate", stories, "x", "--path", "fused", "--device", "cuda:0", "--json")
+    assert (ran.exit_code, ran.error["kind"]) == (1, "unsupported")
+    assert ran.error["message"].endswith("cannot take the fused path: the fused kernels need CuPy")
 
 
 def test_a_missing_prompt_file_is_not_found(stories: Path) -> None:

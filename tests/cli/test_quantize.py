@@ -79,6 +79,13 @@ def test_stdout_has_the_answer_and_stderr_the_rest(model, tmp_path):
     assert quiet.stderr == "" and "complete" in quiet.stdout
 
 
+def test_sizes_before_and_after_have_one_unit(tmp_path):
+    write_llama(tmp_path / "model", hidden=320)
+    ran = run("quantize", tmp_path / "model", "-o", tmp_path / "out")
+    assert "1.88 MiB → 0.59 MiB, 5.03 bits" in ran.stderr
+    assert "complete, 0.60 MiB in" in ran.stdout
+
+
 def test_an_output_that_cannot_be_made(model):
     ran = run("quantize", model, "-o", "/proc/none", "--json")
     assert ran.exit_code == 2

@@ -12,10 +12,13 @@ from qtool.exact.beside_plans import exact_request
 from qtool.exact.peak import exact_peak
 from qtool.planner.mlp_activations import OTHERS
 from qtool.planner.model import describe_model
+from qtool.planner.records import Tuning
 from tests.planner.plans import plan_of
 
 LLAMA_8B = "meta-llama--Meta-Llama-3.1-8B"
 LLAMA_7B = "mlc--llama2_7b"
+GPT2 = "mirror--gpt2-xl"
+FALCON = "tfdefault--falcon"
 PHI_2 = {
     "model_type": "phi",
     "hidden_size": 2560,
@@ -89,3 +92,34 @@ def test_a_text_that_is_computed_anew_lies_beside_its_old_cache(test_data, token
     config = published(test_data, PHI_3, sliding_window=window)
     planned, found = compared(config, "bf16", context=tokens, runtime="transformers")
     assert planned == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize("recomputes", [True, False])
+@pytest.mark.parametrize(("name", "tokens"), [(LLAMA_8B, 128), (LLAMA_8B, 2048), (GPT2, 512)])
+def test_llm_int8_holds_on_to_inputs(test_data, name, tokens, recomputes):
+    """By itself, so that checkpoints do not help: most of what such a step keeps."""
+    workload = {"context": tokens, "tuning": Tuning(gradient_checkpointing=recomputes)}
+    planned, found = compared(
+        published(test_data, name), "int8", mode="qlora", runtime="transformers", **workload
+    )
+    assert planned == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize("recomputes", [True, False])
+@pytest.mark.parametrize("runtime", ["qtool", "transformers"])
+def test_adapters_of_a_float32_model(test_data, runtime, recomputes):
+    """The stream between its layers is in float32, too, and weights have copies in bf16."""
+    config = published(test_data, LLAMA_8B, dtype="float32")
+    tuning = Tuning(gradient_checkpointing=recomputes)
+    planned, found = compared(config, "fp32", mode="lora", runtime=runtime, tuning=tuning)
+    assert planned == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_copies_of_frozen_weights_go_with_their_layer(test_data, recomputes):
+    """Falcon's linear layers are of a class of its own, which stays in float32."""
+    tuning = Tuning(gradient_checkpointing=recomputes)
+    planned, found = compared(
+        published(test_data, FALCON), "nf4", mode="qlora", runtime="transformers", tuning=tuning
+    )
+    assert planned == pytest.approx(found, rel=0.01 if recomputes else 0.03)

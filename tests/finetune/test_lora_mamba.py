@@ -1,4 +1,4 @@
-"""LoRA on state-space models, some of whose layers PEFT refuses to adapt."""
+"""LoRA on state-space models, some of whose layers are never called."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qtool.exact.records import LoraAdapters
 from qtool.finetune.lora_targets import choose_layers
 from qtool.finetune.records import DataOptions, FinetuneRequest, LoraOptions, TrainingOptions
 from qtool.finetune.run import prepare, train
-from qtool.planner.lora import is_refused
+from qtool.planner.lora import BYPASSED, is_refused
 
 SIZES = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
 HEADS = {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8}
@@ -34,6 +34,15 @@ H1 = {
     "mamba_d_head": 8,
     "mamba_d_state": 8,
 }
+JAMBA = {
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 1,
+    "mamba_d_state": 4,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+}
 STATE_SPACE: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 4},
     "mamba2": {"state_size": 8, "time_step_limit": (0.0, 1e9), **HEADS},
@@ -44,7 +53,9 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
 
 def make(model_type: str) -> Any:
     torch.manual_seed(1)
-    config = AutoConfig.for_model(model_type, **SIZES, **STATE_SPACE[model_type])
+    config = AutoConfig.for_model(
+        model_type, **SIZES, **{**STATE_SPACE, "jamba": JAMBA}[model_type]
+    )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -63,6 +74,27 @@ def test_what_peft_refuses_is_known(model_type: str, name: str) -> None:
         LoraModel._check_target_module_compatiblity(tuner, config, model, last)
 
 
+@pytest.mark.parametrize("model_type", [*STATE_SPACE, "jamba"])
+def test_what_is_trained_is_what_gets_a_gradient(model_type: str) -> None:
+    """PEFT wraps layers that the model never calls."""
+    model = make(model_type)
+    names = {
+        name.rpartition(".")[2] for name, it in model.named_modules() if isinstance(it, nn.Linear)
+    }
+    chosen = set(choose_layers(model, None))
+    taken = sorted(names - {"lm_head", "out_proj"} | chosen)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=taken))
+    ids = torch.arange(24).view(2, 12)
+    wrapped(ids, labels=ids).loss.backward()
+    trained = {
+        name.partition(".lora_B")[0].rpartition(".")[2]
+        for name, parameter in wrapped.named_parameters()
+        if ".lora_B" in name and parameter.grad is not None
+    }
+    assert trained == chosen
+    assert ("dt_proj" in names) == ("dt_proj" in set(taken) - chosen)
+
+
 def request_for(model: Path, folder: Path, **changes: Any) -> FinetuneRequest:
     rows = folder / "rows.jsonl"
     rows.write_text("".join(f"{json.dumps({'text': 'The cat sat.'})}\n" for _ in range(4)))
@@ -78,7 +110,7 @@ def request_for(model: Path, folder: Path, **changes: Any) -> FinetuneRequest:
 
 
 @pytest.mark.parametrize("model_type", STATE_SPACE)
-def test_all_linear_leaves_out_what_peft_refuses(
+def test_all_linear_leaves_out_what_is_passed_by(
     model_type: str, tmp_path: Path, test_data: Path
 ) -> None:
     model = tmp_path / "model"
@@ -89,12 +121,13 @@ def test_all_linear_leaves_out_what_peft_refuses(
     prepared = prepare(request, warn=lambda words: None)
     result = train(prepared, warn=lambda words: None, on_progress=lambda progress: None)
     targets = json.loads((request.output / "adapter_config.json").read_text())["target_modules"]
-    assert "in_proj" in targets and not {"out_proj", "lm_head"} & set(targets)
+    assert "in_proj" in targets and not {"out_proj", "dt_proj", "lm_head"} & set(targets)
     if prepared.planned.is_known:
         planned = prepared.planned.plan.components["adapters"].bytes
         assert planned == 4 * result.trainable_parameters
-    named = replace(request, lora=LoraOptions(targets=("in_proj", "out_proj")), restart=True)
-    with pytest.raises(QtoolError, match=r"out_proj: kernels of .* models read its") as caught:
+    bypassed = min(BYPASSED[model_type] - {"conv1d"})
+    named = replace(request, lora=LoraOptions(targets=("in_proj", bypassed)), restart=True)
+    with pytest.raises(QtoolError, match=rf"{bypassed}: {model_type} models read its") as caught:
         train(prepare(named, warn=lambda words: None), warn=print, on_progress=print)
     assert caught.value.kind == "usage"
     assert caught.value.told(name_flag)[1] == "--lora-targets all-linear leaves it out"

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qtool.errors import QtoolError, name_flag
 from qtool.finetune.packing import require_apart
-from qtool.finetune.records import DataOptions, FinetuneRequest, TrainingOptions
+from qtool.finetune.records import DataOptions, FinetuneRequest, FinetuneResult, TrainingOptions
 from qtool.finetune.run import prepare, train
 
 CPU = torch.device("cpu")
@@ -160,10 +160,19 @@ def test_a_run_is_refused_before_its_first_step(opt: Path, tmp_path: Path, metho
         data=DataOptions(source=str(rows), max_length=32, packing=True),
         training=TrainingOptions(max_steps=1),
     )
-    prepared = prepare(request, warn=lambda words: None)  # a dry run ends here
     with pytest.raises(QtoolError, match="OPTForCausalLM does not keep") as caught:
-        train(prepared, warn=lambda words: None, on_progress=lambda _: pytest.fail("it trained"))
+        run(request)
     assert "leave out --packing" in caught.value.told(name_flag)[1]
-    one_by_one = replace(request, data=replace(request.data, packing=False), restart=True)
-    prepared = prepare(one_by_one, warn=lambda words: None)
-    train(prepared, warn=lambda words: None, on_progress=lambda _: None)
+    assert not request.output.exists()
+    one_by_one = replace(request, data=replace(request.data, packing=False))
+    result = run(one_by_one)
+    # Nor does it cost the run that was to be replaced.
+    with pytest.raises(QtoolError, match="OPTForCausalLM does not keep"):
+        run(replace(request, restart=True))
+    kept = prepare(replace(one_by_one, resume=True), warn=lambda words: None)
+    assert kept.finished == result
+
+
+def run(request: FinetuneRequest) -> FinetuneResult:
+    prepared = prepare(request, warn=lambda words: None)  # a dry run ends here
+    return train(prepared, warn=lambda words: None, on_progress=lambda progress: None)

@@ -12,7 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, name_flag
 from qtool.finetune.records import DataOptions
 from qtool.finetune.rows import BLOCK_CHARACTERS, open_rows
 
@@ -128,6 +128,18 @@ def test_a_json_array_is_told_apart(tmp_path: Path) -> None:
 )
 def test_rows_of_another_shape_are_refused(tmp_path: Path, row: Any, said: str) -> None:
     assert said in refused(write(tmp_path / "rows.jsonl", row)).message
+
+
+def test_messages_without_an_answer_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", {"messages": CHAT}, {"messages": CHAT[:1]})
+    error = refused(source)
+    assert error.kind == "bad_file"
+    assert error.message == f"{source}, line 2: no message of the assistant"
+    assert "--no-completion-only learns all of a row" in error.told(name_flag)[1]
+    rows = open_rows(DataOptions(source=source))
+    assert rows.check(completion_only=False).rows == 2
+    pair = write(tmp_path / "pair.jsonl", {"prompt": CHAT, "completion": CHAT[:1]})
+    assert open_rows(DataOptions(source=pair)).check().rows == 1  # all of it is learned
 
 
 def test_unknown_columns_are_listed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from qtool.errors import QtoolError
 from qtool.finetune.run_folder import (
+    CHECKPOINTS,
     RunFolder,
     identity_of,
     is_whole,
@@ -133,6 +134,83 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     other = identity_of({"model": "m", "lr": 0.2}, {"tokens_sha256": "a"})
     with pytest.raises(QtoolError, match=r"lr is 0\.1 there, 0\.2 now"):
         folder.begin(other, resume=True, restart=False)
+
+
+def test_what_was_there_and_is_gone_is_to_be_moved_back(tmp_path: Path) -> None:
+    folder, model = RunFolder(tmp_path / "out"), tmp_path / "model"
+    model.mkdir()
+    folder.begin({"model": str(model)}, resume=False, restart=False)
+    moved = {"model": str(model.rename(tmp_path / "moved"))}
+    for is_there, hint in ((False, f"move {model} back to continue it"), (True, "give the same")):
+        if is_there:
+            model.mkdir()
+        with pytest.raises(QtoolError, match=f'model is "{model}" there, "{tmp_path}/moved"') as it:
+            folder.check_run(moved, resume=True, restart=False)
+        assert it.value.hint.startswith(hint)
+
+
+DAMAGES = {
+    "cut": (b'{"schema": 1, "files": ["ad', "expected JSON, found an error: Unterminated string"),
+    "empty": (b"", "expected JSON, found an error: Expecting value"),
+    "no text": (b"\x89PNG\xff", "expected JSON, found an error: 'utf-8'"),
+    "no object": (b"[]", "expected a JSON object, found an array"),
+    "other names": (b'{"files": {"a": 1}}', 'expected names of files as "files"'),
+    "no names": (b'{"files": [1]}', 'expected names of files as "files"'),
+}
+
+
+@pytest.mark.parametrize("record", ["qtool_finetune.json", "checkpoints/run.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_is_never_trained_over(tmp_path: Path, record: str, damage: str) -> None:
+    folder = finished(tmp_path / "out")
+    if record.startswith(CHECKPOINTS):
+        (folder.path / "qtool_finetune.json").unlink()
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    content, said = DAMAGES[damage]
+    before[folder.path / record] = content
+    (folder.path / record).write_bytes(content)
+    for resume, restart in ((False, False), (True, False), (False, True)):
+        if record.startswith(CHECKPOINTS) and not resume:
+            continue  # which need not know what is in it
+        with pytest.raises(QtoolError, match=f"{record}: {said}") as caught:
+            folder.begin(IDENTITY, resume=resume, restart=restart)
+        assert (caught.value.kind, caught.value.exit_code) == ("bad_file", 1)
+        assert "put a whole copy of it back, or choose another -o" in caught.value.hint
+        if not record.startswith(CHECKPOINTS):
+            with pytest.raises(QtoolError, match=said):
+                folder.check(resume=resume, restart=restart)
+    assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
+
+
+def test_what_is_left_to_do_about_a_damaged_record(tmp_path: Path) -> None:
+    """What the hints promise."""
+    folder = finished(tmp_path / "out")
+    manifest, begun = folder.path / "qtool_finetune.json", folder.checkpoints / "run.json"
+    manifest.write_text("{")
+    with pytest.raises(QtoolError) as caught:
+        folder.check(resume=True, restart=False)
+    assert caught.value.hint.endswith("remove it: then resume makes the result from the last save")
+    manifest.unlink()
+    assert folder.begin(IDENTITY, resume=True, restart=False) == folder.last_whole() is not None
+    begun.write_text("{")
+    with pytest.raises(QtoolError) as caught:
+        folder.begin(IDENTITY, resume=True, restart=False)
+    assert caught.value.hint.endswith("restart begins anew")
+    assert folder.begin(IDENTITY, resume=False, restart=True) is None
+    manifest.write_text("{")
+    with pytest.raises(QtoolError) as caught:  # no save to make it from
+        folder.check(resume=True, restart=False)
+    assert caught.value.hint == "put a whole copy of it back, or choose another -o"
+
+
+def test_a_run_that_ends_early_leaves_a_damaged_record_alone(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "out")
+    shutil.rmtree(folder.checkpoints)
+    folder.write_manifest({})
+    (folder.path / "qtool_finetune.json").write_text("{")
+    before = names_in(folder.path)
+    folder.drop_if_not_begun(is_ours=True)
+    assert names_in(folder.path) == before
 
 
 def test_restart_removes_what_the_run_made_and_nothing_else(tmp_path: Path) -> None:

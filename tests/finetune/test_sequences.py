@@ -83,15 +83,33 @@ def test_pairs_of_messages_learn_the_completion(tmp_path: Path, tokenizer: Any) 
     assert learned(tokenizer, item).replace(" ", "") == "Itslept.</s>"
 
 
-def test_messages_want_a_template_and_an_answer(tmp_path: Path, tokenizer: Any) -> None:
+def test_messages_want_a_template(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(QtoolError, match="no chat template"):
         sequences_of(tmp_path, tokenizer, {"messages": CHAT})
-    tokenizer.chat_template = TEMPLATE
-    with pytest.raises(QtoolError, match="line 2: no message of the assistant"):
-        sequences_of(tmp_path, tokenizer, {"messages": CHAT}, {"messages": CHAT[:1]})
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(QtoolError, match="line 1: the chat template refuses it: roles must"):
+
+
+ROLES_HINT = "roles, and who begins"
+FORM_HINT = "a message has another form than the template reads"
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "hint"),
+    [
+        ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate", ROLES_HINT),
+        ("{{ raise_exception('System role not supported') }}", "System role not", ROLES_HINT),
+        ("{{ raise_exception('No images here') }}", "No images here", "the template's own words"),
+        ("{{ messages[0].name.first }}", "no attribute 'name'", FORM_HINT),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str", FORM_HINT),
+        ("{% for m in %}", "Expected an expression", "the template is at fault, not the row"),
+    ],
+)
+def test_what_a_template_refuses_is_said_with_what_to_change(
+    tmp_path: Path, tokenizer: Any, template: str, said: str, hint: str
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(QtoolError, match=f"line 1: the chat template refuses it: .*{said}") as it:
         sequences_of(tmp_path, tokenizer, {"messages": CHAT})
+    assert hint in it.value.hint
 
 
 def test_long_and_empty_rows_are_counted(tmp_path: Path, tokenizer: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -177,6 +178,69 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     with pytest.raises(QtoolError, match="source is"):
         other = replace(stopped.data, source=shorter_text(stopped.data.source, tmp_path))
         run_finished(replace(stopped, data=other, resume=True))
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_what_model_and_data_name_counts_not_how_that_is_spelled(
+    request_: FinetuneRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_finished: bool
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(request_.model, work / "model")
+    for name in ("story.txt", "held_out.txt"):
+        shutil.copy(request_.data.source, work / name)
+
+    def named(model: str, story: str, held_out: str, **changes: Any) -> FinetuneRequest:
+        data = replace(request_.data, source=story, eval_split=held_out)
+        return replace(request_, model=model, data=data, **changes)
+
+    monkeypatch.chdir(work)
+    names = ("model", "story.txt", "held_out.txt")
+    if not is_finished:
+        stop_after(monkeypatch, 2)
+    with nullcontext() if is_finished else pytest.raises(QtoolError, match="interrupted"):
+        run(named(*names))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    go_on = run_finished if is_finished else run
+    for spelled in ("./work/{}", f"{work}/{{}}", f"../{tmp_path.name}/work/{{}}"):
+        result = go_on(named(*map(spelled.format, names), resume=True))
+        assert result is not None and result.steps == 4
+        go_on = run_finished  # which it is then
+    # What has the same name elsewhere is another model.
+    shutil.copytree(work, tmp_path / "other")
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(QtoolError, match=f'model is "{work}/model" there, ".*/other/model" now'):
+        go_on(named(*names, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("result", None, "expected 'result', found nothing"),
+        ("result", [], "not as a finished run has it"),
+        ("result", {"steps": "4"}, "steps is '4'"),
+        ("result", {}, "missing"),
+        ("losses", [[1, 0.5]], "not enough values"),
+        ("losses", [[1, None, 0.5]], "NoneType"),
+        ("options", 3, "not a mapping"),
+        ("data", [3], "not subscriptable"),
+    ],
+)
+def test_a_damaged_manifest_is_told(
+    request_: FinetuneRequest, key: str, value: Any, said: str
+) -> None:
+    result = run(request_)
+    path = request_.output / "qtool_finetune.json"
+    whole = json.loads(path.read_text())
+    assert run_finished(replace(request_, resume=True)) == result
+    changed = {name: part for name, part in whole.items() if name != key}
+    path.write_text(json.dumps(changed if value is None else changed | {key: value}))
+    with pytest.raises(QtoolError, match=f"{path}: .*{said}") as caught:
+        run_finished(replace(request_, resume=True))
+    assert caught.value.kind == "bad_file"
+    path.unlink()  # as the hint has it
+    again = run(replace(request_, resume=True))
+    assert (again.history, again.resumed_from_step) == (result.history, 4)
 
 
 def shorter_text(source: str, folder: Path) -> str:

@@ -414,6 +414,33 @@ def test_a_tower_that_the_adapter_leaves_alone_is_not_missed(tmp_path, test_data
     assert "language_model.layers.1.self_attn.q_proj" in error.message
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": [name for name in LINEAR if name != "q_proj"]},
+        {"target_modules": r".*\.(self_attn\.[kvo]|mlp\.\w+)_proj"},
+        {"target_modules": list(LINEAR), "exclude_modules": ["q_proj"]},
+    ],
+    ids=str,
+)
+def test_modules_that_were_not_trained(tmp_path, model, tensors, config):
+    """PEFT has no place for them: the merged model would not be what it makes of the adapter."""
+    error = refusal(write_adapter(tmp_path / "a", tensors, model[0], **config))
+    assert error.kind == "bad_file"
+    assert f"adapter_model.safetensors holds {Q_PROJ}.lora_A.weight and 1 more" in error.message
+    assert "target_modules" in error.message and "of different adapters" in error.hint
+    named = write_adapter(
+        tmp_path / "b", without_module(tensors, "self_attn.q_proj"), model[0], **config
+    )
+    assert plan_merge(MergeRequest(named, tmp_path / "out")).sources.count()["merged"] == 12
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", list(LINEAR), r".*_proj"], ids=str)
+def test_modules_that_were_trained_are_merged(tmp_path, model, tensors, targets):
+    adapter = write_adapter(tmp_path / "a", tensors, model[0], target_modules=targets)
+    assert plan_merge(MergeRequest(adapter, tmp_path / "out")).sources.count()["merged"] == 14
+
+
 def test_an_embedding_that_was_trained(tmp_path, model, tensors):
     targets = [*LINEAR, "embed_tokens"]
     error = refusal(write_adapter(tmp_path / "a", tensors, model[0], target_modules=targets))

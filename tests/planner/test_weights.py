@@ -269,6 +269,21 @@ def test_an_output_head_that_is_not_skipped_is_planned_as_packed():
         assert saved == pytest.approx(head, rel=0.1)  # 1 of 2 bytes each; a scale per row
 
 
+def test_what_a_list_skips_is_made_float32_for_training():
+    config = {**llama_config(), "dtype": "bfloat16"}
+    entry = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+    def weights_bytes(*skip):
+        quantized = {**config, "quantization_config": {**entry, "llm_int8_skip_modules": skip}}
+        model = describe_model(Checkpoint.of_config("m", json.loads(json.dumps(quantized))))
+        plan = plan_of(model, "int8", context=16, mode="qlora", runtime="transformers")
+        return plan.components["weights"].bytes
+
+    added = weights_bytes("lm_head", "down_proj") - weights_bytes("lm_head")
+    down = config["num_hidden_layers"] * config["hidden_size"] * config["intermediate_size"]
+    assert added == pytest.approx(down * (4 - 1), rel=0.1)  # a scale per row
+
+
 @pytest.mark.parametrize(
     ("method", "settings"),
     [("fp8", {}), ("gptq", {"bits": 4}), ("awq", {}), ("eetq", {})],
