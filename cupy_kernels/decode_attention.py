@@ -12,7 +12,7 @@ from cupy_kernels.launch import (
     ceil_div,
     check_aligned,
     cuda_dtype,
-    current_gpu,
+    num_multiprocessors,
 )
 from cupy_kernels.loader import load_kernel
 
@@ -121,7 +121,7 @@ def why_not(shape: AttentionShape) -> str | None:
 
 def workspace_bytes(shape: AttentionShape) -> int:
     """What launches that do not run at the same time share, on the current device."""
-    split = split_work(shape, current_gpu().multiprocessors)
+    split = split_work(shape, num_multiprocessors())
     return _counters_bytes(split) + _results_bytes(shape, split)
 
 
@@ -140,7 +140,7 @@ def decode_attention(
     Args:
         window: tokens that are visible, the new one among them; 0 for all.
         epsilon: of the head norms.
-        overlap: begin while the launch before still runs, where the GPU can (see `Launch`).
+        overlap: begin while the launch before still runs (see `Launch`).
 
     Raises:
         ValueError: a shape that the kernel does not take, or an address that is not aligned.
@@ -153,15 +153,13 @@ def decode_attention(
     )
     if tensors.qkv_stride % OCTET:
         raise ValueError(f"rows {tensors.qkv_stride} values apart are not aligned")
-    gpu = current_gpu()
-    split = split_work(shape, gpu.multiprocessors)
+    split = split_work(shape, num_multiprocessors())
     arguments = _fill(shape, tensors, _counters_bytes(split))
     arguments.epsilon, arguments.scale, arguments.softcap = epsilon, scale, softcap
     arguments.window = window
     kernel = load_kernel("decode_attention", cooperative=False, **defines(shape))
     grid = (split.blocks, split.splits)
-    overlaps = overlap and gpu.can_overlap
-    return Launch(kernel, grid, _WARPS * 32, 0, arguments, overlap=overlaps)
+    return Launch(kernel, grid, _WARPS * 32, 0, arguments, overlap=overlap)
 
 
 # -- how a kernel is specialised, and its work split ----------------------------------------------

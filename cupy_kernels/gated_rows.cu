@@ -21,8 +21,8 @@ extern "C" __global__ void __launch_bounds__(256) gated_rows(const __grid_consta
     const int64 stride = int64(gridDim.x) * blockDim.x;
     for (int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x; i < args.count / OCTET; i += stride) {
         Octet<ACTIVATION> gate, up;
-        gate.words[0] = reinterpret_cast<const uint4*>(args.gate)[i];
-        up.words[0] = reinterpret_cast<const uint4*>(args.up)[i];
+        gate.words[0] = __ldcg(reinterpret_cast<const uint4*>(args.gate) + i);
+        up.words[0] = __ldcg(reinterpret_cast<const uint4*>(args.up) + i);
         float gates[OCTET], ups[OCTET];
         gate.widen(gates);
         up.widen(ups);

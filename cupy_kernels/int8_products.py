@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from cupy_kernels.launch import Launch, ceil_div, check_aligned, cuda_dtype, current_gpu, launch
+from cupy_kernels.launch import (
+    Launch,
+    ceil_div,
+    check_aligned,
+    cuda_dtype,
+    launch,
+    num_multiprocessors,
+)
 from cupy_kernels.loader import load_kernel
 from cupy_kernels.quantize_int8_rows import row_shape
 
@@ -239,7 +246,7 @@ def _sums_kernel(dtype: str, *, added: bool) -> cupy.RawKernel:
 
 def _rows_of_block(num_rows: int, num_columns: int) -> int:
     tiles = ceil_div(num_rows, _SUMS_ROWS)
-    wanted = _SUMS_BLOCKS * current_gpu().multiprocessors
+    wanted = _SUMS_BLOCKS * num_multiprocessors()
     blocks = min(max(wanted // ceil_div(num_columns, _SUMS_COLUMNS), 1), tiles)
     return ceil_div(tiles, blocks) * _SUMS_ROWS
 

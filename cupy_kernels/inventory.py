@@ -138,10 +138,15 @@ class Specialisation:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a compiled kernel takes per thread; spilled bytes are read and written."""
+    """What a compiled kernel takes per thread; spilled bytes are read and written.
+
+    Attributes:
+        stack_bytes: local memory, of what is spilled or has to have an address.
+    """
 
     registers: int
     spilled_bytes: int
+    stack_bytes: int
 
     def __str__(self) -> str:
         return f"{self.registers} / {self.spilled_bytes}"
@@ -304,9 +309,10 @@ def resources(compiled: Compiled) -> Resources:
     """
     registers = re.search(r"Used (\d+) registers", compiled.log)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
-    if registers is None or spills is None:
+    stack = re.search(r"(\d+) bytes stack frame", compiled.log)
+    if registers is None or spills is None or stack is None:
         raise ValueError(f"no resources in the compiler's log: {compiled.log!r}")
-    return Resources(int(registers[1]), int(spills[1]) + int(spills[2]))
+    return Resources(int(registers[1]), int(spills[1]) + int(spills[2]), int(stack[1]))
 
 
 def _make(name: str, **defines: str | int) -> Specialisation:

@@ -8,9 +8,10 @@ which the kernel is only queued. They allocate nothing and wait for nothing.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
+
+from cupy_kernels.loader import kernels_wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,34 +87,19 @@ class _LaunchConfig(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """What launches depend on.
-
-    Attributes:
-        can_overlap: a launch may begin while the one before still runs.
-    """
-
-    multiprocessors: int
-    can_overlap: bool
-
-
-def current_gpu() -> Gpu:
-    """The current device."""
+def num_multiprocessors() -> int:
+    """Of the current device."""
     import cupy
 
-    return _gpu(cupy.cuda.Device().id)
+    return _num_multiprocessors(cupy.cuda.Device().id)
 
 
 @cache
-def _gpu(device_id: int) -> Gpu:
+def _num_multiprocessors(device_id: int) -> int:
     import cupy
 
-    device = cupy.cuda.Device(device_id)
-    return Gpu(
-        multiprocessors=device.attributes["MultiProcessorCount"],
-        can_overlap=int(device.compute_capability) >= 90,
-    )
+    count: int = cupy.cuda.Device(device_id).attributes["MultiProcessorCount"]
+    return count
 
 
 class Launch:
@@ -122,7 +108,7 @@ class Launch:
     Args:
         arguments: the kernel's only parameter, passed by value; change its fields between launches.
         overlap: the kernel may begin while the launch before still runs, and waits itself for what
-            that one writes (programmatic dependent launch); GPUs that cannot do it do not.
+            that one writes (programmatic dependent launch); not where kernels cannot wait.
     """
 
     def __init__(
@@ -147,7 +133,7 @@ class Launch:
             shared_bytes,
             None,
             ctypes.pointer(self._attribute),
-            int(overlap and current_gpu().can_overlap),
+            int(overlap and kernels_wait()),
         )
         self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         self._launch = _driver().cuLaunchKernelEx

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from cupy_kernels.launch import Launch, ceil_div, cuda_dtype, current_gpu
+from cupy_kernels.launch import Launch, ceil_div, cuda_dtype, num_multiprocessors
 from cupy_kernels.linear_few import (
     BITS,
     MAX_WEIGHTS,
@@ -129,7 +129,7 @@ def fits(kind: LinearKind) -> bool:
 def is_faster(kind: LinearKind, rows: Sequence[int], tokens: int) -> bool:
     """Whether it should be faster than to dequantize the layers, of so many rows, and multiply."""
     columns = kind.columns
-    multiprocessors = current_gpu().multiprocessors
+    multiprocessors = num_multiprocessors()
     plan = choose_plan(tuple(rows), columns, tokens, multiprocessors)
     clocks = plan.clocks * _RELATIVE_CLOCKS.get(kind.format, 1.0)
     weights = sum(rows) * columns / multiprocessors
@@ -156,7 +156,7 @@ class Plan:
 
 def shape_on(rows: tuple[int, ...], columns: int, tokens: int) -> Shape:
     """`choose_plan`'s for the current device."""
-    return choose_plan(rows, columns, tokens, current_gpu().multiprocessors).shape
+    return choose_plan(rows, columns, tokens, num_multiprocessors()).shape
 
 
 @lru_cache(maxsize=4096)  # of as many lengths of prompts

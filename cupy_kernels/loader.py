@@ -70,6 +70,12 @@ def compiles_for(target: str) -> bool:
     return _target() == target
 
 
+def kernels_wait() -> bool:
+    """Whether kernels of the current device are compiled with the instruction to wait for what the
+    launch before writes, which is Hopper's and later."""
+    return int(_target().rpartition("_")[2]) >= 90
+
+
 def compile_kernel(name: str, defines: Defines, target: str) -> Compiled:
     """Compile for `target`: sm_90 gives machine code, compute_90 PTX.
 

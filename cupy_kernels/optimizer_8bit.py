@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cupy_kernels.launch import Launch, ceil_div, check_aligned, cuda_dtype, current_gpu
+from cupy_kernels.launch import Launch, ceil_div, check_aligned, cuda_dtype, num_multiprocessors
 from cupy_kernels.loader import load_kernel
 from qtool.formats.codebooks import dynamic_map
 from qtool.formats.optimizer_states import BLOCKSIZE, slot_table
@@ -261,7 +261,7 @@ def _update_launch(kind: UpdateKind, memory: TableMemory, num_runs: int) -> Laun
     )
     shared = shared_bytes(copies) if kind.state_bits == 8 else 0
     # A thread block per multiprocessor: it fills its tables once.
-    grid = (min(ceil_div(num_runs, threads // 32), current_gpu().multiprocessors),)
+    grid = (min(ceil_div(num_runs, threads // 32), num_multiprocessors()),)
     return Launch(kernel, grid, threads, shared, arguments, overlap=False)
 
 

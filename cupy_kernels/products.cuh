@@ -12,7 +12,8 @@ __device__ inline void start_dependents() {
 #endif
 }
 
-// Until all launches before have ended and what they wrote is visible.
+// Until the launch before has ended and what it wrote is visible; and so all before it, as each waits itself before it
+// ends.
 __device__ inline void wait_for_prerequisites() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

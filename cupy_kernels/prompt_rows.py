@@ -15,7 +15,7 @@ from cupy_kernels.launch import Launch, ceil_div, cuda_dtype
 from cupy_kernels.linear_few import NORMS, Gate, Norm, NormWeight
 from cupy_kernels.loader import load_kernel
 
-NORM_WARPS: Final = 8
+_NORM_WARPS: Final = 8
 _ROTARY_WARPS: Final = 4
 _ROTARY_HEADS: Final = 4  # of a warp
 _GATED_THREADS: Final = 256
@@ -63,16 +63,13 @@ class NormRows:
 
     Args:
         added: to what is at `out`, instead of stored there.
-        overlap: begin while the launch before still runs (see `Launch`).
     """
 
-    def __init__(
-        self, columns: int, dtype: str, kind: Norm, *, added: bool = False, overlap: bool = True
-    ) -> None:
+    def __init__(self, columns: int, dtype: str, kind: Norm, *, added: bool = False) -> None:
         defines = norm_defines(columns, dtype, kind, added=added)
         kernel = load_kernel("norm_rows", cooperative=False, **defines)
         arguments = _NormArguments()
-        self._launch = Launch(kernel, (1,), NORM_WARPS * 32, 0, arguments, overlap=overlap)
+        self._launch = Launch(kernel, (1,), _NORM_WARPS * 32, 0, arguments, overlap=True)
 
     def queue(self, num_rows: int, norm: NormWeight, x: int, out: int, stream: int) -> None:
         """Of (num_rows, columns) at `x`, to `out`; both 16-byte aligned."""
@@ -89,7 +86,7 @@ def norm_defines(columns: int, dtype: str, kind: Norm, *, added: bool) -> dict[s
         "ACTIVATION": cuda_dtype(dtype),
         "NORM": NORMS[kind],
         "COLUMNS": columns,
-        "WARPS": NORM_WARPS,
+        "WARPS": _NORM_WARPS,
         "ADDED": int(added),
     }
 

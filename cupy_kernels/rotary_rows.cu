@@ -60,7 +60,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) rotary_rows(const __gri
         if (head >= end) return;
         if (head < num_turned) {
 #if HEAD_NORM
-            heads[i].normalize(head < args.heads ? query_norm : key_norm, args.epsilon);
+            Head norm;  // by value: a reference to one of two would put both into memory
+#pragma unroll
+            for (int j = 0; j < Head::COUNT; j++)
+                norm.values[j] = head < args.heads ? query_norm.values[j] : key_norm.values[j];
+            heads[i].normalize(norm, args.epsilon);
 #endif
             heads[i].turn(angles);
         }

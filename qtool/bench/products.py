@@ -44,10 +44,10 @@ MIN_WEIGHTS: Final = 3
 MAX_WEIGHTS: Final = 512
 LAUNCHES: Final = 64  # at least, in one CUDA graph of short products
 # Beyond so many tokens a product computes for longer than its weight is read. A GPU at its limit of
-# power takes a while to find the clock at which it can go on: samples have so many operations,
-# about 60 ms of a large GPU, or so many launches.
+# power takes a while to find the clock at which it can go on: samples have so many operations for
+# each multiprocessor, about 60 ms of an H200, in no more than so many launches.
 SHORT_TOKENS: Final = 128
-SAMPLE_FLOPS: Final = 4e13
+SAMPLE_FLOPS: Final = 3e11
 MAX_LAUNCHES: Final = 256
 # A product beyond is wrong, not inexact: about ten times what rounding leaves.
 LARGEST_ERROR: Final[dict[SourceDtype, float]] = {"BF16": 3e-2, "F16": 1e-2, "F32": 1e-4}
@@ -103,7 +103,7 @@ class ProductGroup:
             contenders = [copy_contender(self.device), self._unpacked(x)]
             for product in self.products:
                 contenders += self._packed(product, x, compared)
-            clock = make_clock(self.device, self._launches)
+            clock = make_clock(self.device, self.launches(_num_multiprocessors(self.device)))
             measured = measure(contenders, clock, repeats, f"measure {self.label}", on_event)
         copied, unpacked, *packed = measured
         # Every product is compared with the one in 16 bit.
@@ -168,12 +168,11 @@ class ProductGroup:
         rounds = product.threshold is not None
         return LARGEST_ROUNDED_ERROR if rounds else LARGEST_ERROR[self.dtype]
 
-    @property
-    def _launches(self) -> int:
+    def launches(self, num_multiprocessors: int) -> int:
         """In one graph; each weight has a turn at least, unless products are long."""
         if self.tokens > SHORT_TOKENS:
-            rows, columns = self.shape
-            return min(math.ceil(SAMPLE_FLOPS / (2 * self.tokens * rows * columns)), MAX_LAUNCHES)
+            flops = 2 * self.tokens * math.prod(self.shape)
+            return min(math.ceil(SAMPLE_FLOPS * num_multiprocessors / flops), MAX_LAUNCHES)
         sizes = [stored_bytes(self.shape, product.precision) for product in self.products]
         return max(LAUNCHES, *map(_num_weights, sizes))
 
@@ -197,6 +196,14 @@ def multiply(layer: Layer, x: Tensor) -> Tensor:
     if isinstance(layer, LinearInt8):
         return linear_int8(x, layer.weight, layer.SCB, threshold=layer.threshold)
     return layer(x)
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; on the CPU, where products are not sampled in graphs, one."""
+    if device.type != "cuda":
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def _absmax_of(layer: Linear4bit) -> Tensor | NestedAbsmax:

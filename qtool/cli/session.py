@@ -74,7 +74,7 @@ def load_pytorch(show: Output, *, also: str = "") -> None:
     """Import it, and say so: it takes seconds, in which there is nothing else to say.
 
     Args:
-        also: what the caller imports next and takes as long.
+        also: what the caller imports next, which takes as long.
     """
     show.note("loading PyTorch")
     importlib.import_module("torch")

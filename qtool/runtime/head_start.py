@@ -39,9 +39,9 @@ def _prepare(device: str) -> None:
         from qtool.runtime.read_ahead import pin_buffers
 
         pin_buffers()
-        from cupy_kernels.launch import current_gpu
+        from cupy_kernels.launch import num_multiprocessors
 
-        current_gpu()  # CuPy is there then
+        num_multiprocessors()  # CuPy is there then
 
 
 def _pytorch_has_cuda() -> bool:

@@ -80,6 +80,8 @@ def test_every_kernel_compiles_without_spilling(target, record_property):
         if used[str(kernel)].spilled_bytes > known_spills(target, kernel)
     }
     assert not spilling
+    in_memory = {name for name, it in used.items() if it.stack_bytes and not it.spilled_bytes}
+    assert not in_memory
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 
 from cupy_kernels import linear_many
 from cupy_kernels.inventory import SHARED_KIB
-from cupy_kernels.launch import Gpu
 from cupy_kernels.linear_few import LinearKind, LinearWeight, Tokens
 from cupy_kernels.linear_many import (
     SHAPES,
@@ -23,13 +22,13 @@ from cupy_kernels.linear_many import (
 )
 
 KIND = LinearKind("nf4", 4096, "BF16", nested=True)
-H200 = Gpu(multiprocessors=132, can_overlap=True)
+H200_MULTIPROCESSORS = 132
 
 
 @pytest.fixture
 def on_hopper(monkeypatch):
     monkeypatch.setattr(linear_many, "compiles_for", lambda target: target == "sm_90")
-    monkeypatch.setattr(linear_many, "current_gpu", lambda: H200)
+    monkeypatch.setattr(linear_many, "num_multiprocessors", lambda: H200_MULTIPROCESSORS)
 
 
 def test_shared_memory_is_what_the_source_lays_out_and_hopper_has_it():

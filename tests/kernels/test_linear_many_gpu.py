@@ -14,8 +14,8 @@ from tests.kernels.layers_on_gpu import DEVICE, DTYPES, LARGEST_ERROR, make
 
 pytestmark = pytest.mark.gpu
 
-# One chunk of columns; an odd number of them; many. Rows of a part of a tile, of many, of several
-# bands.
+# One chunk of columns; an odd number of them; many. Rows of a part of a tile, and of many; 9000 are
+# several bands.
 KINDS = (
     (LinearKind("nf4", 256, "BF16"), 131),
     (LinearKind("fp4", 1280, "F16", blocksize=128), 300),
@@ -175,8 +175,9 @@ def test_int8_codes_are_exact(cut):
 
 @pytest.mark.parametrize("kind", [KINDS[2][0], KINDS[5][0]])
 @pytest.mark.parametrize("cut", ALIKE, ids=lambda cut: f"{cut[0].tokens}-{cut[1]}")
-def test_layers_of_one_launch_are_those_of_three(cut, kind):
-    rows = (300, 128, 130)
+@pytest.mark.parametrize("rows", [(300, 128, 130), (3000, 1000, 4100)])
+def test_layers_of_one_launch_are_those_of_three(rows, cut, kind):
+    """Of one band, and of bands that begin anywhere in a layer."""
     made = [make(kind, count) for count in rows]
     weights = [weight for weight, _, _ in made]
     x = activations(kind, 333)

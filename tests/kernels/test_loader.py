@@ -76,3 +76,18 @@ def test_the_cache_lies_where_the_system_keeps_caches(monkeypatch, tmp_path):
     monkeypatch.delenv("QTOOL_KERNEL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert loader.cache_folder() == tmp_path / "qtool/kernels"
+
+
+@pytest.mark.parametrize(
+    ("target", "waits"),
+    [
+        ("sm_86", False),
+        ("compute_80", False),
+        ("sm_90", True),
+        ("compute_90", True),
+        ("sm_120", True),
+    ],
+)
+def test_kernels_for_older_gpus_do_not_wait_for_the_launch_before(monkeypatch, target, waits):
+    monkeypatch.setenv("QTOOL_KERNEL_TARGET", target)
+    assert loader.kernels_wait() is waits

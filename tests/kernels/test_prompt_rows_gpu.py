@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from cupy_kernels.decode_attention import AttentionTensors
 from cupy_kernels.linear_few import NormWeight
 from cupy_kernels.prompt_rows import GatedRows, NormRows, RotaryRows
 from tests.kernels.test_decoder_kernels_gpu import (
+    DEVICE,
     DTYPES,
     EPSILON,
     ROUNDING,
@@ -34,14 +36,15 @@ class RotaryCase:
         dtype, size = DTYPES[shape.dtype], shape.head_dim
         num_heads = shape.heads + 2 * shape.kv_heads
         self.heads = random(shape.batch, num_tokens, num_heads, size, dtype=dtype)
-        angles = torch.rand(shape.capacity, shape.rotary_dim // 2, device="cuda") * 6
+        angles = torch.rand(shape.capacity, shape.rotary_dim // 2, device=DEVICE) * 6
         self.cosines, self.sines = (t.to(dtype).float() for t in (angles.cos(), angles.sin()))
         self.norms = [random(size, dtype=dtype) for _ in range(2)]
         cache = shape.batch, shape.kv_heads, shape.capacity, size
         self.keys, self.values = (poisoned(*cache, dtype=dtype) for _ in range(2))
         self.queries = poisoned(shape.batch, num_tokens, shape.heads, size, dtype=dtype)
+        self.launch = self._make_launch()
 
-    def run(self, start):
+    def _make_launch(self):
         has_norm = self.shape.head_norm != "none"
         tensors = AttentionTensors(
             qkv=0,
@@ -57,10 +60,13 @@ class RotaryCase:
             query_norm=self.norms[0].data_ptr() if has_norm else 0,
             key_norm=self.norms[1].data_ptr() if has_norm else 0,
         )
-        RotaryRows(self.shape, tensors, epsilon=EPSILON).queue(
+        return RotaryRows(self.shape, tensors, epsilon=EPSILON)
+
+    def queue(self, start):
+        self.launch.queue(
             self.heads.data_ptr(),
             self.queries.data_ptr(),
-            num_tokens=self.heads.shape[1],
+            num_tokens=self.queries.shape[1],
             start=start,
             stream=stream(),
         )
@@ -79,7 +85,7 @@ class RotaryCase:
         return turned(queries, cosines, sines), turned(keys, cosines, sines), values
 
     def check(self, start):
-        self.run(start)
+        self.queue(start)
         queries, keys, values = self.expected(start)
         end = start + self.heads.shape[1]
         # A norm's sum may round otherwise, and one unit of a value with it.
@@ -148,23 +154,49 @@ def test_rows_have_norms(columns, dtype, kind):
     torch.testing.assert_close(out, expected, rtol=room, atol=room * 1e-2)
 
 
+class Chain:
+    """Launches of each kernel, each of which reads what the one before writes.
+
+    Of few rows, all of which run at once.
+    """
+
+    NUM_ROWS = 128
+
+    def __init__(self):
+        self.case = RotaryCase(replace(SHAPE, heads=32, kv_heads=8), self.NUM_ROWS)
+        columns = 48 * SHAPE.head_dim
+        self.first, self.up = (
+            random(self.NUM_ROWS, columns, dtype=torch.bfloat16) for _ in range(2)
+        )
+        self.weight = random(columns, dtype=torch.bfloat16)
+        self.norms, self.added = (
+            NormRows(columns, "BF16", "rms", added=added) for added in (False, True)
+        )
+        self.gates = GatedRows("BF16", "silu")
+
+    def run(self, *, waits):
+        """What is left after a few rounds; the host waits for each launch, or for none."""
+        case, x = self.case, self.first.clone()
+        normed, case.heads = (torch.full_like(x, torch.nan) for _ in range(2))
+        case.queries.fill_(torch.nan)
+        norm = NormWeight(self.weight.data_ptr(), EPSILON)
+        gate_at = normed.data_ptr(), self.up.data_ptr(), case.heads.data_ptr()
+        launches = (
+            partial(self.norms.queue, self.NUM_ROWS, norm, x.data_ptr(), normed.data_ptr()),
+            partial(self.gates.queue, x.numel(), *gate_at),
+            lambda stream: case.queue(0),
+            partial(self.added.queue, self.NUM_ROWS, norm, case.heads.data_ptr(), x.data_ptr()),
+        )
+        if not waits:
+            torch.cuda._sleep(20_000_000)  # so that launches pile up
+        for launch in launches * 8:
+            launch(stream())
+            if waits:
+                torch.cuda.synchronize()
+        return x, case.queries.clone(), case.keys.clone(), case.values.clone()
+
+
 def test_launches_in_a_chain_wait_for_each_other():
-    """Each reads what the one before writes, which takes longer than to begin."""
-    num_rows, columns = 6000, 8192
-    first, up = (random(num_rows, columns, dtype=torch.bfloat16) for _ in range(2))
-    weight = random(columns, dtype=torch.bfloat16)
-    norm = NormWeight(weight.data_ptr(), EPSILON)
-    norms, gates = NormRows(columns, "BF16", "rms"), GatedRows("BF16", "silu")
-    found = []
-    for waits in (True, False):
-        x, out = first.clone(), poisoned(num_rows, columns, dtype=torch.bfloat16)
-        for _ in range(6):
-            norms.queue(num_rows, norm, x.data_ptr(), out.data_ptr(), stream())
-            if waits:
-                torch.cuda.synchronize()
-            addresses = out.data_ptr(), up.data_ptr(), x.data_ptr()
-            gates.queue(x.numel(), *addresses, stream())
-            if waits:
-                torch.cuda.synchronize()
-        found.append(x)
-    assert torch.equal(*found)
+    chain = Chain()
+    for one, other in zip(chain.run(waits=True), chain.run(waits=False), strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=0, equal_nan=True)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from cupy_kernels import linear_many
-from cupy_kernels.launch import Gpu
 from cupy_kernels.linear_few import LinearKind, SharedMemory, specialise
 from qtool.defaults import PREFILL_CHUNK
 from qtool.runtime import warm_up
@@ -45,7 +44,7 @@ def compiled(monkeypatch):
     found = []
     monkeypatch.setattr(warm_up, "compile_for", lambda kind, count, max_tokens: None)
     monkeypatch.setattr(linear_many, "compiles_for", lambda target: target == "sm_90")
-    monkeypatch.setattr(linear_many, "current_gpu", lambda: Gpu(132, can_overlap=True))
+    monkeypatch.setattr(linear_many, "num_multiprocessors", lambda: 132)
     monkeypatch.setattr(linear_many, "_load", lambda kind, shape: found.append((kind, shape)))
     return found
 

@@ -40,20 +40,20 @@ class Transcript:
     def taking(self, input_ids: Tensor, start: int) -> Iterator[None]:
         """While the cache takes `input_ids` up from `start` on; it may break off at any time."""
         self._is_in_step = False
-        input_ids = input_ids.cpu()  # before work is queued, which the host would wait for
+        input_ids = input_ids.cpu()  # now: behind queued work the host would wait for all of it
         yield
         self.write(input_ids, start)
         self._is_in_step = True
 
     def write(self, input_ids: Tensor, start: int) -> None:
-        """`input_ids` are what comes from `start` on."""
+        """`input_ids`, on the host, are what comes from `start` on."""
         self.length = start + input_ids.shape[1]
         batch, room = self._ids.shape
         if self.length > room:
             larger = np.empty((batch, max(self.length, 2 * room)), np.int64)
             larger[:, :start] = self._ids[:, :start]
             self._ids = larger
-        self._ids[:, start : self.length] = input_ids.cpu().numpy()
+        self._ids[:, start : self.length] = input_ids.numpy()
 
     def ran_past(self) -> None:
         """The cache may hold more than these tokens."""

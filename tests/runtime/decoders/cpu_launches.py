@@ -332,9 +332,7 @@ def normed(x: Tensor, norm: NormWeight, kind: str) -> Tensor:
 class NormRows:
     """See `cupy_kernels.prompt_rows`."""
 
-    def __init__(
-        self, columns: int, dtype: str, kind: str, *, added: bool = False, overlap: bool = False
-    ) -> None:
+    def __init__(self, columns: int, dtype: str, kind: str, *, added: bool = False) -> None:
         self._columns, self._dtype = columns, DTYPES[dtype]
         self._kind, self._added = kind, added
 

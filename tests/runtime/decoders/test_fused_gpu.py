@@ -148,18 +148,17 @@ def test_attention_of_a_prompt_sees_what_it_should(heads, kv_heads, head_dim, nu
     assert (found.float() - expected).norm() <= 0.01 * expected.norm()
 
 
-@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("kind", ["rms", "rms_plus_one"])
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 @pytest.mark.parametrize("columns", [64, 1152, 5376, 16_384, 28_672])
-def test_a_norm_is_added_to_what_is_there(columns, dtype, kind, overlap):
+def test_a_norm_is_added_to_what_is_there(columns, dtype, kind):
     num_rows, epsilon = 5, 1e-6
     x, before, weight = (
         torch.randn(rows, columns, device="cuda").to(DTYPES[dtype])
         for rows in (num_rows,) * 2 + (1,)
     )
     hidden = before.clone()
-    launch = NormRows(columns, dtype, kind, added=True, overlap=overlap)
+    launch = NormRows(columns, dtype, kind, added=True)
     norm = NormWeight(weight.data_ptr(), epsilon)
     stream = torch.cuda.current_stream().cuda_stream
     launch.queue(num_rows, norm, x.data_ptr(), hidden.data_ptr(), stream)
