@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 import qtool
 from qtool.resources import demo_model_path
+from qtool.runtime import api
 from qtool.runtime.answers import Request, answer
 from qtool.runtime.decoders import history
 from qtool.runtime.decoders.choose import DecoderOptions
@@ -109,11 +112,43 @@ def test_leaving_early_ends_the_work(model: Any) -> None:
     assert 0 < len(steps) < 40
 
 
+def test_texts_that_are_left_unfinished_end_with_the_program_in_silence() -> None:
+    script = (
+        "import sys, qtool\n"
+        "model = qtool.load(sys.argv[1], quant='nf4', device='cpu')\n"
+        "def begun(path):\n"
+        "    pieces = qtool.stream(model, 'Once', max_new_tokens=400, path=path)\n"
+        "    print(end=next(pieces), flush=True)\n"
+        "    return pieces\n"
+        "texts = [begun('fused'), begun('eager'), begun('fused')]\n"  # two have caches of their own
+        "unread = qtool.stream(model, 'Once')\n"
+    )
+    command = [sys.executable, "-c", script, str(demo_model_path())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout and done.stderr == ""
+
+
+def test_but_for_one_that_a_thread_is_making_just_then() -> None:
+    def pieces() -> Generator[str]:
+        yield "a"
+        api._close(weakref.ref(running))  # from within: as if by another thread
+        yield "b"
+
+    running = pieces()
+    assert list(running) == ["a", "b"]
+
+
 def test_overlapping_texts_do_not_disturb_each_other(model: Any) -> None:
     expected = greedy_text(12)
     pieces = [qtool.stream(model, PROMPT, max_new_tokens=12) for _ in range(2)]
     texts = ["".join(parts) for parts in zip(*zip(*pieces, strict=True), strict=True)]
     assert texts == [expected, expected]
+
+
+def test_a_whole_model_is_not_dequantized_and_the_error_says_what_is(model: Any) -> None:
+    with pytest.raises(qtool.QtoolError, match="not dequantized as a whole") as caught:
+        model.dequantize()
+    assert "full-precision" in caught.value.hint and "layer.dequantize()" in caught.value.hint
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """`--config FILE.toml`: option values for a verb, from a file or from a recipe that ships.
 
-    quant = "nf4"            # any option of the verb, by its long name
+    quant = "nf4"            # any option of the verb, by its long name: lora-r or lora_r
     [estimate]               # a table named after a verb applies to that verb alone
     context = 8192           # a list for what can be repeated: gpu = ["4090", "L4"]
 
@@ -36,16 +36,36 @@ def read_config_file(
         for option in (*param.opts, *param.secondary_opts)
         if option.startswith("--") and not param.is_eager  # a file names no other, and no help
     }
-    merged = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    for table, entries in values.items():
-        if isinstance(entries, dict):
-            _check_known(table, verbs, path, what="table")
-            merged.update(entries if table == verb else {})
-    for key in merged:
-        _check_known(key, known, path, what=f"option of qtool {verb}")
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    for table in tables:
+        if table not in verbs:
+            raise _unknown(table, verbs, path, what="table")
+    above = {key: value for key, value in values.items() if key not in tables}
+    merged: dict[str, Any] = {}
+    for entries in (above, tables.get(verb, {})):
+        merged.update(_by_option(entries, known, path, verb))
     return {
         known[key].name: _as_given(key, value, known[key], path) for key, value in merged.items()
     }
+
+
+def _by_option(
+    entries: dict[str, Any], known: dict[str, Any], path: Path, verb: str
+) -> dict[str, Any]:
+    """The values by the long names of options, which may have underscores for dashes."""
+    options: dict[str, Any] = {}
+    for key, value in entries.items():
+        option = key.replace("_", "-")
+        if option not in known:
+            raise _unknown(key, list(known), path, what=f"option of qtool {verb}")
+        if option in options:
+            raise QtoolError(
+                f"{path}: {option} is there with dashes and with underscores",
+                kind="usage",
+                hint="leave one of them out",
+            )
+        options[option] = value
+    return options
 
 
 def _as_given(key: str, value: Any, param: Any, path: Path) -> Any:
@@ -92,9 +112,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_known(key: str, known: Sequence[str] | dict[str, Any], path: Path, *, what: str) -> None:
-    if key in known:
-        return
-    nearest = difflib.get_close_matches(key, list(known), n=1)
+def _unknown(key: str, known: Sequence[str], path: Path, *, what: str) -> QtoolError:
+    nearest = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sorted(known))}"
-    raise QtoolError(f"{path}: {key!r} is no {what}", kind="usage", hint=hint)
+    return QtoolError(f"{path}: {key!r} is no {what}", kind="usage", hint=hint)

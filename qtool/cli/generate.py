@@ -252,9 +252,10 @@ def generate(
         require_chat(opened, chat=chat, system=system)
         folder = None if adapter is None else _fetch_adapter(show, adapter)
         head_start.begin(device)
-        load_pytorch(show, also="transformers")
+        load_pytorch(show, also="transformers" if folder is None else "transformers and PEFT")
         with lean_imports():
             from qtool.report.generate import converse, report_loaded, report_result
+            from qtool.runtime.adapters import check_adapter
             from qtool.runtime.answers import Request, answer, check_request
             from qtool.runtime.decoders.choose import DecoderOptions
             from qtool.runtime.generate import Limits, Sampling
@@ -264,6 +265,8 @@ def generate(
 
         with quiet_transformers():
             require_runnable(opened, quant)
+        if folder is not None:
+            check_adapter(folder)  # before the clock of loading starts: it imports PEFT
         limits = Limits(max_new_tokens, max_context, ignore_eos, tuple(stop or ()))
         sampling = Sampling(temperature, top_p, top_k, seed)
         decoder = DecoderOptions(path, prefill_chunk)
@@ -284,7 +287,7 @@ def generate(
                 converse(show, loaded, request)
                 return
             result = answer(loaded, request, text, write=show.write_text)
-            report_result(show, loaded, result)
+            report_result(show, loaded, result, prefill_chunk=prefill_chunk)
         if result.interruption is not None:
             raise typer.Exit(interruption(result.interruption, "").exit_code)
 
@@ -323,6 +326,14 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
             text = sys.stdin.read().removesuffix("\n")
         else:
             return prompt
+    except FileNotFoundError as error:
+        if prompt_file != Path("-"):
+            raise
+        raise QtoolError(
+            f"{prompt_file} does not exist",
+            kind="not_found",
+            hint=("leave out ", Option("prompt_file"), ": PROMPT takes - for a pipe"),
+        ) from error
     except UnicodeDecodeError as error:
         raise QtoolError(
             f"{prompt_file or 'stdin'}: not UTF-8 at byte {error.start}",

@@ -30,6 +30,7 @@ JUST_NOW_S: Final = 3.0
 IMPORTING: Final = "importlib._bootstrap"
 LOCKING: Final = ("threading", "concurrent.futures._base", "concurrent.futures.thread")
 STARTING: Final = ("threading", "start")
+PRINTING: Final = "rich."  # keeps what it was interrupted in writing, and writes it again
 WAITING: Final = [("threading", name) for name in ("wait", "join", "_wait_for_tstate_lock")]
 RUN_AGAIN: Final[Hint] = ("run the command again",)
 CONTINUING: Final = ("quantize", "merge")  # they go on with what is in OUT, if told nothing
@@ -114,11 +115,12 @@ def _no_interruption_lost() -> Iterator[None]:
 
 class _Signals:
     """The handler of SIGINT and SIGTERM: raises KeyboardInterrupt or Terminated, once for both that
-    `timeout` sends, and rather not midway through an import or what threads share.
+    `timeout` sends, and rather not midway through an import, a print or what threads share.
 
     Modules catch what fails in an import of theirs, and with it KeyboardInterrupt, or fail on what
-    was imported halfway. A future's lock that is taken and left to nobody keeps its thread waiting
-    for ever, and so the end of the program.
+    was imported halfway. A line whose print is cut short would come again with the next, and a bar
+    would leave the cursor hidden. A future's lock that is taken and left to nobody keeps its thread
+    waiting for ever, and so the end of the program.
     """
 
     def __init__(self) -> None:
@@ -170,14 +172,16 @@ def _raising_signals() -> Iterator[_Signals]:
 
 
 def _is_midway(frame: FrameType | None) -> bool:
-    """Whether what runs is an import, the start of a thread, or anything of threads and futures
-    but their waiting for others, which leaves things as it found them."""
+    """Whether what runs is an import, a print, the start of a thread, or anything of threads and
+    futures but their waiting for others, which leaves things as it found them."""
     stack = []
     while frame is not None:
-        stack.append((frame.f_globals.get("__name__"), frame.f_code.co_name))
+        stack.append((str(frame.f_globals.get("__name__")), frame.f_code.co_name))
         frame = frame.f_back
     modules = {module for module, _ in stack}
     if IMPORTING in modules or STARTING in stack:
+        return True
+    if any(module.startswith(PRINTING) for module in modules):
         return True
     return not modules.isdisjoint(LOCKING) and stack[0] not in WAITING
 

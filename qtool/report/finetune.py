@@ -16,7 +16,7 @@ from qtool.planner.records import MemoryPlan
 from qtool.report.estimate import GROUPS, estimate_document, shown_name
 from qtool.report.loss_curve import loss_svg, loss_text
 from qtool.report.output import Output
-from qtool.report.units import GIB, format_bytes, format_count, format_gib
+from qtool.report.units import format_bytes, format_count, format_done
 from qtool.report.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ def _parts(progress: Progress, planned_bytes: int | None) -> Iterator[str]:
     yield f"loss {progress.loss:.3f}{held_out}"
     yield f"{progress.tokens_per_s:,.0f} tok/s"
     if progress.memory_bytes is not None:
-        planned = "" if planned_bytes is None else f"/{planned_bytes / GIB:.2f}"
-        yield f"{progress.memory_bytes / GIB:.2f}{planned} GiB"
+        held = progress.memory_bytes
+        yield format_bytes(held) if planned_bytes is None else format_done(held, planned_bytes)
     yield f"{_duration(progress.left_s)} left"
 
 
@@ -216,10 +216,10 @@ def _statistics(result: FinetuneResult) -> Iterator[str]:
         f"{result.tokens - result.earlier_tokens:,} tokens, {result.tokens_per_s:,.0f} tok/s, "
         f"{_duration(result.seconds)} on {result.device}{since}"
     )
-    if result.allocated_peak_bytes is not None:
-        planned = result.planned_allocated_peak_bytes
-        beside = "" if planned is None else f", {format_gib(planned)} GiB planned"
-        yield f"{format_gib(result.allocated_peak_bytes)} GiB allocated at the peak{beside}"
+    peak, planned = result.allocated_peak_bytes, result.planned_allocated_peak_bytes
+    if peak is not None:
+        beside = "" if planned is None else f", {format_bytes(planned, beside=peak)} planned"
+        yield f"{format_bytes(peak)} allocated at the peak{beside}"
 
 
 def _write_curve(result: FinetuneResult) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from qtool.defaults import MAX_SEED
+from qtool.defaults import MAX_SEED, PREFILL_CHUNK
 from qtool.errors import Option, QtoolError, Terminated, Words, in_words
 from qtool.report.output import Output
 from qtool.report.units import format_bytes
@@ -20,6 +20,7 @@ from qtool.runtime.linear import LinearInt8
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.memory import DevicePeak
 from qtool.runtime.placement import weights_by_device
+from qtool.runtime.products import rounds_activations
 from qtool.runtime.prompts import Conversation
 
 PROMPT = ">>> "
@@ -47,11 +48,17 @@ def report_loaded(output: Output, loaded: LoadedModel) -> None:
     output.detail(f"weights: {where}{packed}")
 
 
-def report_result(output: Output, loaded: LoadedModel, result: GenerateResult) -> None:
+def report_result(
+    output: Output,
+    loaded: LoadedModel,
+    result: GenerateResult,
+    *,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> None:
     """End the streamed text, then say how fast it came and what it took."""
     if not result.text.endswith("\n"):
         output.write_text("\n")
-    for line in _statistics(output, loaded, result):
+    for line in _statistics(output, loaded, result, prefill_chunk):
         output.note(line)
     output.detail(f"seconds: {_phases(loaded, result)}")
     output.document(_document(loaded, result))
@@ -98,9 +105,14 @@ def _why_no_chat(request: Request) -> Words:
 
 
 def _command_in(text: str) -> str | None:
-    """The command that a line is; None for text, which may begin with a space to be it."""
-    word = text.strip()
-    return word if text.startswith("/") and " " not in word else None
+    """The command that a line is, or that stands before more; None for text, as paths are, which
+    may begin with a space to be it.
+    """
+    if not text.startswith("/"):
+        return None
+    word, *others = text.split()
+    is_command = word in (*COMMANDS, *LEAVE) or not (others or "/" in word[1:])
+    return text.strip() if is_command else None
 
 
 def _obey(output: Output, command: str, conversation: Conversation | None) -> None:
@@ -168,17 +180,16 @@ def _read_line() -> str | None:
             return None
 
 
-def _statistics(output: Output, loaded: LoadedModel, result: GenerateResult) -> list[str]:
-    threshold = _int8_threshold(loaded)
-    rounded = (
-        "" if threshold is None else f" · int8 activations of prompts, threshold {threshold:g}"
-    )
+def _statistics(
+    output: Output, loaded: LoadedModel, result: GenerateResult, prefill_chunk: int
+) -> list[str]:
+    num_at_once = min(result.prompt_tokens - result.reused_tokens, prefill_chunk)
     return [
         f"{_speed(result)} · {_why_it_ended(output, result)}",
         f"loaded in {loaded.load_s:.1f} s"
         + (f" · first token after {result.first_token_s:.1f} s" if result.first_token_s else "")
         + _memory_words(loaded.memory.device_peak()),
-        f"{_way(loaded, result)}{rounded}",
+        f"{_way(loaded, result)}{_rounding_words(loaded, num_at_once)}",
     ]
 
 
@@ -214,6 +225,18 @@ def _int8_threshold(loaded: LoadedModel) -> float | None:
     """From which activations on columns are not rounded, where INT8 layers round the others."""
     modules = loaded.model.modules()
     return next((it.threshold for it in modules if isinstance(it, LinearInt8)), None)
+
+
+def _rounding_words(loaded: LoadedModel, num_tokens: int) -> str:
+    """Told where an INT8 layer rounds the activations of so many tokens at once."""
+    for layer in loaded.model.modules():
+        if isinstance(layer, LinearInt8):
+            dtype = layer.compute_dtype or loaded.model.dtype
+            x = layer.weight.new_empty((), dtype=dtype, device=loaded.device)
+            x = x.expand(num_tokens, layer.in_features)  # of a shape, and no more memory
+            if rounds_activations(x, layer.weight, layer.threshold):
+                return f" · int8 activations of prompts, threshold {layer.threshold:g}"
+    return ""
 
 
 def _why_it_ended(output: Output, result: GenerateResult) -> str:

@@ -6,8 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qtool.checkpoint.other_files import MANIFEST
 from qtool.inspection import (
     Comparison,
     Difference,
@@ -40,7 +42,7 @@ def report_inspection(output: Output, result: InspectionResult, *, tensors: bool
     if result.comparison is not None:
         _report_comparison(output, result.comparison, str(result.against), in_full=in_full)
     if result.verification is not None:
-        _report_verification(output, result.verification)
+        _report_verification(output, result.verification, Path(result.path))
     output.document(inspection_document(result, tensors=tensors))
 
 
@@ -306,7 +308,7 @@ def _error_table(title: str, errors: Iterable[LayerError]) -> Table:
     return _table(title, ("error", "MSE", "max abs", "SQNR"), rows)
 
 
-def _report_verification(output: Output, verification: Verification) -> None:
+def _report_verification(output: Output, verification: Verification, folder: Path) -> None:
     if verification.ok:
         layers = f", {verification.num_layers} quantized layers" if verification.num_layers else ""
         output.answer(
@@ -321,9 +323,15 @@ def _report_verification(output: Output, verification: Verification) -> None:
         output.answer(_problem_text(problem))
     if len(problems) > limit:
         output.answer(f"  and {len(problems) - limit} more; -v lists them all")
-    output.note(
-        "next: write it anew, with --restart and the command that made it, or fetch it again"
-    )
+    output.note(f"next: {_way_out(problems, folder)}")
+
+
+def _way_out(problems: Iterable[Problem], folder: Path) -> str:
+    """--restart overwrites only what a manifest lists."""
+    is_listed = (folder / MANIFEST).is_file() and all(it.file != MANIFEST for it in problems)
+    if is_listed:
+        return "write it anew, with --restart and the command that made it, or fetch it again"
+    return "move it away, then write it anew with the command that made it, or fetch it again"
 
 
 def _problem_text(problem: Problem) -> Text:

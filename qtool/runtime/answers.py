@@ -18,6 +18,7 @@ from qtool.runtime.generate import (
 )
 from qtool.runtime.loading import LoadedModel, Preview
 from qtool.runtime.prompts import (
+    NO_TEMPLATE,
     SAID_NO,
     Conversation,
     encode_text,
@@ -105,7 +106,7 @@ def uses_chat(loaded: LoadedModel | Preview, request: Request) -> bool:
         require_chat_template(loaded.tokenizer)
     wanted = request.chat if request.chat is not None else has_chat_template(loaded.tokenizer)
     if request.system is not None and not wanted:
-        raise refuse_system(SAID_NO if request.chat is False else "there is no chat template")
+        raise refuse_system(SAID_NO if request.chat is False else NO_TEMPLATE)
     return wanted
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -171,7 +173,10 @@ def stream(
     request = Request("", chat, system, sampling, limits, DecoderOptions(path, prefill_chunk))
     prompt_ids = encode_prompt(loaded, request, prompt)
     room_for(loaded, len(prompt_ids), limits)  # refuses now, not with the first piece
-    return _pieces(loaded, prompt_ids, request)
+    pieces = _pieces(loaded, prompt_ids, request)
+    # At the end of the program, too: later Python takes apart the modules that ending it needs.
+    weakref.finalize(pieces, _close, weakref.ref(pieces))
+    return pieces
 
 
 def release(model: Any) -> None:
@@ -196,13 +201,21 @@ def _check_place(name: str, value: Any) -> None:
         _check_text(name, value, "give a folder, or an id on the Hub")
 
 
-def _pieces(loaded: LoadedModel, prompt_ids: list[int], request: Request) -> Iterator[str]:
+def _pieces(loaded: LoadedModel, prompt_ids: list[int], request: Request) -> Generator[str]:
     kept: KeptHistory = getattr(loaded.model, KEPT)
     with kept.borrow(loaded, request.decoder) as history:
         generation = Generation(loaded, prompt_ids, request.sampling, request.limits, history)
         yield from generation.pieces()
         if rest := generation.end():
             yield rest
+
+
+def _close(pieces: weakref.ref[Generator[str]]) -> None:
+    """End the work on a text that is still there, but for one that a daemon thread is making."""
+    unfinished = pieces()
+    if unfinished is not None:
+        with suppress(ValueError):  # "generator already executing"
+            unfinished.close()
 
 
 def _loaded(model: Any) -> LoadedModel:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import nn
@@ -76,6 +76,15 @@ class PackedLayersQuantizer(HfQuantizer):  # type: ignore[misc]
         """Asked by `save_pretrained`, which then refuses and points at the log."""
         logging.getLogger(__name__).warning(NOT_SAVED)
         return False
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> NoReturn:
+        """Asked by `model.dequantize()`."""
+        raise QtoolError(
+            "a model with packed layers is not dequantized as a whole",
+            kind="unsupported",
+            hint="load the full-precision model that it was made from; "
+            "layer.dequantize() gives the weight of one layer",
+        )
 
     @property
     def is_trainable(self) -> bool:

@@ -1,7 +1,7 @@
 """Models built on the meta device without computing there.
 
-PyTorch loads its compiler and SymPy before it draws normal values or divides on that device: half a
-second for tensors that have no values.
+PyTorch loads its compiler and SymPy before it draws normal values, divides or asks how values lie
+on that device: half a second for tensors that have no values.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class WithoutMetaArithmetic(TorchFunctionMode):
             return drawn
         if func is torch.arange and str(kwargs.get("device")) == "meta":
             kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.empty_like and _devices(args, kwargs) == {"meta"}:
+            # Room for what is in no file, such as an embedding that is stored as the output head.
+            kwargs = {"memory_format": torch.contiguous_format, **kwargs}
         try:
             return func(*args, **kwargs)
         except RuntimeError:

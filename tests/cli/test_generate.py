@@ -33,6 +33,7 @@ from tests.merge.adapters import linear_layers, lora_tensors, write_adapter
 from tests.test_structure import loaded_modules
 
 PROMPT = "Once upon a time"
+LONG = f"{PROMPT} " * 20  # more than 64 tokens, fewer than 512
 START = ", there was a little girl named Lily."
 PROGRAM = (sys.executable, "-c", "from qtool.cli import main; main()", "generate")
 TIMES = {"load", "prefill", "decode", "start_to_first_token"}
@@ -134,8 +135,11 @@ def test_a_threshold_is_in_the_report(stories: Path) -> None:
     options = ("--max-new-tokens", 2, "--device", "cpu", "--int8-threshold", "4.5")
     ran = run("generate", stories, PROMPT, *options, "--quant", "int8", "--json")
     assert ran.document["int8_threshold"] == 4.5
-    ran = run("generate", stories, PROMPT, *options, "--quant", "int8")
-    assert "int8 activations of prompts, threshold 4.5" in ran.stderr.replace("\n", " ")
+    said = "int8 activations of prompts, threshold 4.5"
+    for prompt, chunk, is_rounded in ((PROMPT, 512, False), (LONG, 512, True), (LONG, 64, False)):
+        chunks = ("--prefill-chunk", chunk)
+        ran = run("generate", stories, prompt, *options, *chunks, "--quant", "int8")
+        assert (said in ran.stderr.replace("\n", " ")) is is_rounded
 
 
 def test_quantizing_while_loading(stories: Path) -> None:
@@ -303,6 +307,16 @@ def test_bad_usage_exits_2_with_a_hint_before_weights_are_read(
     assert ran.error["hint"]
 
 
+def test_who_means_a_pipe_by_a_file_named_dash_is_told_how(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, hint in (("-", "PROMPT takes - for a pipe"), ("gone", "check the path")):
+        ran = run("generate", stories, "--prompt-file", name, "--json")
+        assert (ran.error["kind"], ran.error["message"]) == ("not_found", f"{name} does not exist")
+        assert ran.error["hint"].endswith(hint)
+
+
 @pytest.mark.parametrize("options", [("--chat",), ("--system", "s"), ("--max-context", 513)])
 def test_so_does_that_of_a_chat(
     stories: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...]
@@ -448,6 +462,32 @@ def test_an_adapter_may_lie_on_the_hub(
     own = run("generate", *arguments, "--adapter", adapter).document["token_ids"]
     assert json.loads(fetched.stdout)["token_ids"] == own
     assert run("generate", *arguments).document["token_ids"] != own
+
+
+def test_an_adapters_package_is_told_and_imported_with_the_others(
+    stories: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    config = json.loads((stories / "config.json").read_text())
+    adapter = write_adapter(tmp_path / "adapter", lora_tensors(linear_layers(config)), stories)
+    script = (
+        "import sys\n"
+        "from qtool.cli import main\n"
+        "from qtool.runtime import loading\n"
+        "def load_model(*arguments, **options):\n"
+        "    sys.exit('peft' not in sys.modules)\n"
+        "assert 'peft' not in sys.modules\n"
+        "loading.load_model = load_model\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", script, "generate", str(stories), PROMPT]
+    for options, is_imported, also in (
+        (("--adapter", str(adapter)), True, "transformers and PEFT"),
+        ((), False, "transformers"),
+    ):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == (not is_imported)
+        assert done.stderr.splitlines() == ["loading PyTorch", f"loading {also}"]
 
 
 USELESS = {
@@ -719,9 +759,14 @@ def test_without_a_template_nothing_is_remembered_and_commands_say_so(stories: P
         terminal.type("/celar\n")
         terminal.wait_for("/celar is no command, /help shows them")
         terminal.wait_for(">>> ")
-        terminal.type(" /celar\n")  # text
-        terminal.wait_for(r"\(--max-new-tokens reached\)")
-        terminal.wait_for(">>> ")
+        for command in ("/clear now", "/exit now", "/help /exit"):
+            terminal.type(f"{command}\n")
+            terminal.wait_for(f"{command} is no command, /help shows them")
+            terminal.wait_for(">>> ")
+        for text in (" /celar", " /exit now", "/etc/passwd", "/celar or what", "/clear/it all"):
+            terminal.type(f"{text}\n")
+            terminal.wait_for(r"\(--max-new-tokens reached\)")
+            terminal.wait_for(">>> ")
         terminal.type("/bye\n")
         assert terminal.process.wait(timeout=60) == 0
     finally:

@@ -99,6 +99,38 @@ def test_verify_says_in_words_where_and_what(broken):
     assert "nf4" in ran.stdout  # the rest of the answer is there too
 
 
+RESTART = "--restart and the command that made it"
+MOVE = "next: move it away, then write it anew with the command that made it"
+
+
+@pytest.mark.parametrize(
+    ("manifest", "files", "said"),
+    [
+        ("as written", "changed", RESTART),
+        ("{", "as written", MOVE),
+        ('{"schema": 1, "files": {}}', "as written", MOVE),
+        (None, "changed", MOVE),
+    ],
+)
+def test_the_way_out_is_one_that_quantize_takes(folders, tmp_path, manifest, files, said):
+    folder = tmp_path / "out"
+    arguments = ("quantize", folders[1], "-o", folder, "-q")
+    assert run(*arguments).exit_code == 0
+    if manifest is None:
+        (folder / "qtool_manifest.json").unlink()
+    elif manifest != "as written":
+        (folder / "qtool_manifest.json").write_text(manifest)
+    if files == "changed":
+        shard = next(folder.glob("*.safetensors"))
+        data = bytearray(shard.read_bytes())
+        data[8] ^= 1
+        shard.write_bytes(data)
+    told = run("inspect", folder, "--verify")
+    assert told.exit_code == 3
+    assert said in " ".join(told.stderr.split())
+    assert (run(*arguments, "--restart").exit_code == 0) is (said == RESTART)
+
+
 def test_verify_of_a_folder_that_cannot_be_opened_lists_what_is_wrong(folders, tmp_path):
     parts, _ = quantized_llama(QuantFormat("nf4"))
     path = parts.write(tmp_path / "cut")

@@ -59,6 +59,8 @@ def test_values_of_a_file_are_of_the_option_s_type(text: str, named: str, tmp_pa
         ('mode = "qlora"\nno-gradient-checkpointing = true', "--no-gradient-checkpointing"),
         ('mode = "qlora"\nno-gradient-checkpointing = false', "--gradient-checkpointing"),
         ('mode = "qlora"\ngradient-checkpointing = false', "--no-gradient-checkpointing"),
+        ('mode = "qlora"\nno_gradient_checkpointing = true', "--no-gradient-checkpointing"),
+        ("prefill-chunk = 512\n[estimate]\nprefill_chunk = 64", ("--prefill-chunk", 64)),
     ],
 )
 def test_a_file_says_what_the_command_line_does(

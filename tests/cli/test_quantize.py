@@ -146,6 +146,8 @@ def test_options_come_from_flags_then_variables_then_the_file(model, tmp_path, m
     [
         ("blocksiez = 64", "did you mean 'blocksize'", "usage"),
         ("[quantise]\nblocksize = 64", "did you mean 'quantize'", "usage"),
+        ("dry_rum = true", "'dry_rum' is no option", "usage"),
+        ("dry-run = true\ndry_run = true", "dry-run is there with dashes and with", "usage"),
         ("blocksize = ", "TOML", "bad_file"),
     ],
 )

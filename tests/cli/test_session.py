@@ -26,7 +26,9 @@ class Destroyed:
         signal.raise_signal(signal.{name})
 
 def verb(ctx: typer.Context):
-    with verb_session(ctx, "verb", json_output=False, quiet=True, verbose=False, color="never"):
+    with verb_session(
+        ctx, "verb", json_output=False, quiet=False, verbose=False, color="never"
+    ) as show:
         Destroyed()
         time.sleep(2)
         print("nobody heard it")
@@ -84,6 +86,32 @@ def test_a_signal_leaves_no_thread_waiting_for_ever(
     program = (WITH_A_POOL + VERB.replace("Destroyed()\n", body)).format(name=name)
     done = run_verb(program)
     assert (done.returncode, done.stdout) == (exit_code, "")
+
+
+WITH_AN_EAGER_READER = """
+import signal, sys
+
+class Stderr:
+    def __getattr__(self, name):
+        return getattr(sys.__stderr__, name)
+
+    def write(self, text):
+        sys.__stderr__.write(text)
+        if "a note" in text:
+            signal.raise_signal(signal.{name})
+
+sys.stderr = Stderr()
+"""
+
+
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_line_that_a_signal_meets_is_printed_once(name: str, exit_code: int) -> None:
+    verb = VERB.replace("Destroyed()\n", "show.note('a note')\n")
+    done = run_verb((WITH_AN_EAGER_READER + verb).format(name=name))
+    assert (done.returncode, done.stdout) == (exit_code, "")
+    note, error, *_ = done.stderr.splitlines()
+    assert note == "a note"
+    assert error.startswith("error: ")
 
 
 @pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])

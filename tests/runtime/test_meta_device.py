@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -33,3 +36,17 @@ def test_elsewhere_values_are_drawn_and_errors_come_as_before() -> None:
             torch.ones(2).copy_(torch.ones(2, device="meta"))
     torch.manual_seed(0)
     assert torch.equal(drawn, nn.Embedding(3, 4).weight)
+
+
+def test_room_is_made_without_the_packages_of_the_compiler() -> None:
+    program = """
+import sys, torch
+from qtool.runtime.meta_device import WithoutMetaArithmetic
+with WithoutMetaArithmetic():
+    room = torch.empty_like(torch.empty(3, 4, device="meta"), device="cpu")
+print(room.device.type, *room.shape, "sympy" in sys.modules)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["cpu", "3", "4", "False"]

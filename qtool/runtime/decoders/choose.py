@@ -23,7 +23,7 @@ from qtool.runtime.decoders.graphed import GraphDecoder
 from qtool.runtime.decoders.network import Network
 from qtool.runtime.decoders.protocol import Decoder, Path
 from qtool.runtime.loading import LoadedModel
-from qtool.runtime.requirements import NO_GPU, cannot_take
+from qtool.runtime.requirements import NO_CUPY, NO_GPU, cannot_take
 
 PathChoice = Literal["auto", "fused", "graph", "eager"]
 PATH_VARIABLE: Final = "QTOOL_PATH"
@@ -94,7 +94,7 @@ def _make_fused(wish: _Wish, refusals: str) -> Decoder | str:
     if wish.loaded.device.type != "cuda":
         return NO_GPU
     if find_spec("cupy") is None:
-        return "the fused kernels need CuPy"
+        return NO_CUPY
     if _num_devices(wish.loaded.model) > 1:
         return SPREAD
     from qtool.runtime.decoders.fused import make_fused_decoder, why_not_fused
