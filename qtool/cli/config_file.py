@@ -37,9 +37,11 @@ def read_config_file(
         if option.startswith("--") and not param.is_eager  # a file names no other, and no help
     }
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-    for table in tables:
+    for table, entries in tables.items():
         if table not in verbs:
-            raise _unknown(table, verbs, path, what="table")
+            inner = next((f"{table} {it}" for it in entries if f"{table} {it}" in verbs), None)
+            hint = f'a name of two words wants quotes: ["{inner}"]' if inner else None
+            raise _unknown(table, verbs, path, what="table", hint=hint)
     above = {key: value for key, value in values.items() if key not in tables}
     merged: dict[str, Any] = {}
     for entries in (above, tables.get(verb, {})):
@@ -112,7 +114,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _unknown(key: str, known: Sequence[str], path: Path, *, what: str) -> QtoolError:
+def _unknown(
+    key: str, known: Sequence[str], path: Path, *, what: str, hint: str | None = None
+) -> QtoolError:
     nearest = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sorted(known))}"
+    if hint is None:
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sorted(known))}"
     return QtoolError(f"{path}: {key!r} is no {what}", kind="usage", hint=hint)

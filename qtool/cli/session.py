@@ -127,10 +127,11 @@ class _Signals:
         self._raised: KeyboardInterrupt | None = None
         self._raised_for = 0
         self._raised_at_s = -math.inf
-        self._num_postponed = 0
+        self._num_postponed = 0  # since the last that was raised
+        self._ignores = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if signum == self._raised_for and self._age_s < SAME_S:
+        if self._ignores or (signum == self._raised_for and self._age_s < SAME_S):
             return
         if _is_midway(frame) and self._num_postponed < MAX_POSTPONED:
             self._num_postponed += 1
@@ -145,9 +146,17 @@ class _Signals:
     def _age_s(self) -> float:
         return time.monotonic() - self._raised_at_s
 
-    def outlast_the_same(self) -> None:
-        """Return when no second one can come that belongs to what was raised."""
+    def await_postponed(self) -> None:
+        """Let one come that was postponed, as long as it can be told."""
+        while self._num_postponed:
+            time.sleep(AGAIN_AFTER_S)
+
+    def outlast(self) -> None:
+        """Return when none can come any more that belongs to what was raised or was postponed."""
+        self._ignores = True
         time.sleep(max(0.0, SAME_S - self._age_s))
+        if self._num_postponed:
+            time.sleep(2 * AGAIN_AFTER_S)
 
     @property
     def just_raised(self) -> KeyboardInterrupt | None:
@@ -165,8 +174,12 @@ def _raising_signals() -> Iterator[_Signals]:
         signal.signal(number, signals)
     try:
         yield signals
+        signals.await_postponed()
+    except typer.Exit:
+        signals.await_postponed()
+        raise
     finally:
-        signals.outlast_the_same()
+        signals.outlast()
         for number, handler in previous.items():
             signal.signal(number, handler)
 

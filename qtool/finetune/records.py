@@ -121,12 +121,12 @@ class FinetuneRequest:
         MODEL and DATA are what they name, however that was spelled.
         """
         fields = {
-            "model": _place(self.model),
+            "model": place_of(self.model),
             "method": self.method,
             "quant": self.quant,
             **asdict(self.data),
-            "source": _place(self.data.source),
-            "eval_split": _place(self.data.eval_split),
+            "source": place_of(self.data.source),
+            "eval_split": place_of(self.data.eval_split),
             **{f"lora_{name}": value for name, value in asdict(self.lora).items()},
             **asdict(self.training),
         }
@@ -137,10 +137,13 @@ class FinetuneRequest:
         return fields | ({"lora_targets": list(targets)} if targets else {})
 
 
-def _place(name: str) -> str:
+def place_of(name: str) -> str:
     """The whole path of what is here, which wins; a Hub id, or a share of the rows, as it is."""
-    path = Path(name).expanduser() if name.startswith("~") else Path(name)
-    return str(path.resolve()) if name and path.exists() else name
+    try:
+        path = Path(name).expanduser() if name.startswith("~") else Path(name)
+        return str(path.resolve()) if name and path.exists() else name
+    except (OSError, RuntimeError):  # no name of a file, nobody's home
+        return name
 
 
 class Step(NamedTuple):

@@ -7,7 +7,6 @@ result = train(prepared, on_event=..., on_progress=..., warn=print)
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -44,6 +43,7 @@ from qtool.finetune.run_folder import (
 )
 from qtool.finetune.sequences import no_chat_template
 from qtool.planner.estimate import unmodelled_warnings
+from qtool.runtime.tokenizer_files import lacks_chat_template
 
 if TYPE_CHECKING:
     from qtool.finetune.sequences import Sequences
@@ -96,7 +96,7 @@ def prepare(request: FinetuneRequest, *, warn: Warn, on_event: OnEvent = ignore_
     held_out = _held_out(request)
     only = request.data.completion_only
     files = [rows.check(completion_only=only)]
-    if rows.has_messages and _lacks_chat_template(checkpoint):
+    if rows.has_messages and lacks_chat_template(checkpoint):
         raise no_chat_template(rows.source)
     if isinstance(held_out, Rows):
         files.append(held_out.check(completion_only=only))
@@ -370,18 +370,6 @@ def _encode(prepared: Prepared, tokenizer: Any, warn: Warn) -> tuple[Sequences, 
         for words in sequences.warnings() if sequences else ():
             warn(words)
     return data, held_out
-
-
-def _lacks_chat_template(checkpoint: Checkpoint) -> bool:
-    """Whether the folder holds none, so that no tokenizer need be loaded to say so."""
-    folder = checkpoint.folder
-    if folder is None or any(folder.glob("chat_template*")):
-        return False
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # the tokenizer says it better
-    return isinstance(settings, dict) and not settings.get("chat_template")
 
 
 def _tell_of(data: Sequences, held_out: Sequences | None, on_event: OnEvent) -> None:

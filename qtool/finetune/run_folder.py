@@ -27,6 +27,7 @@ from qtool import __version__
 from qtool.checkpoint.output_place import encode_json, refuse_file, require_writable, sync
 from qtool.checkpoint.strict_json import json_type
 from qtool.errors import Option, QtoolError
+from qtool.finetune.records import place_of
 
 CHECKPOINTS: Final = "checkpoints"
 LOCK: Final = ".lock"
@@ -35,6 +36,7 @@ WHOLE: Final = "whole.json"
 FILES: Final = "files.json"
 MANIFEST: Final = "qtool_finetune.json"
 MANIFEST_SCHEMA: Final = 1
+PLACES: Final = frozenset({"model", "source", "eval_split"})  # of the settings
 CONFIGS: Final = ("adapter_config.json", "config.json")  # without which nobody loads the folder
 NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 WRITER_WORDS: Final = ("PytorchStreamWriter", "unexpected pos", "iostream error")
@@ -254,7 +256,7 @@ class RunFolder:
             raise self.damaged(path, f"expected JSON, found an error: {error}") from error
         if not isinstance(value, dict):
             raise self.damaged(path, f"expected a JSON object, found {json_type(value)}")
-        names = value.get("files", [])
+        names = value.get("files", [] if path.name == RUN else None)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise self.damaged(path, 'expected names of files as "files"')
         return value
@@ -344,13 +346,24 @@ def _differences(
     return [
         (name, found.get(name), wanted.get(name))
         for name in names
-        if found.get(name) != wanted.get(name)
+        if not _is_same(name, found.get(name), wanted.get(name))
     ]
+
+
+def _is_same(name: str, old: object, new: object) -> bool:
+    """Whether a setting is. Of what names a place: the place, or the same name where the old place
+    is gone, as after the folder around all of it has moved. Data has its checksum besides."""
+    if old == new or name not in PLACES or not isinstance(old, str) or not isinstance(new, str):
+        return old == new
+    if place_of(old) == new:
+        return True
+    is_moved = not Path(old).exists() and Path(old).name == Path(new).name
+    return is_moved and Path(new).is_absolute()
 
 
 def _is_gone(value: object) -> bool:
     """Whether it is the whole path of what is there no more."""
-    return isinstance(value, str) and value.startswith("/") and not Path(value).exists()
+    return isinstance(value, str) and Path(value).is_absolute() and not Path(value).exists()
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

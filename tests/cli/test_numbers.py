@@ -72,6 +72,14 @@ def test_a_file_says_what_the_command_line_does(
     assert run(*plan, "--config", file).document == run(*plan, *given).document
 
 
+def test_a_table_of_a_verb_of_two_words_wants_quotes(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[bench.generate]\nnew = 8\n")
+    ran = run("estimate", LLAMA, "--config", file, "--json")
+    assert (ran.exit_code, ran.error["kind"]) == (2, "usage")
+    assert ran.error["hint"].endswith('quotes: ["bench generate"]')
+
+
 def test_a_name_that_no_file_can_have_hides_no_error() -> None:
     ran = run("quantize", "/no/such/model", "-o", "/tmp/" + "a" * 300, "--json")
     assert ran.error["kind"] == "not_found" and "/no/such/model" in ran.error["message"]

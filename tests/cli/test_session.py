@@ -114,6 +114,17 @@ def test_a_line_that_a_signal_meets_is_printed_once(name: str, exit_code: int) -
     assert error.startswith("error: ")
 
 
+@pytest.mark.parametrize("after", ["", "raise typer.Exit(0)\n"])
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_that_meets_the_last_line_is_heard(name: str, exit_code: int, after: str) -> None:
+    body = 'Destroyed()\n        time.sleep(2)\n        print("nobody heard it")\n'
+    assert body in VERB
+    verb = VERB.replace(body, f"show.note('a note')\n        {after}\n")
+    done = run_verb((WITH_AN_EAGER_READER + verb).format(name=name))
+    assert (done.returncode, done.stdout) == (exit_code, "")
+    assert done.stderr.startswith("a note\nerror: ")
+
+
 @pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_that_is_sent_twice_is_one(name: str, exit_code: int) -> None:
     """As `timeout` does; whoever cleans up after the first must not be stopped by the second."""

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 
 from qtool.errors import QtoolError
+from qtool.finetune.records import place_of
 from qtool.finetune.run_folder import (
     CHECKPOINTS,
     RunFolder,
@@ -147,6 +148,45 @@ def test_what_was_there_and_is_gone_is_to_be_moved_back(tmp_path: Path) -> None:
         with pytest.raises(QtoolError, match=f'model is "{model}" there, "{tmp_path}/moved"') as it:
             folder.check_run(moved, resume=True, restart=False)
         assert it.value.hint.startswith(hint)
+
+
+def test_what_has_moved_with_its_folder_is_the_same(tmp_path: Path) -> None:
+    before = tmp_path / "before"
+    (before / "model").mkdir(parents=True)
+    settings = {"model": str(before / "model"), "eval_split": "0.1"}
+    RunFolder(before / "out").begin(settings, resume=False, restart=False)
+    after = before.rename(tmp_path / "after")
+    moved = {**settings, "model": str(after / "model")}
+    RunFolder(after / "out").check_run(moved, resume=True, restart=False)
+    with pytest.raises(QtoolError, match=r'eval_split is "0\.1" there, "0\.2" now'):
+        RunFolder(after / "out").check_run(
+            {**moved, "eval_split": "0.2"}, resume=True, restart=False
+        )
+
+
+def test_records_of_relative_names_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    folder = RunFolder(tmp_path / "out")
+    folder.begin({"model": "model"}, resume=False, restart=False)
+    monkeypatch.chdir(tmp_path)
+    folder.check_run({"model": str(tmp_path / "model")}, resume=True, restart=False)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(QtoolError, match='model is "model" there'):
+        folder.check_run({"model": str(tmp_path / "other")}, resume=True, restart=False)
+
+
+def test_a_manifest_that_lists_no_files_is_damaged(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "out")
+    (folder.path / "qtool_finetune.json").write_text("{}")
+    with pytest.raises(QtoolError, match='expected names of files as "files"'):
+        folder.check(resume=False, restart=True)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody_has_this_name/model", ""])
+def test_what_cannot_be_a_place_stays_a_name(name: str) -> None:
+    assert place_of(name) == name
 
 
 DAMAGES = {
