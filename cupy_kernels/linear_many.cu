@@ -19,9 +19,9 @@
 // have both groups' products at once are slower. There is little time to spare: what servers do is felt.
 //
 // Thread blocks take every so many tiles, in an order in which those that run at once read few different bytes: memory
-// takes power, of which tensor cores have what is left. The last ones, which would leave some blocks idle, may be shared
-// by the two blocks of a cluster: each has half of the columns, gives the other the sums of half of the tokens, over
-// shared memory, and adds up its own.
+// takes power, of which tensor cores have what is left. The last ones, which would leave some blocks idle, may be
+// shared by the two blocks of a cluster: each has half of the columns, gives the other the sums of half of the tokens,
+// over shared memory, and adds up its own.
 //
 // Bytes read per weight and tile: 1/2 + 4/blocksize, or 1/2 + 1/blocksize when nested; 1. Nothing is written but
 // y.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
-
-from cupy_kernels.launch import ceil_div, check_aligned, launch
+from cupy_kernels.launch import ceil_div, check_aligned, launch, num_multiprocessors
 from cupy_kernels.loader import load_kernel
 from qtool.formats.double_quant import SUM_GROUP
 
@@ -48,21 +46,8 @@ def quantize_absmax(
     check_aligned(absmax=absmax, workspace=workspace, codes=codes)
     kernel = load_kernel("quantize_absmax", cooperative=True)
     blocks_wanted = ceil_div(count, SUM_GROUP * (_THREADS // 32))
-    grid = (min(blocks_wanted, _num_multiprocessors(_current_device())),)
+    # One block of 1024 threads is resident on each, on every architecture.
+    grid = (min(blocks_wanted, num_multiprocessors()),)
     sums = workspace + _ARRIVALS_BYTES
     arguments = (absmax, count, sums, workspace, codes, nested_absmax, offset)
     launch(kernel, grid, _THREADS, arguments, stream)
-
-
-def _current_device() -> int:
-    import cupy
-
-    return int(cupy.cuda.runtime.getDevice())
-
-
-@cache
-def _num_multiprocessors(device: int) -> int:
-    """One block of 1024 threads is resident on each, on every architecture."""
-    import cupy
-
-    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])

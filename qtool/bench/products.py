@@ -47,7 +47,7 @@ LAUNCHES: Final = 64  # at least, in one CUDA graph of short products
 # power takes a while to find the clock at which it can go on: samples have so many operations for
 # each multiprocessor, about 60 ms of an H200, in no more than so many launches.
 SHORT_TOKENS: Final = 128
-SAMPLE_FLOPS: Final = 3e11
+FLOPS_PER_MULTIPROCESSOR: Final = 3e11
 MAX_LAUNCHES: Final = 256
 # A product beyond is wrong, not inexact: about ten times what rounding leaves.
 LARGEST_ERROR: Final[dict[SourceDtype, float]] = {"BF16": 3e-2, "F16": 1e-2, "F32": 1e-4}
@@ -172,7 +172,9 @@ class ProductGroup:
         """In one graph; each weight has a turn at least, unless products are long."""
         if self.tokens > SHORT_TOKENS:
             flops = 2 * self.tokens * math.prod(self.shape)
-            return min(math.ceil(SAMPLE_FLOPS * num_multiprocessors / flops), MAX_LAUNCHES)
+            return min(
+                math.ceil(FLOPS_PER_MULTIPROCESSOR * num_multiprocessors / flops), MAX_LAUNCHES
+            )
         sizes = [stored_bytes(self.shape, product.precision) for product in self.products]
         return max(LAUNCHES, *map(_num_weights, sizes))
 

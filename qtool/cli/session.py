@@ -148,8 +148,9 @@ class _Signals:
 
     def await_postponed(self) -> None:
         """Let one come that was postponed, as long as it can be told."""
-        while self._num_postponed:
-            time.sleep(AGAIN_AFTER_S)
+        for _ in range(MAX_POSTPONED):
+            if self._num_postponed:
+                time.sleep(AGAIN_AFTER_S)
 
     def outlast(self) -> None:
         """Return when none can come any more that belongs to what was raised or was postponed."""

@@ -69,9 +69,9 @@ class TrainingOptions:
 
     `accumulates_gradients`: more than one pass per optimizer step, so gradients never go away.
     `master_dtype` matters to "full" alone, `quant` to "qlora" alone. `base_bytes`: per element of
-    what is not packed, as it is loaded. `int8_outliers`: the share of the columns of
-    an MLP's last layer that hold one, where LLM.int8() multiplies; else None. `packed`: names of
-    the weights that "qlora" packs; None: those of the default rule.
+    what is not packed, as it is loaded. `int8_outliers`: the share of the columns of an MLP's last
+    layer that hold one, where LLM.int8() multiplies; else None. `packed`: names of the weights that
+    "qlora" packs; None: those of the default rule.
     """
 
     mode: TrainingMode
@@ -439,7 +439,7 @@ class _Run:
         end = sum(run.num_layers for run in self.layers)
         for before, (layer, count) in zip(reversed(kept[:-1]), reversed(self.layers), strict=True):
             is_recomputed = self.options.gradient_checkpointing
-            peak = layer.peak_again if is_recomputed else layer.peak
+            peak = layer.recomputed_peak if is_recomputed else layer.peak
             if self.options.accumulates_gradients:
                 peak = replace(peak, gradients=0)
             for index in sorted({0, count - 1}, reverse=True):

@@ -144,8 +144,8 @@ def largest(moments: Iterable[Alive]) -> Alive:
 class Step:
     """Part of a layer. `gradients` are those of its weights, which its backward pass makes.
 
-    `holds` are bytes that its functions keep by themselves, beside what is saved for the backward
-    pass: other ones than any step keeps, and such as another step keeps too.
+    `holds` are bytes that its functions keep by themselves, which no checkpoint lets go of;
+    `holds_kept` such that another step keeps as well.
     """
 
     keeps: Alive
@@ -162,14 +162,14 @@ class Layer:
 
     `keeps` is all that is kept when its forward pass has ended, `peak` the most at once in its
     forward and its backward pass, its own gradients included. Under gradient checkpointing that is
-    `checkpoint`, its input and what functions hold by themselves, and beside it `peak_again`.
+    `checkpoint`, its input and what functions hold by themselves, and beside it `recomputed_peak`.
     `cached_copies` are the bf16 copies of trained float32 weights, which autocast holds until the
     loss is computed.
     """
 
     keeps: Alive
     peak: Alive
-    peak_again: Alive
+    recomputed_peak: Alive
     gradients: int
     checkpoint: int
     cached_copies: int
@@ -326,7 +326,7 @@ class _Builder:
         return Layer(
             keeps=sum((step.keeps + Alive(step.holds) for step in steps), Alive()),
             peak=_peak(steps, is_recomputed=False),
-            peak_again=_peak(steps, is_recomputed=True),
+            recomputed_peak=_peak(steps, is_recomputed=True),
             gradients=sum(step.gradients for step in steps),
             checkpoint=self.tokens * precision.stream * hidden
             + sum(step.holds + step.holds_kept for step in steps),
