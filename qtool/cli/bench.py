@@ -12,7 +12,7 @@ from qtool.backends import BackendChoice
 from qtool.bench.model_shapes import SHAPE_NAMES
 from qtool.cli import options
 from qtool.cli.option_names import is_given
-from qtool.cli.session import load_pytorch, verb_session
+from qtool.cli.session import loading_pytorch, verb_session
 from qtool.defaults import PREFILL_CHUNK
 from qtool.errors import Option
 from qtool.formats.precisions import Precision, QuantizedPrecision
@@ -316,12 +316,12 @@ def generate(
         opened = _check_torch_bench(output, device, shape=shape, model=model)
         if opened is not None and new is not None:
             _check_sizes(opened, prompt or [128], new)
-        load_pytorch(show, also="transformers")
-        from qtool.bench.generate import GenerateBenchRequest, bench_generate
-        from qtool.report.bench import report_generate
-        from qtool.runtime.decoders.choose import DecoderOptions
-        from qtool.runtime.model_config import require_runnable
-        from qtool.runtime.quiet import quiet_transformers
+        with loading_pytorch(show, also=" and transformers"):
+            from qtool.bench.generate import GenerateBenchRequest, bench_generate
+            from qtool.report.bench import report_generate
+            from qtool.runtime.decoders.choose import DecoderOptions
+            from qtool.runtime.model_config import require_runnable
+            from qtool.runtime.quiet import quiet_transformers
 
         if opened is not None:
             with quiet_transformers():
@@ -394,12 +394,12 @@ def finetune(
 
         _check_torch_bench(output, device, shape=shape)
         require_peft()
-        load_pytorch(show, also="transformers and PEFT")
-        from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
+        with loading_pytorch(show, also=", transformers and PEFT"):
+            from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 
-        with quiet_bitsandbytes():  # PEFT imports it where it is installed
-            from qtool.bench.finetune import FinetuneBenchRequest, bench_finetune
-            from qtool.report.bench_finetune import report_finetune
+            with quiet_bitsandbytes():  # PEFT imports it where it is installed
+                from qtool.bench.finetune import FinetuneBenchRequest, bench_finetune
+                from qtool.report.bench_finetune import report_finetune
 
         request = FinetuneBenchRequest(
             shape=shape,
@@ -448,9 +448,9 @@ def optimizers(
         ctx, "bench optimizers", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
         _check_torch_bench(output, device)
-        load_pytorch(show)
-        from qtool.bench.optimizers import OptimizerRequest, bench_optimizers
-        from qtool.report.bench import report_optimizers
+        with loading_pytorch(show):
+            from qtool.bench.optimizers import OptimizerRequest, bench_optimizers
+            from qtool.report.bench import report_optimizers
 
         request = OptimizerRequest(
             cases=tuple(case or ()), device=device, repeats=repeat, with_rivals=rival

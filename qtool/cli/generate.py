@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qtool.cli import options
-from qtool.cli.session import load_pytorch, verb_session
+from qtool.cli.session import verb_session
 from qtool.cli.sizes import parse_threshold
 from qtool.defaults import (
     LEAST_TEMPERATURE,
@@ -252,21 +252,22 @@ def generate(
         require_chat(opened, chat=chat, system=system)
         folder = None if adapter is None else _fetch_adapter(show, adapter)
         head_start.begin(device)
-        load_pytorch(show, also="transformers" if folder is None else "transformers and PEFT")
-        with lean_imports():
-            from qtool.report.generate import converse, report_loaded, report_result
-            from qtool.runtime.adapters import check_adapter
-            from qtool.runtime.answers import Request, answer, check_request
-            from qtool.runtime.decoders.choose import DecoderOptions
-            from qtool.runtime.generate import Limits, Sampling
-            from qtool.runtime.loading import LoadOptions, load_model
-            from qtool.runtime.model_config import require_runnable
-            from qtool.runtime.quiet import quiet_transformers
+        with_peft = ", transformers and PEFT" if folder else " and transformers"
+        with show.step(f"loading PyTorch{with_peft}"):
+            with lean_imports():
+                from qtool.report.generate import converse, report_loaded, report_result
+                from qtool.runtime.adapters import check_adapter
+                from qtool.runtime.answers import Request, answer, check_request
+                from qtool.runtime.decoders.choose import DecoderOptions
+                from qtool.runtime.generate import Limits, Sampling
+                from qtool.runtime.loading import LoadOptions, load_model
+                from qtool.runtime.model_config import require_runnable
+                from qtool.runtime.quiet import quiet_transformers
 
-        with quiet_transformers():
-            require_runnable(opened, quant)
-        if folder is not None:
-            check_adapter(folder)  # before the clock of loading starts: it imports PEFT
+            with quiet_transformers():
+                require_runnable(opened, quant)
+            if folder is not None:
+                check_adapter(folder)  # before the clock of loading starts: it imports PEFT
         limits = Limits(max_new_tokens, max_context, ignore_eos, tuple(stop or ()))
         sampling = Sampling(temperature, top_p, top_k, seed)
         decoder = DecoderOptions(path, prefill_chunk)

@@ -71,16 +71,16 @@ def verb_session(
         raise typer.Exit(told.exit_code) from error
 
 
-def load_pytorch(show: Output, *, also: str = "") -> None:
-    """Import it, and say so: it takes seconds, in which there is nothing else to say.
+@contextmanager
+def loading_pytorch(show: Output, *, also: str = "") -> Iterator[None]:
+    """Import it, and say so until the block ends: it takes seconds, with nothing else to say.
 
     Args:
-        also: what the caller imports next, which takes as long.
+        also: what the block imports.
     """
-    show.note("loading PyTorch")
-    importlib.import_module("torch")
-    if also:
-        show.note(f"loading {also}")
+    with show.step(f"loading PyTorch{also}"):
+        importlib.import_module("torch")
+        yield
 
 
 @contextmanager

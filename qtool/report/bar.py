@@ -2,7 +2,9 @@
 
     quantize ━━━━━━━━━━━━━━━━ 1.27/6.27 GiB  1.21 GB/s  0:45  …odel.layers.14.mlp.up_proj.weight
 
-What is no transfer shows the share that is done, and no rate.
+What is no transfer shows the share that is done, and no rate; what knows no share has a clock:
+
+    loading PyTorch 1.4 s
 """
 
 from __future__ import annotations
@@ -46,6 +48,22 @@ def show_bar(console: Console) -> Iterator[OnEvent]:
         transient=True,
     ) as progress:
         yield _Stages(progress)
+
+
+@contextmanager
+def show_step(console: Console, text: str) -> Iterator[None]:
+    """Draw a line for work that cannot say how far it is."""
+    with Progress(
+        TextColumn("{task.description}", markup=False, table_column=_whole()),
+        _Clock(_whole()),
+        console=console,
+        refresh_per_second=REFRESHES_PER_S,
+        transient=True,
+        redirect_stdout=False,  # packages that are imported meanwhile keep what they find
+        redirect_stderr=False,
+    ) as progress:
+        progress.add_task(text, total=None)
+        yield
 
 
 class _Stages:
@@ -98,6 +116,14 @@ class _Figures(ProgressColumn):
                 figures.append(format_rate(new, seconds))
             figures.append(_clock_text((total - done) * seconds / new))
         return Text("  ".join(figures))
+
+
+class _Clock(ProgressColumn):
+    """Seconds since the work began: that they go on says that it does."""
+
+    def render(self, task: Task) -> Text:
+        """Called by rich."""
+        return Text(f"{task.elapsed or 0.0:.1f} s", "dim")
 
 
 class _Item(ProgressColumn):

@@ -112,7 +112,8 @@ class Output:
     @property
     def has_bar(self) -> bool:
         """Whether progress is a bar that is drawn again and again, not lines."""
-        return not (self.is_silent or self.verbose) and self.stderr.is_terminal
+        can_draw = self.stderr.is_terminal and not self.stderr.is_dumb_terminal
+        return can_draw and not (self.is_silent or self.verbose)
 
     @cached_property
     def stdout(self) -> Console:
@@ -211,6 +212,18 @@ class Output:
 
         with show_progress(self) as on_event:
             yield on_event
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """Say what is done until the block ends: on a terminal with a clock beside it."""
+        if not self.has_bar:
+            self.note(text)
+            yield
+            return
+        from qtool.report.bar import show_step
+
+        with show_step(self.stderr, text):
+            yield
 
     def on_note(self, event: Event) -> None:
         """An `on_event` for work that has nothing to show but notes."""

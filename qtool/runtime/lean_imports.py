@@ -3,9 +3,10 @@
     with lean_imports():
         from qtool.runtime.loading import load_model
 
-Left out are PyTorch's compiler, its tensors spread over processes, torchvision, scikit-learn and
-SciPy; and the files of all models are read once where transformers reads them twice. On two cores
-of an EPYC the first token of a small model comes after 2.5 s instead of 3.7.
+Left out are PyTorch's compiler, its tensors spread over processes, torchvision, torchaudio,
+scikit-learn, SciPy, and a look through all packages and modules that there are; and the files of
+all models are read once where transformers reads them twice. On two cores of an EPYC the first
+token of a small model comes after 2.5 s instead of 3.7.
 
 For our own commands only: a program that imports qtool may compile and spread what it loads. What
 asks for more than is expected here gets the real thing, later than usual.
@@ -14,12 +15,13 @@ asks for more than is expected here gets the real thing, later than usual.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache, wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -27,10 +29,12 @@ from types import ModuleType
 from typing import Any, Final
 
 MARKS: Final = ("allow_in_graph", "assume_constant_result", "disable")
+# What several distributions may bring, so that transformers looks for the names of all.
+OF_SEVERAL: Final = ("flash_attn", "flash_attn_interface")
 # Packages that transformers imports where they are installed: torchvision for images, which brings
 # PyTorch's compiler along and fails where it was built for another PyTorch; scikit-learn for
-# assisted decoding (5.17 does, 5.23 does not), which brings pandas; SciPy for losses.
-UNUSED_PACKAGES: Final = ("torchvision", "sklearn", "scipy")
+# assisted decoding (5.17 does, 5.23 does not), which brings pandas; SciPy for losses; torchaudio.
+UNUSED_PACKAGES: Final = ("torchvision", "torchaudio", "sklearn", "scipy")
 INDEXING: Final = "torch._dynamo._trace_wrapped_higher_order_op"
 MODEL_PARTS: Final = "transformers.modeling_layers"
 MODEL_LISTS: Final = "transformers.utils.import_utils"
@@ -44,8 +48,10 @@ def lean_imports() -> Iterator[None]:
         return
     with ExitStack() as left_out:
         left_out.enter_context(without_packages(UNUSED_PACKAGES))
+        left_out.enter_context(_asking_for_distributions())
         left_out.enter_context(_reading_models_once())
         left_out.enter_context(_without_compiler())
+        left_out.enter_context(_naming_places_quickly())
         _say_not_distributed()
         _import_distributed_parts_when_asked()
         if importlib.util.find_spec(MODEL_PARTS) is not None:
@@ -168,6 +174,69 @@ def _real_indexing() -> Any:
 def _forget_indexing() -> None:
     if isinstance(sys.modules.get(INDEXING), _Indexing):
         del sys.modules[INDEXING]
+
+
+@contextmanager
+def _naming_places_quickly() -> Iterator[None]:
+    """Operators that are registered meanwhile note where, and no more.
+
+    To learn the same, Python's `inspect` looks at every module there is, and some import others
+    when they are looked at.
+    """
+    import torch
+
+    utils: Any = torch._library.utils
+    ask = getattr(utils, "get_source", None)
+    if ask is None:
+        yield
+        return
+    utils.get_source = _place_in_code
+    try:
+        yield
+    finally:
+        utils.get_source = ask
+
+
+def _place_in_code(stacklevel: int) -> str:
+    frame = sys._getframe(stacklevel)
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+# -- what is installed ----------------------------------------------------------------------------
+
+
+@contextmanager
+def _asking_for_distributions() -> Iterator[None]:
+    """Who asks meanwhile which distributions bring which packages gets answers one by one.
+
+    transformers before 5.23 asks when it is imported, and Python reads the records of all.
+    """
+    read_all = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = lambda: _Distributions(read_all)
+    try:
+        yield
+    finally:
+        importlib.metadata.packages_distributions = read_all
+
+
+class _Distributions(Mapping[str, list[str]]):
+    """Names of distributions by package: the package's own, if there is one of that name."""
+
+    def __init__(self, read_all: Callable[[], Mapping[str, list[str]]]) -> None:
+        self._all = cache(read_all)
+
+    def __getitem__(self, package: str) -> list[str]:
+        if package not in OF_SEVERAL:
+            with suppress(importlib.metadata.PackageNotFoundError, ValueError):
+                importlib.metadata.distribution(package)
+                return [package]
+        return self._all()[package]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
 
 
 # -- the files of models --------------------------------------------------------------------------

@@ -196,12 +196,7 @@ class FusedNetwork(Network):
         """
         cache = fixed_cache(self.model.config, CAPACITY_STEP)
         positions = torch.arange(tokens.shape[1], device=self.device).expand(self._batch, -1)
-        logits = []
-        for stop in range(1, tokens.shape[1] + 1):
-            rewind(cache, 0)
-            some = slice(stop)
-            logits.append(super().logits(tokens[:, some], positions[:, some], cache).float())
-        return logits
+        return list(self.all_logits(tokens, positions, cache).float().unbind(1))
 
     def _nudged_logits(self, tokens: Tensor) -> list[Tensor]:
         """The same where each embedding is off by as much as rounding it."""

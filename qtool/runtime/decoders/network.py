@@ -43,7 +43,7 @@ class Network:
         self._cache_argument = STATE_CACHE if STATE_CACHE in takes else ATTENTION_CACHE
         self._takes_positions = "position_ids" in takes
         # Else the logits of a whole chunk would be made: a vocabulary wide, for one row of use.
-        self._constant = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def wants_whole(self, length: int) -> bool:
         """Whether a prompt of `length` tokens has to run at once: its parts would take the
@@ -60,12 +60,21 @@ class Network:
         Returns:
             float (batch, vocabulary).
         """
-        arguments = {self._cache_argument: cache, "use_cache": True, **self._constant}
+        return self._run_model(input_ids, positions, cache, **self._last_alone)[:, -1]
+
+    def all_logits(self, input_ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """The same after each token, float (batch, num_tokens, vocabulary), by the model itself."""
+        return self._run_model(input_ids, positions, cache)
+
+    def _run_model(
+        self, input_ids: Tensor, positions: Tensor, cache: Any, **arguments: Any
+    ) -> Tensor:
+        arguments |= {self._cache_argument: cache, "use_cache": True}
         if self._takes_positions:
             arguments["position_ids"] = positions
         # No attention mask: there is no padding, and without one nothing is checked on the host.
         logits: Tensor = self.model(input_ids=input_ids, **arguments).logits
-        return logits[:, -1]
+        return logits
 
     def prefill(self, input_ids: Tensor, start: int, cache: Any, *, in_chunks: bool) -> Tensor:
         """The same for a prompt of any length from position `start` on, whole or in chunks."""
