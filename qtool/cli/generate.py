@@ -251,7 +251,7 @@ def generate(
         require_tokenizer(opened)
         require_chat(opened, chat=chat, system=system)
         folder = None if adapter is None else _fetch_adapter(show, adapter)
-        head_start.begin(device)
+        head_start.begin(device, opened, compute_dtype)
         with_peft = ", transformers and PEFT" if folder else " and transformers"
         with show.step(f"loading PyTorch{with_peft}"):
             with lean_imports():

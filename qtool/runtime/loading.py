@@ -68,7 +68,6 @@ from qtool.runtime.placement import (
     why_no_gpu,
 )
 from qtool.runtime.quiet import quiet_transformers
-from qtool.runtime.small_network import build_small_network, run_small_network
 from qtool.runtime.weights import WeightSource, open_stored_weights
 
 QUIET_S: Final = 0.5  # work that takes longer is told about
@@ -178,7 +177,7 @@ def load_model(
     with (
         quiet_transformers(),
         out_of_memory_as_error("loading the model"),
-        ThreadPoolExecutor(2, "qtool-prepare") as background,
+        ThreadPoolExecutor(1, "qtool-prepare") as background,
     ):
         context = background.submit(_make_context, device)
         config = build_config(checkpoint)
@@ -210,9 +209,6 @@ def load_model(
                 options,
                 threshold,
             )
-            if placement.device.type == "cuda":
-                small = build_small_network(model_class, config)
-                background.submit(run_small_network, small, placement.device, dtypes.model)
             offload_folder = offloaded.enter_context(tempfile.TemporaryDirectory())
             network = _build_model(
                 checkpoint, config, source, placement, dtypes, offload_folder, on_event

@@ -29,9 +29,9 @@ from qtool.checkpoint.strict_json import json_type
 from qtool.errors import Option, QtoolError
 from qtool.formats.bitsandbytes import find_quantized
 from qtool.formats.precisions import QuantizedPrecision
+from qtool.runtime.compute_dtype import name_dtype
 from qtool.runtime.hf_quantizer import wrong_shape
 from qtool.runtime.linear import Int8Layer, PackedLayer
-from qtool.runtime.weights import TORCH_DTYPES
 
 # How transformers 5 writes numbers that are none of JSON: {"__float__": "Infinity"}.
 FLOAT_KEY: Final = "__float__"
@@ -321,18 +321,8 @@ def check_quantization(checkpoint: Checkpoint, packed: Collection[str]) -> None:
 
 
 def model_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
-    """The dtype of activations and unpacked weights: asked for, config.json's, or the weights'."""
-    config = checkpoint.config
-    text = config.get("text_config")
-    for fields in (config, text if isinstance(text, Mapping) else {}):
-        asked = asked or fields.get("dtype") or fields.get("torch_dtype")
-    if asked in FLOAT_DTYPES:
-        return FLOAT_DTYPES[asked]
-    stored = {t.dtype for t in checkpoint.tensors.values() if t.name.endswith("weight")}
-    for name in ("BF16", "F16"):
-        if name in stored:
-            return TORCH_DTYPES[name]
-    return torch.float32
+    """The dtype of activations and unpacked weights, see `name_dtype`."""
+    return FLOAT_DTYPES[name_dtype(checkpoint, asked)]
 
 
 def layer_compute_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype | None:

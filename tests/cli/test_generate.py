@@ -416,7 +416,7 @@ def test_a_fused_path_on_a_gpu_needs_cupy(stories: Path, monkeypatch: pytest.Mon
         "find_spec",
         lambda name: None if name == "cupy" else found(name),
     )
-    monkeypatch.setattr("qtool.cli.generate.load_pytorch", in_vain)
+    monkeypatch.setattr("qtool.runtime.head_start.begin", in_vain)
     ran = run("generate", stories, "x", "--path", "fused", "--device", "cuda:0", "--json")
     assert (ran.exit_code, ran.error["kind"]) == (1, "unsupported")
     assert ran.error["message"].endswith("cannot take the fused path: the fused kernels need CuPy")
@@ -481,13 +481,13 @@ def test_an_adapters_package_is_told_and_imported_with_the_others(
         "main()\n"
     )
     command = [sys.executable, "-c", script, "generate", str(stories), PROMPT]
-    for options, is_imported, also in (
-        (("--adapter", str(adapter)), True, "transformers and PEFT"),
-        ((), False, "transformers"),
+    for options, is_imported, packages in (
+        (("--adapter", str(adapter)), True, "PyTorch, transformers and PEFT"),
+        ((), False, "PyTorch and transformers"),
     ):
         done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
         assert done.returncode == (not is_imported)
-        assert done.stderr.splitlines() == ["loading PyTorch", f"loading {also}"]
+        assert done.stderr.splitlines() == [f"loading {packages}"]
 
 
 USELESS = {

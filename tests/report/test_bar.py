@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
 
 from qtool.events import Advanced, Event, Finished, Started
-from qtool.report.bar import show_bar
+from qtool.report.bar import REFRESHES_PER_S, show_bar, show_step
 
 GIB = 1 << 30
 NAME = "model.language_model.layers.14.self_attn.q_proj.weight"
@@ -26,8 +27,8 @@ class Clock:
 
 def drawn(width: int, *events: Event | float) -> list[str]:
     """The lines as the bar leaves them; a number among `events` is seconds that pass."""
-    clock, file = Clock(), io.StringIO()
-    console = Console(file=file, force_terminal=True, width=width, get_time=clock)
+    clock = Clock()
+    console, file = terminal(width, clock)
     with show_bar(console) as on_event:
         for event in events:
             if isinstance(event, float):
@@ -35,6 +36,15 @@ def drawn(width: int, *events: Event | float) -> list[str]:
             else:
                 on_event(event)
         file.truncate(0)
+    return lines_of(file)
+
+
+def terminal(width: int, clock: Clock) -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, force_terminal=True, width=width, get_time=clock), file
+
+
+def lines_of(file: io.StringIO) -> list[str]:
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\0", "")
     return [line.rstrip() for line in re.split(r"[\r\n]+", shown) if line.strip()]
 
@@ -88,3 +98,18 @@ def test_a_stage_that_is_over_makes_room_for_the_next() -> None:
 def test_a_stage_without_bytes_is_drawn() -> None:
     (line,) = drawn(80, Started("quantize", 0), 2.0)
     assert line.startswith("quantize ")
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_step_has_a_clock_and_goes_with_its_line(width: int) -> None:
+    clock = Clock()
+    console, file = terminal(width, clock)
+    with show_step(console, "loading PyTorch"):
+        clock.now_s += 1.4
+        time.sleep(3 / REFRESHES_PER_S)
+        file.truncate(0)
+        clock.now_s += 1
+        time.sleep(3 / REFRESHES_PER_S)
+        drawn_meanwhile = lines_of(file)
+    assert drawn_meanwhile[0] == "loading PyTorch 2.4 s"
+    assert file.getvalue().endswith("\x1b[2K")  # its line is cleared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from rich.table import Table
@@ -71,3 +72,28 @@ def test_what_a_stage_took_is_a_detail(capsys: pytest.CaptureFixture[str]) -> No
         with Output("estimate", verbose=verbose).timing("plans"):
             pass
     assert re.fullmatch(r"plans: \d+\.\d\d s\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("term", "options", "said"),
+    [
+        ("xterm", {}, r"\rloading PyTorch \d\.\d s.*"),
+        ("dumb", {}, "loading PyTorch\n"),
+        ("xterm", {"verbose": True}, "loading PyTorch\n"),
+        ("xterm", {"color": "never"}, "loading PyTorch\n"),  # no terminal
+        ("xterm", {"quiet": True}, ""),
+        ("xterm", {"json_mode": True}, ""),
+    ],
+)
+def test_a_step_is_drawn_on_a_terminal_and_told_elsewhere(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    term: str,
+    options: dict[str, Any],
+    said: str,
+) -> None:
+    monkeypatch.setenv("TERM", term)
+    with Output("generate", **{"color": "always", **options}).step("loading PyTorch"):
+        pass
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert re.fullmatch(said, shown, re.DOTALL), repr(shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from qtool.runtime import lean_imports
 
 HEAVY = (
     "torchvision",
+    "torchaudio",
     "torch._dynamo",
     "torch._inductor",
     "torch.distributed.tensor",
@@ -166,3 +168,48 @@ def test_a_torchvision_that_cannot_be_imported_is_not_missed(
     found = f"import sys; sys.path.append({str(tmp_path)!r})\n"
     whole = "import importlib.util as util; assert util.find_spec('torchvision')\n"
     assert run(found + whole + ONE_RUN).splitlines()[-1].split() == ["found"]
+
+
+PLACES = """
+import sys
+import torch
+from qtool.runtime.lean_imports import lean_imports
+
+ask = torch._library.utils.get_source
+with lean_imports():
+    quick = torch._library.utils.get_source
+    here = quick(1), ask(1)
+    nested = (lambda: (quick(2), ask(2)))()
+assert quick is not ask
+assert here[0] == here[1] and nested[0] == nested[1] != "", (here, nested)
+assert torch._library.utils.get_source is ask
+"""
+
+
+def test_operators_note_where_they_are_registered() -> None:
+    run(PLACES)
+
+
+def test_distributions_are_asked_for_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the names of packages; the records of all are read for others, and for shared ones."""
+    num_read: list[int] = []
+    every = {"PIL": ["pillow"], "flash_attn": ["flash-attn-4"], "pytest": ["pytest"]}
+
+    def read_all() -> dict[str, list[str]]:
+        num_read.append(1)
+        return every
+
+    monkeypatch.setattr("importlib.metadata.packages_distributions", read_all)
+    with lean_imports._asking_for_distributions():
+        found = importlib.metadata.packages_distributions()
+        assert found["pytest"] == ["pytest"]
+        assert found.get("pytest", []) == ["pytest"]
+        assert not num_read
+        assert found["PIL"] == ["pillow"]
+        assert found["flash_attn"] == ["flash-attn-4"]
+        assert found.get("nothing_of_the_kind", []) == []
+        assert dict(found) == every
+        with pytest.raises(KeyError):
+            found["nothing_of_the_kind"]
+    assert num_read == [1]
+    assert importlib.metadata.packages_distributions is read_all
