@@ -14,6 +14,7 @@ asks for more than is expected here gets the real thing, later than usual.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -47,6 +48,7 @@ def lean_imports() -> Iterator[None]:
         yield
         return
     with ExitStack() as left_out:
+        left_out.enter_context(_collecting_nothing())
         left_out.enter_context(without_packages(UNUSED_PACKAGES))
         left_out.enter_context(_asking_for_distributions())
         left_out.enter_context(_reading_models_once())
@@ -57,6 +59,19 @@ def lean_imports() -> Iterator[None]:
         if importlib.util.find_spec(MODEL_PARTS) is not None:
             importlib.import_module(MODEL_PARTS)  # else models import it later, with all it wants
         yield
+
+
+@contextmanager
+def _collecting_nothing() -> Iterator[None]:
+    """Modules are many objects and no garbage: they are not looked through, now or later."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
@@ -298,7 +313,7 @@ def _remembered(list_folder: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(list_folder)
     def listed(path: str | os.PathLike[str]) -> Any:
         place = Path(path)
-        folder = place.parent if place.is_file() else place
+        folder = place.parent if place.suffix and place.is_file() else place
         if folder not in lists:
             lists[folder] = list_folder(path)
         return lists[folder]
