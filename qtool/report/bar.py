@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 REFRESHES_PER_S: Final = 8
+STEP_REFRESHES_PER_S: Final = 4  # drawing takes time from imports
 BAR_WIDTHS: Final = (4, 16)
 OTHERS_WIDTH: Final = 64  # that of stage, figures and an end of a name
 LONGEST_STAGE: Final = 0.4  # of the width
@@ -57,7 +58,7 @@ def show_step(console: Console, text: str) -> Iterator[None]:
         TextColumn("{task.description}", markup=False, table_column=_whole()),
         _Clock(_whole()),
         console=console,
-        refresh_per_second=REFRESHES_PER_S,
+        refresh_per_second=STEP_REFRESHES_PER_S,
         transient=True,
         redirect_stdout=False,  # packages that are imported meanwhile keep what they find
         redirect_stderr=False,

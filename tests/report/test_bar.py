@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from qtool.events import Advanced, Event, Finished, Started
-from qtool.report.bar import REFRESHES_PER_S, show_bar, show_step
+from qtool.report.bar import STEP_REFRESHES_PER_S, show_bar, show_step
 
 GIB = 1 << 30
 NAME = "model.language_model.layers.14.self_attn.q_proj.weight"
@@ -106,10 +106,10 @@ def test_a_step_has_a_clock_and_goes_with_its_line(width: int) -> None:
     console, file = terminal(width, clock)
     with show_step(console, "loading PyTorch"):
         clock.now_s += 1.4
-        time.sleep(3 / REFRESHES_PER_S)
+        time.sleep(3 / STEP_REFRESHES_PER_S)
         file.truncate(0)
         clock.now_s += 1
-        time.sleep(3 / REFRESHES_PER_S)
+        time.sleep(3 / STEP_REFRESHES_PER_S)
         drawn_meanwhile = lines_of(file)
     assert drawn_meanwhile[0] == "loading PyTorch 2.4 s"
     assert file.getvalue().endswith("\x1b[2K")  # its line is cleared
