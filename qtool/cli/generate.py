@@ -255,7 +255,12 @@ def generate(
         with_peft = ", transformers and PEFT" if folder else " and transformers"
         with show.step(f"loading PyTorch{with_peft}"):
             with lean_imports():
-                from qtool.report.generate import converse, report_loaded, report_result
+                from qtool.report.generate import (
+                    converse,
+                    report_loaded,
+                    report_result,
+                    writing_answer,
+                )
                 from qtool.runtime.adapters import check_adapter
                 from qtool.runtime.answers import Request, answer, check_request
                 from qtool.runtime.decoders.choose import DecoderOptions
@@ -287,7 +292,8 @@ def generate(
             if text is None:
                 converse(show, loaded, request)
                 return
-            result = answer(loaded, request, text, write=show.write_text)
+            with writing_answer(show) as write:
+                result = answer(loaded, request, text, write=write)
             report_result(show, loaded, result, prefill_chunk=prefill_chunk)
         if result.interruption is not None:
             raise typer.Exit(interruption(result.interruption, "").exit_code)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -88,6 +88,20 @@ def converse(output: Output, loaded: LoadedModel, request: Request) -> None:
                     output.detail(way)
 
 
+@contextmanager
+def writing_answer(output: Output) -> Iterator[Callable[[str], None]]:
+    """Yield what writes new text; on a terminal a clock runs until its first piece comes."""
+    with ExitStack() as waiting:
+        if output.has_bar:
+            waiting.enter_context(output.step("reading the prompt"))
+
+        def write(text: str) -> None:
+            waiting.close()
+            output.write_text(text)
+
+        yield write
+
+
 def _turns_of(request: Request) -> Iterator[Request]:
     """The request of each turn: the seed makes the whole conversation repeatable, and no two turns
     alike.
@@ -140,14 +154,10 @@ def _take_turn(
 ) -> str | None:
     """Answer, and say how the model ran; None where it could not."""
     try:
-        result = answer(
-            loaded,
-            request,
-            text,
-            write=output.write_text,
-            conversation=conversation,
-            history=history,
-        )
+        with writing_answer(output) as write:
+            result = answer(
+                loaded, request, text, write=write, conversation=conversation, history=history
+            )
     except QtoolError as error:
         is_full = isinstance(error, PromptTooLong) and conversation.messages
         output.error(error.with_hint(f"{CLEAR} forgets what was said before") if is_full else error)
