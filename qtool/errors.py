@@ -12,7 +12,7 @@ Imports nothing from qtool.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -95,6 +95,11 @@ def in_words(text: Words, name_option: NameOption = name_argument) -> str:
     """The text with its options called as `name_option` has it."""
     parts = text if isinstance(text, tuple) else (text,)
     return "".join(part if isinstance(part, str) else name_option(part) for part in parts)
+
+
+def in_a_row(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 class QtoolError(Exception):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qtool.cli import options
-from qtool.cli.session import verb_session
+from qtool.cli.session import importing, verb_session
 from qtool.cli.sizes import parse_threshold
 from qtool.defaults import (
     LEAST_TEMPERATURE,
@@ -252,8 +252,7 @@ def generate(
         require_chat(opened, chat=chat, system=system)
         folder = None if adapter is None else _fetch_adapter(show, adapter)
         head_start.begin(device, opened, compute_dtype)
-        with_peft = ", transformers and PEFT" if folder else " and transformers"
-        with show.step(f"loading PyTorch{with_peft}"):
+        with importing(show, "PyTorch", "transformers", *["PEFT"] * (folder is not None)):
             with lean_imports():
                 from qtool.report.generate import (
                     converse,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import errno
-import importlib
 import math
 import os
 import signal
@@ -19,7 +18,7 @@ from typing import Final
 import typer
 
 from qtool.cli.option_names import IDLE_CONFIG, option_names
-from qtool.errors import Option, QtoolError, Terminated, interruption
+from qtool.errors import Option, QtoolError, Terminated, in_a_row, interruption
 from qtool.report.output import AnswerLost, ColorChoice, Output, ReaderGone, flush_stdout
 
 Hint = tuple[str | Option, ...]
@@ -72,14 +71,9 @@ def verb_session(
 
 
 @contextmanager
-def loading_pytorch(show: Output, *, also: str = "") -> Iterator[None]:
-    """Import it, and say so until the block ends: it takes seconds, with nothing else to say.
-
-    Args:
-        also: what the block imports.
-    """
-    with show.step(f"loading PyTorch{also}"):
-        importlib.import_module("torch")
+def importing(show: Output, *packages: str) -> Iterator[None]:
+    """Say that the block imports them: it takes seconds, with nothing else to say."""
+    with show.step(f"loading {in_a_row(packages)}"):
         yield
 
 

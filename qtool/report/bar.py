@@ -9,10 +9,11 @@ What is no transfer shows the share that is done, and no rate; what knows no sha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -53,18 +54,48 @@ def show_bar(console: Console) -> Iterator[OnEvent]:
 
 @contextmanager
 def show_step(console: Console, text: str) -> Iterator[None]:
-    """Draw a line for work that cannot say how far it is."""
-    with Progress(
-        TextColumn("{task.description}", markup=False, table_column=_whole()),
-        _Clock(_whole()),
-        console=console,
-        refresh_per_second=STEP_REFRESHES_PER_S,
-        transient=True,
-        redirect_stdout=False,  # packages that are imported meanwhile keep what they find
-        redirect_stderr=False,
-    ) as progress:
+    """Draw a line for work that cannot say how far it is; warnings meanwhile stand above it."""
+    with (
+        _warnings_above(console),
+        Progress(
+            TextColumn("{task.description}", markup=False, table_column=_whole()),
+            _Clock(_whole()),
+            console=console,
+            refresh_per_second=STEP_REFRESHES_PER_S,
+            transient=True,
+            redirect_stdout=False,  # packages that are imported meanwhile keep the streams they find
+            redirect_stderr=False,
+        ) as progress,
+    ):
         progress.add_task(text, total=None)
         yield
+
+
+@contextmanager
+def _warnings_above(console: Console) -> Iterator[None]:
+    """Python's own go to the console, which knows where its line is."""
+    show = warnings.showwarning
+
+    def print_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if file is not None:
+            show(message, category, filename, lineno, file, line)
+            return
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        console.print(text.rstrip(), markup=False, soft_wrap=True)
+
+    warnings.showwarning = print_warning
+    try:
+        yield
+    finally:
+        if warnings.showwarning is print_warning:
+            warnings.showwarning = show
 
 
 class _Stages:

@@ -112,8 +112,7 @@ class Output:
     @property
     def has_bar(self) -> bool:
         """Whether progress is a bar that is drawn again and again, not lines."""
-        can_draw = self.stderr.is_terminal and not self.stderr.is_dumb_terminal
-        return can_draw and not (self.is_silent or self.verbose)
+        return not (self.is_silent or self.verbose) and self.stderr.is_interactive
 
     @cached_property
     def stdout(self) -> Console:

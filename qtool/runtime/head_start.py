@@ -1,8 +1,8 @@
 """What running a model needs and Python does not, begun while modules are still being imported.
 
 The context of a GPU takes some tenths of a second, page-locked buffers and PyTorch's first kernels
-too; none of it holds Python's lock, if the driver itself is asked. Imports only what is light, so
-that it can begin before all else.
+too. Python's lock is free meanwhile: the driver does not know it, and PyTorch lets go of it in each
+operation. Imports only what is light, so that it can begin before all else.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _prepare(device: str, dtype: ComputeDtype, config: Mapping[str, Any]) -> Non
 
 
 def _head_dim(config: Mapping[str, Any]) -> int:
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
     return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
 
 

@@ -4,9 +4,9 @@
         from qtool.runtime.loading import load_model
 
 Left out are PyTorch's compiler, its tensors spread over processes, torchvision, torchaudio,
-scikit-learn, SciPy, and a look through all packages and modules that there are; and the files of
-all models are read once where transformers reads them twice. On two cores of an EPYC the first
-token of a small model comes after 2.5 s instead of 3.7.
+scikit-learn, SciPy, and a look through all packages that are installed; and the files of all models
+are read once where transformers reads them twice. On two cores of an EPYC the first token of a
+small model comes after 2.4 s instead of 3.7.
 
 For our own commands only: a program that imports qtool may compile and spread what it loads. What
 asks for more than is expected here gets the real thing, later than usual.
@@ -53,7 +53,6 @@ def lean_imports() -> Iterator[None]:
         left_out.enter_context(_asking_for_distributions())
         left_out.enter_context(_reading_models_once())
         left_out.enter_context(_without_compiler())
-        left_out.enter_context(_naming_places_quickly())
         _say_not_distributed()
         _import_distributed_parts_when_asked()
         if importlib.util.find_spec(MODEL_PARTS) is not None:
@@ -189,32 +188,6 @@ def _real_indexing() -> Any:
 def _forget_indexing() -> None:
     if isinstance(sys.modules.get(INDEXING), _Indexing):
         del sys.modules[INDEXING]
-
-
-@contextmanager
-def _naming_places_quickly() -> Iterator[None]:
-    """Operators that are registered meanwhile note where, and no more.
-
-    To learn the same, Python's `inspect` looks at every module there is, and some import others
-    when they are looked at.
-    """
-    import torch
-
-    utils: Any = torch._library.utils
-    ask = getattr(utils, "get_source", None)
-    if ask is None:
-        yield
-        return
-    utils.get_source = _place_in_code
-    try:
-        yield
-    finally:
-        utils.get_source = ask
-
-
-def _place_in_code(stacklevel: int) -> str:
-    frame = sys._getframe(stacklevel)
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 # -- what is installed ----------------------------------------------------------------------------

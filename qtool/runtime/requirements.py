@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qtool.backends.cuda_driver import NoCudaError, cannot_run, find_driver
-from qtool.errors import Option, QtoolError, naming
+from qtool.errors import Option, QtoolError, in_a_row, naming
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 from qtool.runtime.prompts import NO_TEMPLATE, no_chat_template, refuse_system
 
@@ -33,7 +33,7 @@ def require_run_extra() -> None:
     missing = [name for name in RUN_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise QtoolError(
-            f"running models needs {_listed(missing)}, not installed here",
+            f"running models needs {in_a_row(missing)}, not installed here",
             kind="unsupported",
             hint='pip install "qtool[run]"',
         )
@@ -247,7 +247,7 @@ def require_finetune_extra() -> None:
     missing = [name for name in FINETUNE_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise QtoolError(
-            f"fine-tuning needs {_listed(missing)}, not installed here",
+            f"fine-tuning needs {in_a_row(missing)}, not installed here",
             kind="unsupported",
             hint='pip install "qtool[finetune]"',
         )
@@ -272,7 +272,3 @@ def require_bitsandbytes() -> None:
             kind="unsupported",
             hint=("pip install bitsandbytes, or leave out ", Option("against")),
         )
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

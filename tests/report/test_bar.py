@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -100,10 +101,9 @@ def test_a_stage_without_bytes_is_drawn() -> None:
     assert line.startswith("quantize ")
 
 
-@pytest.mark.parametrize("width", [40, 80])
-def test_a_step_has_a_clock_and_goes_with_its_line(width: int) -> None:
+def test_a_step_has_a_clock_and_goes_with_its_line() -> None:
     clock = Clock()
-    console, file = terminal(width, clock)
+    console, file = terminal(80, clock)
     with show_step(console, "loading PyTorch"):
         clock.now_s += 1.4
         time.sleep(3 / STEP_REFRESHES_PER_S)
@@ -113,3 +113,17 @@ def test_a_step_has_a_clock_and_goes_with_its_line(width: int) -> None:
         drawn_meanwhile = lines_of(file)
     assert drawn_meanwhile[0] == "loading PyTorch 2.4 s"
     assert file.getvalue().endswith("\x1b[2K")  # its line is cleared
+
+
+def test_warnings_stand_above_a_step() -> None:
+    console, file = terminal(80, Clock())
+    shown_before = warnings.showwarning
+    with warnings.catch_warnings(), show_step(console, "loading PyTorch"):
+        warnings.simplefilter("always")
+        warnings.warn("[old] name", FutureWarning, stacklevel=1)
+        time.sleep(2 / STEP_REFRESHES_PER_S)
+        lines = lines_of(file)
+    (told,) = (line for line in lines if "FutureWarning: [old] name" in line)
+    assert told.startswith(__file__)
+    assert lines[-1].startswith("loading PyTorch ")
+    assert warnings.showwarning is shown_before

@@ -41,18 +41,21 @@ def test_the_kernels_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> 
     """Of its dtype and as wide as its heads; without a width there are none."""
     called: list[tuple[object, ...]] = []
     pinned: list[bool] = []
+    asked: list[bool] = []
     monkeypatch.setattr(head_start, "_pytorch_has_cuda", lambda: False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.empty", lambda *sizes, device: None)
     monkeypatch.setattr("qtool.runtime.read_ahead.pin_buffers", lambda: pinned.append(True))
     monkeypatch.setattr("qtool.runtime.first_calls.call_operations", lambda *it: called.append(it))
-    monkeypatch.setattr("cupy_kernels.launch.num_multiprocessors", lambda: 1)
+    monkeypatch.setattr("cupy_kernels.launch.num_multiprocessors", lambda: asked.append(True))
     said = {"dtype": "float16", "hidden_size": 512, "num_attention_heads": 8}
     head_start._prepare("auto", "float16", said)
     head_start._prepare("cuda:1", "bfloat16", {"text_config": {"head_dim": 96}})
+    head_start._prepare("cuda:1", "float32", {"text_config": None, "head_dim": 80})
     head_start._prepare("cuda:1", "bfloat16", {})
     assert called == [
         (torch.device("cuda:0"), torch.float16, 64),
         (torch.device("cuda:1"), torch.bfloat16, 96),
+        (torch.device("cuda:1"), torch.float32, 80),
     ]
-    assert len(pinned) == 3
+    assert len(pinned) == len(asked) == 4

@@ -38,9 +38,12 @@ print()
 print("found", *(name for name in {HEAVY!r} if name in sys.modules))
 """
 AFTERWARDS = """
+import gc
 import sys
+from importlib.metadata import packages_distributions as read_all
+from importlib import metadata
 import torch
-from qtool.runtime.lean_imports import INDEXING, MARKS, lean_imports
+from qtool.runtime.lean_imports import INDEXING, MARKS, _Distributions, lean_imports
 
 marking = [getattr(torch.compiler, name) for name in MARKS]
 with lean_imports():
@@ -49,6 +52,10 @@ with lean_imports():
     from transformers.utils import import_utils
 
     assert "torch._dynamo" not in sys.modules
+    assert isinstance(metadata.packages_distributions(), _Distributions)
+    assert not gc.isenabled()
+assert gc.isenabled() and gc.get_freeze_count() > 10_000
+assert metadata.packages_distributions is read_all
 assert INDEXING not in sys.modules
 assert [getattr(torch.compiler, name) for name in MARKS] == marking
 assert torch.distributed.is_available()
@@ -168,26 +175,6 @@ def test_a_torchvision_that_cannot_be_imported_is_not_missed(
     found = f"import sys; sys.path.append({str(tmp_path)!r})\n"
     whole = "import importlib.util as util; assert util.find_spec('torchvision')\n"
     assert run(found + whole + ONE_RUN).splitlines()[-1].split() == ["found"]
-
-
-PLACES = """
-import sys
-import torch
-from qtool.runtime.lean_imports import lean_imports
-
-ask = torch._library.utils.get_source
-with lean_imports():
-    quick = torch._library.utils.get_source
-    here = quick(1), ask(1)
-    nested = (lambda: (quick(2), ask(2)))()
-assert quick is not ask
-assert here[0] == here[1] and nested[0] == nested[1] != "", (here, nested)
-assert torch._library.utils.get_source is ask
-"""
-
-
-def test_operators_note_where_they_are_registered() -> None:
-    run(PLACES)
 
 
 def test_distributions_are_asked_for_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
