@@ -217,7 +217,7 @@ def generate(
         ctx, "generate", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
         from qtool.runtime import head_start
-        from qtool.runtime.lean_imports import lean_imports
+        from qtool.runtime.lean_imports import lean_adapters, lean_imports
         from qtool.runtime.memory_limits import require_max_memory
         from qtool.runtime.prompts import SAID_NO, refuse_system
         from qtool.runtime.requirements import (
@@ -270,8 +270,9 @@ def generate(
 
             with quiet_transformers():
                 require_runnable(opened, quant)
-            if folder is not None:
-                check_adapter(folder)  # before the clock of loading starts: it imports PEFT
+            if folder is not None:  # PEFT is imported, before the clock of loading starts
+                with lean_adapters():
+                    check_adapter(folder)
         limits = Limits(max_new_tokens, max_context, ignore_eos, tuple(stop or ()))
         sampling = Sampling(temperature, top_p, top_k, seed)
         decoder = DecoderOptions(path, prefill_chunk)

@@ -63,7 +63,7 @@ def show_step(console: Console, text: str) -> Iterator[None]:
             console=console,
             refresh_per_second=STEP_REFRESHES_PER_S,
             transient=True,
-            redirect_stdout=False,  # packages that are imported meanwhile keep the streams they find
+            redirect_stdout=False,  # imported packages keep the streams that they find
             redirect_stderr=False,
         ) as progress,
     ):

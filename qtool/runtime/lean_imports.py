@@ -37,6 +37,7 @@ OF_SEVERAL: Final = ("flash_attn", "flash_attn_interface")
 # assisted decoding (5.17 does, 5.23 does not), which brings pandas; SciPy for losses; torchaudio.
 UNUSED_PACKAGES: Final = ("torchvision", "torchaudio", "sklearn", "scipy")
 INDEXING: Final = "torch._dynamo._trace_wrapped_higher_order_op"
+SPREAD_TENSORS: Final = "torch.distributed.tensor"
 MODEL_PARTS: Final = "transformers.modeling_layers"
 MODEL_LISTS: Final = "transformers.utils.import_utils"
 
@@ -58,6 +59,19 @@ def lean_imports() -> Iterator[None]:
         if importlib.util.find_spec(MODEL_PARTS) is not None:
             importlib.import_module(MODEL_PARTS)  # else models import it later, with all it wants
         yield
+
+
+@contextmanager
+def lean_adapters() -> Iterator[None]:
+    """PEFT, imported meanwhile, finds no bitsandbytes, now or later.
+
+    Its layers are not ours, and importing it brings PyTorch's compiler along: five seconds.
+    """
+    with without_packages(("bitsandbytes",)):
+        yield
+        ask = getattr(sys.modules.get("peft.import_utils"), "is_bnb_available", None)
+        if ask is not None:
+            ask()  # it keeps the answer
 
 
 @contextmanager
@@ -109,7 +123,8 @@ def _say_not_distributed() -> None:
 def _import_distributed_parts_when_asked() -> None:
     """`torch.distributed.tensor` and the like are there for who only names them.
 
-    As PEFT does, which counts on transformers having imported them.
+    As PEFT does, which counts on transformers having imported them, to ask whether a weight is
+    spread: as long as nothing made it so, none is.
     """
     import torch
 
@@ -119,11 +134,37 @@ def _import_distributed_parts_when_asked() -> None:
 
     def import_part(name: str) -> Any:
         full_name = f"{parts.__name__}.{name}"
+        if full_name == SPREAD_TENSORS and full_name not in sys.modules:
+            return _SpreadTensors(full_name)
         if name.startswith("_") or importlib.util.find_spec(full_name) is None:
             raise AttributeError(f"module {parts.__name__!r} has no attribute {name!r}")
         return importlib.import_module(full_name)
 
     parts.__getattr__ = import_part
+
+
+class _SpreadTensors(ModuleType):
+    """Stands for PyTorch's module of tensors spread over processes until that is imported."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.DTensor = _DTensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+class _SpreadTensor(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        module = sys.modules.get(SPREAD_TENSORS)
+        return module is not None and isinstance(instance, module.DTensor)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(importlib.import_module(SPREAD_TENSORS).DTensor, name)
+
+
+class _DTensor(metaclass=_SpreadTensor):
+    """Whether something is one is known without the module; all else the real one knows."""
 
 
 # -- PyTorch's compiler ---------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from qtool.resources import demo_model_path
 from qtool.runtime import lean_imports
 
 HEAVY = (
+    "bitsandbytes",
     "torchvision",
     "torchaudio",
     "torch._dynamo",
@@ -59,7 +60,15 @@ assert metadata.packages_distributions is read_all
 assert INDEXING not in sys.modules
 assert [getattr(torch.compiler, name) for name in MARKS] == marking
 assert torch.distributed.is_available()
-assert torch.distributed.tensor.DTensor is sys.modules["torch.distributed.tensor"].DTensor
+spread = torch.distributed.tensor
+assert not isinstance(torch.ones(1), (spread.DTensor, int))
+assert "torch.distributed.tensor" not in sys.modules
+assert spread.DTensor.from_local is sys.modules["torch.distributed.tensor"].DTensor.from_local
+assert spread.Shard is torch.distributed.tensor.Shard
+assert torch.distributed.tensor is sys.modules["torch.distributed.tensor"]
+assert issubclass(torch.distributed.tensor.DTensor, torch.Tensor)
+one = torch.ones(1).as_subclass(torch.distributed.tensor.DTensor)
+assert isinstance(one, spread.DTensor) and not isinstance(torch.ones(1), spread.DTensor)
 assert not hasattr(torch.distributed, "nothing_of_the_kind")
 
 frame = masking_utils.TransformGetItemToIndex()
@@ -104,14 +113,14 @@ def test_a_run_needs_none_of_it() -> None:
 
 
 def test_a_run_with_an_adapter(tmp_path: Path) -> None:
-    """PEFT names parts of PyTorch that nothing imported."""
+    """PEFT names parts of PyTorch that nothing imported, and bitsandbytes where it is installed."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(demo_model_path()))
     peft.get_peft_model(model, peft.LoraConfig(r=8)).save_pretrained(str(tmp_path))
     program = ONE_RUN.replace('"--quiet"', f'"--quiet", "--adapter", {str(tmp_path)!r}')
-    assert run(program).splitlines()[-1].startswith("found")
+    assert run(program).splitlines()[-1].split() == ["found"]
 
 
 @pytest.mark.parametrize("program", [AFTERWARDS, MEANWHILE], ids=["afterwards", "meanwhile"])
