@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qtool.cli import options
+from qtool.cli.prompt_input import read_prompt, refuse_two
 from qtool.cli.session import importing, verb_session
 from qtool.cli.sizes import parse_threshold
 from qtool.defaults import (
@@ -19,7 +18,7 @@ from qtool.defaults import (
     is_temperature,
     is_top_p,
 )
-from qtool.errors import Option, QtoolError, Words, interruption
+from qtool.errors import Option, interruption
 from qtool.formats.precisions import ComputeDtype, QuantizedPrecision
 
 if TYPE_CHECKING:
@@ -230,15 +229,10 @@ def generate(
             require_tokenizer,
         )
 
-        text = _read_prompt(prompt, prompt_file)
-        if text is None and json_output:
-            raise _usage_error((Option("json"), " wants a PROMPT"), "give one, or - for a pipe")
+        refuse_two(prompt, prompt_file)
         if system is not None and chat is False:
             raise refuse_system(SAID_NO)
-        if temperature == 0:
-            for name, value in (("top_p", top_p), ("top_k", top_k), ("seed", seed)):
-                if value is not None:
-                    show.warn((Option(name), " changes nothing at ", Option("temperature", 0)))
+        _warn_of_idle(show, temperature, {"top_p": top_p, "top_k": top_k, "seed": seed}, stop or [])
         require_run_extra()
         require_device(device)
         require_path(path, device, model)
@@ -250,6 +244,7 @@ def generate(
         require_context(opened, max_context)
         require_tokenizer(opened)
         require_chat(opened, chat=chat, system=system)
+        text = read_prompt(show, prompt, prompt_file)
         folder = None if adapter is None else _fetch_adapter(show, adapter)
         head_start.begin(device, opened, compute_dtype)
         with importing(show, "PyTorch", "transformers", *["PEFT"] * (folder is not None)):
@@ -319,38 +314,14 @@ def _fetch_adapter(show: Output, adapter: str) -> Path:
     return folder
 
 
-def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
-    """The prompt from the argument, a file or a pipe; None to open a chat."""
-    if prompt is not None and prompt_file is not None:
-        both = ("both PROMPT and ", Option("prompt_file"), " were given")
-        raise _usage_error(both, "give one of them")
-    try:
-        if prompt_file is not None:
-            text = prompt_file.read_text(encoding="utf-8").removesuffix("\n")
-        elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-            if isinstance(sys.stdin, io.TextIOWrapper):  # which lets through what is no UTF-8
-                sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-            text = sys.stdin.read().removesuffix("\n")
-        else:
-            return prompt
-    except FileNotFoundError as error:
-        if prompt_file != Path("-"):
-            raise
-        raise QtoolError(
-            f"{prompt_file} does not exist",
-            kind="not_found",
-            hint=("leave out ", Option("prompt_file"), ": PROMPT takes - for a pipe"),
-        ) from error
-    except UnicodeDecodeError as error:
-        raise QtoolError(
-            f"{prompt_file or 'stdin'}: not UTF-8 at byte {error.start}",
-            kind="bad_file",
-            hint="convert it to UTF-8",
-        ) from error
-    if not text:
-        raise _usage_error(f"{prompt_file or 'stdin'} holds no prompt", "give a PROMPT")
-    return text
-
-
-def _usage_error(message: Words, hint: str) -> QtoolError:
-    return QtoolError(message, kind="usage", hint=hint)
+def _warn_of_idle(
+    show: Output, temperature: float, idle_then: dict[str, object], stop: list[str]
+) -> None:
+    """What changes nothing at temperature 0, and line breaks that are none."""
+    for name, value in idle_then.items():
+        if temperature == 0 and value is not None:
+            show.warn((Option(name), " changes nothing at ", Option("temperature", 0)))
+    for text in stop:
+        if "\\n" in text:
+            told = " is a backslash and an n; a line break is $'\\n' in bash and zsh"
+            show.warn((Option("stop", text), told))

@@ -89,8 +89,10 @@ class DemoReport:
 
     def generate(self) -> None:
         """Text before and after, as it is made."""
-        from qtool.report.generate import report_result
+        from qtool.runtime.lean_imports import lean_imports
 
+        with self._output.step("loading PyTorch and transformers"), lean_imports():
+            from qtool.report.generate import report_result
         how = f"--temperature {TEMPERATURE} --seed {SEED} --max-new-tokens {NUM_NEW_TOKENS}"
         documents = {}
         for when, variable, model in (

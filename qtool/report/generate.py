@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -71,11 +72,13 @@ def converse(output: Output, loaded: LoadedModel, request: Request) -> None:
     """
     chats = uses_chat(loaded, request)
     what = in_words("chat" if chats else _why_no_chat(request), output.name_option)
-    output.note(f"{request.model} · {what} · /help for commands, Ctrl-C stops an answer")
+    output.note(
+        f"{request.model} · {what} · /help for commands, Ctrl-C stops an answer, Ctrl-D leaves"
+    )
     conversation = Conversation(request.system)
     with open_history(loaded, request) as history:
         turns, way = _turns_of(request), ""
-        while (text := _read_line()) is not None:
+        while (text := _read_line(output)) is not None:
             command = _command_in(text)
             if command in LEAVE:
                 return
@@ -167,14 +170,19 @@ def _take_turn(
         raise result.interruption
     output.detail(_speed(result))
     if result.stop_reason in ("length", "interrupted"):
-        output.note(f"({_why_it_ended(output, result)})")
+        is_full = result.length_limit == "context" and conversation.messages
+        way_out = f"; {CLEAR} forgets what was said before" if is_full else ""
+        output.note(f"({_why_it_ended(output, result)}{way_out})")
     return _way(loaded, result)
 
 
-def _read_line() -> str | None:
-    """The user's next line; None when there is no more. Ctrl-C drops the line."""
+def _read_line(output: Output) -> str | None:
+    """What the user types next, pasted lines as one; None at the end. Ctrl-C drops it."""
     with suppress(ImportError):
-        import readline  # noqa: F401 - gives input() line editing and history
+        import readline  # gives input() line editing and history
+
+        if os.environ.get("TERM") != "dumb":
+            readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off
     on_terminal = sys.stdout.isatty()
     while True:
         try:
@@ -185,6 +193,7 @@ def _read_line() -> str | None:
             raise
         except KeyboardInterrupt:
             print(file=sys.stderr)
+            output.note("(Ctrl-D or /exit leaves)")
         except EOFError:
             print(file=sys.stderr)
             return None

@@ -178,13 +178,14 @@ def test_a_pipe_is_the_prompt(
 
 @pytest.mark.parametrize("place", ["pipe", "file"])
 def test_bytes_that_are_no_utf_8_are_told_before_the_model_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
+    monkeypatch.setattr("qtool.runtime.head_start.begin", in_vain)
     broken = b"abc \xff"
     (tmp_path / "prompt.txt").write_bytes(broken)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(broken), errors="surrogateescape"))
     words = ["-"] if place == "pipe" else ["--prompt-file", tmp_path / "prompt.txt"]
-    ran = run("generate", tmp_path / "no_model", *words, "--json")
+    ran = run("generate", stories, *words, "--json")
     assert (ran.exit_code, ran.error["kind"]) == (1, "bad_file")
     assert "not UTF-8 at byte 4" in ran.error["message"]
 
@@ -286,6 +287,44 @@ BAD_USAGE: dict[str, tuple[list[Any], str]] = {
     "no tokens": (["x", "--max-new-tokens", 0], "--max-new-tokens"),
     "no chunk": (["x", "--prefill-chunk", 0], "--prefill-chunk"),
 }
+
+
+def test_a_line_break_in_a_stop_text_may_be_none(stories: Path) -> None:
+    def warnings_of(stop: str) -> list[str]:
+        ran = run("generate", stories, PROMPT, "--stop", stop, "--max-new-tokens", 1, "--json")
+        return ran.document["warnings"]
+
+    (warning,) = warnings_of(r"\n")
+    assert warning == r"--stop '\n' is a backslash and an n; a line break is $'\n' in bash and zsh"
+    assert warnings_of("\n") == []
+
+
+@pytest.mark.parametrize(
+    ("piped", "num_warnings"),
+    [("more text", 1), ("", 0), (None, 0)],
+    ids=["text", "none", "no pipe"],
+)
+def test_text_on_a_pipe_beside_a_prompt_is_left_there_with_a_warning(
+    stories: Path, monkeypatch: pytest.MonkeyPatch, piped: str | None, num_warnings: int
+) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, (piped or "").encode())
+    os.close(writing)
+    source = Path(f"/dev/fd/{reading}" if piped is not None else os.devnull)
+    with source.open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        ran = run("generate", stories, PROMPT, "--max-new-tokens", 1, "--json")
+        assert len(ran.document["warnings"]) == num_warnings
+        assert stdin.read() == (piped or "")
+    os.close(reading)
+
+
+def test_a_model_that_is_not_there_is_told_before_a_pipe_without_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe_in(monkeypatch, "")
+    ran = run("generate", "./nowhere", "--json")
+    assert "./nowhere" in ran.error["message"]
 
 
 def in_vain(*arguments: Any, **options: Any) -> NoReturn:
@@ -637,9 +676,9 @@ def test_a_signal_from_outside_ends_the_text(stories: Path, number: int, exit_co
 class Terminal:
     """The program on a terminal of its own."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, term: str = "dumb") -> None:
         self._fd, child = pty.openpty()
-        environment = os.environ | {"TERM": "dumb", "COLUMNS": "100"}
+        environment = os.environ | {"TERM": term, "COLUMNS": "100"}
         self.process = subprocess.Popen(
             [*PROGRAM, *map(str, arguments)],
             stdin=child,
@@ -701,7 +740,7 @@ def test_a_terminal_without_prompt_opens_a_chat(chatty: Path) -> None:
         terminal.wait_for("Tim")
         time.sleep(0.5)  # readline sees a signal before its wait only with the next key
         terminal.type("\x03")  # Ctrl-C drops the line
-        terminal.wait_for(">>> ")
+        assert "(Ctrl-D or /exit leaves)" in terminal.wait_for(">>> ")
         for _ in range(2):
             terminal.type(PROMPT + "\n")
             terminal.wait_for("there was")
@@ -712,6 +751,23 @@ def test_a_terminal_without_prompt_opens_a_chat(chatty: Path) -> None:
         assert terminal.process.wait(timeout=60) == 0
     finally:
         terminal.close()
+
+
+def test_lines_that_are_pasted_are_one_turn(chatty: Path) -> None:
+    terminal = Terminal(chatty, "--max-new-tokens", 4, "--device", "cpu", "--verbose", term="xterm")
+    try:
+        terminal.wait_for(">>> ")
+        terminal.type("\x1b[200~Once upon\na time\nthere was\x1b[201~")
+        time.sleep(0.5)
+        terminal.type("\n")
+        told = terminal.wait_for(r"prompt \d+ tokens")
+        terminal.wait_for(">>> ")
+        terminal.type("/exit\n")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
+    whole = run("generate", chatty, "Once upon\na time\nthere was", "--max-new-tokens", 1, "--json")
+    assert int(re.findall(r"\d+", told)[-1]) == whole.document["prompt_tokens"]
 
 
 def test_a_chat_tells_the_way_once_and_what_the_cache_held(chatty: Path) -> None:
@@ -781,7 +837,7 @@ def test_a_chat_that_fills_the_context_begins_anew_after_clear(chatty: Path) -> 
     try:
         terminal.wait_for(">>> ")
         terminal.type(PROMPT + "\n")
-        terminal.wait_for(r"\(context full: 24 tokens\)")
+        terminal.wait_for(r"\(context full: 24 tokens; /clear forgets what was said before\)")
         terminal.wait_for(">>> ")
         terminal.type(PROMPT + "\n")
         terminal.wait_for("the context only 24")
@@ -791,7 +847,7 @@ def test_a_chat_that_fills_the_context_begins_anew_after_clear(chatty: Path) -> 
         terminal.wait_for("forgotten")
         terminal.wait_for(">>> ")
         terminal.type(PROMPT + "\n")
-        terminal.wait_for(r"\(context full: 24 tokens\)")
+        terminal.wait_for(r"\(context full: 24 tokens; /clear forgets what was said before\)")
     finally:
         terminal.close()
 

@@ -365,8 +365,8 @@ def check_compute_dtype(layer: Linear4bit | LinearInt8, dtype: torch.dtype) -> N
     if layer.compute_dtype not in (None, dtype):
         wanted, found = (str(it).removeprefix("torch.") for it in (layer.compute_dtype, dtype))
         raise NotFusable(
-            f"layers compute in {wanted}, activations are {found}: the compute dtype {wanted} "
-            "makes them one"
+            f"layers compute in {wanted}, activations are {found}: choose {wanted} as the "
+            "compute dtype of both"
         )
 
 

@@ -192,8 +192,8 @@ def test_what_is_not_fused_says_why() -> None:
     loaded = load()
     loaded.model.model.layers[0].mlp.down_proj.compute_dtype = torch.float16
     assert refusal(loaded) == (
-        "layers compute in float16, activations are bfloat16: the compute dtype float16 "
-        "makes them one"
+        "layers compute in float16, activations are bfloat16: choose float16 as the compute "
+        "dtype of both"
     )
     loaded = load()
     loaded.model.model.rotary_emb.rope_type = "dynamic"
