@@ -20,6 +20,7 @@ from qtool.formats.precisions import (
 from qtool.planner.model import PlannedModel, open_model
 from qtool.runtime.loading import LoadedModel, LoadOptions, load_model
 from qtool.runtime.random_model import build_random_model
+from qtool.runtime.requirements import as_packed, packed_mixture
 
 LAYERS: Final = "num_hidden_layers"  # of a config.json
 COMPUTE_DTYPES: Final[Mapping[str, str]] = {
@@ -140,6 +141,8 @@ def _checkpoint_subject(
     _refuse_other_than_stored(planned, quant)
     planned.check_precision(quant)
     packs = quant in QUANTIZED_PRECISIONS and not planned.packed
+    if packs and planned.stored_precision is None:
+        _refuse_mixture(planned, is_asked_for=precision is not None)
     return Subject(
         label=planned.id,
         quant=quant,
@@ -160,9 +163,14 @@ def _refuse_other_than_stored(planned: PlannedModel, quant: str) -> None:
                 Option("quant", quant),
             ),
             kind="unsupported",
-            hint=(
-                "leave out ",
-                Option("quant"),
-                " to run it as it is, or give the full-precision model",
-            ),
+            hint=as_packed(quant),
         )
+
+
+def _refuse_mixture(planned: PlannedModel, *, is_asked_for: bool) -> None:
+    """Of those that are to be packed; `is_asked_for` where the user said so."""
+    if planned.architecture is None or planned.architecture.experts is None:
+        return
+    default = "" if is_asked_for else f"; without it layers are packed in {DEFAULT_PRECISION}"
+    hint = (Option("quant", "bf16"), f" measures it unpacked{default}")
+    raise packed_mixture(planned.id, planned.architecture, hint)

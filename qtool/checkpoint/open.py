@@ -18,10 +18,12 @@ from qtool.checkpoint.records import Checkpoint, Shard
 from qtool.checkpoint.safetensors_header import FIRST_READ_BYTES, Header, fetch_header
 from qtool.checkpoint.weight_files import (
     FOREIGN_WEIGHTS,
+    INDEX,
     SAFETENSORS,
     check_against_index,
     find_weight_files,
     no_weights,
+    read_index,
     unfinished,
 )
 from qtool.errors import QtoolError
@@ -54,7 +56,8 @@ def open_checkpoint(
             model; or a Hub id with an optional @revision. What exists locally wins.
         need: "headers" reads a Hub model's headers by range requests and downloads no weights;
             "files" downloads what is not in the Hub cache yet, so that `path_of` works.
-        need_config: a missing config.json is an error; else `config` is {}.
+        need_config: a model is wanted, not tensors to look at: a missing config.json is an error,
+            and so is one shard of several; else `config` is {}.
         need_weights: a model without safetensors is an error; by default so for "files". Else
             `shards` and `tensors` are empty, and a Note tells of weights in other formats.
 
@@ -66,10 +69,14 @@ def open_checkpoint(
         source = _open_on_hub(reference, need, on_event)
     else:
         source = _open_local(reference)
+        if need_config:
+            _refuse_one_of_several(reference)
     trust_numbers = need == "headers" and source.traffic is not None
     weights = find_weight_files(source, on_event, trust_numbers=trust_numbers)
     if not weights.shards:
         need_weights = need == "files" if need_weights is None else need_weights
+        if need_weights and isinstance(reference, Path) and reference.is_file():
+            raise _without_weights(reference)
         _check_none_needed(source, need_weights=need_weights, on_event=on_event)
     config = _read_config_if_any(source, need_config=need_config)
     headers = _read_headers(source, weights.shards)
@@ -205,8 +212,39 @@ def _open_local(path: Path) -> LocalFolder:
         f"{path}: expected a model folder, a *.safetensors file or a config.json, found "
         f"{'weights in another format' if path.suffix in FOREIGN_WEIGHTS else 'another file'}",
         kind="unsupported",
-        hint="give the folder of the original checkpoint, with *.safetensors",
+        hint=_hint_for_file(path),
     )
+
+
+def _refuse_one_of_several(path: Path) -> None:
+    """Raise QtoolError for a shard of which an index beside it says that there are others."""
+    if path.suffix != SAFETENSORS or not path.is_file():
+        return
+    source = LocalFolder(path.parent)
+    for index in sorted(path.parent.glob(f"*{INDEX}")):
+        shards = set(read_index(source, index.name).values())
+        if path.name in shards and len(shards) > 1:
+            raise QtoolError(
+                f"{path}: expected a whole model, found one of the {len(shards)} shards that "
+                f"{index.name} names",
+                kind="unsupported",
+                hint=_hint_for_file(path),
+            )
+
+
+def _without_weights(path: Path) -> QtoolError:
+    return QtoolError(
+        f"{path}: expected a model folder or a *.safetensors file, found a file without weights",
+        kind="not_found",
+        hint=_hint_for_file(path),
+    )
+
+
+def _hint_for_file(path: Path) -> str:
+    """The next step where `path` is a file that is no whole model: its folder, if that has one."""
+    if any(path.parent.glob(f"*{SAFETENSORS}")):
+        return f"give its folder, {path.parent}"
+    return "give the folder of the original checkpoint, with *.safetensors"
 
 
 def _check_none_needed(source: FileSource, *, need_weights: bool, on_event: OnEvent) -> None:

@@ -87,7 +87,7 @@ def quantize(
             run_request,
         )
         from qtool.quantize.plan import Recipe
-        from qtool.report.quantize import report_plan, report_result
+        from qtool.report.quantize import report_plan, report_result, warn_of_plan
 
         recipe = Recipe(
             format=QuantFormat(quant, blocksize, quant_storage),
@@ -98,8 +98,7 @@ def quantize(
         )
         request = QuantizeRequest(model, output, recipe, backend, threads, tile_size)
         planned = plan_request(request, dry_run=dry_run, restart=restart, on_event=show.on_note)
-        for words in planned.plan.warnings():
-            show.warn(words)
+        warn_of_plan(show, planned)
         report_plan(show, planned, dry_run=dry_run)
         if not dry_run:
             with show.progress() as on_event:

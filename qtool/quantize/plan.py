@@ -23,6 +23,9 @@ from qtool.formats.tensors import TensorLayout
 
 Action = Literal["quantize", "copy"]
 
+FROM_FULL_PRECISION: Final = (
+    "start from the full-precision checkpoint; `qtool inspect` shows what this one is"
+)
 _MAX_NAMES: Final = 12
 _MAX_NAME_LENGTH: Final = 80
 
@@ -190,8 +193,14 @@ def plan_tensors(
     return tuple(planned)
 
 
-def refuse_quantized_source(checkpoint: Checkpoint) -> None:
-    """Raise QtoolError if the checkpoint is quantized already."""
+def refuse_quantized_source(
+    checkpoint: Checkpoint, *, if_packed: Words = FROM_FULL_PRECISION
+) -> None:
+    """Raise QtoolError if the checkpoint is quantized already.
+
+    Args:
+        if_packed: the next step where it is so in the layout that `quantize` writes.
+    """
     entry = checkpoint.config.get("quantization_config")
     if isinstance(entry, Mapping) and entry.get("llm_int8_has_fp16_weight"):
         raise QtoolError(
@@ -207,7 +216,7 @@ def refuse_quantized_source(checkpoint: Checkpoint) -> None:
         raise QtoolError(
             f"{checkpoint.id} is quantized already ({where}); quantizing it twice would lose more",
             kind="unsupported",
-            hint="start from the full-precision checkpoint; `qtool inspect` shows what this one is",
+            hint=if_packed if packed else FROM_FULL_PRECISION,
         )
 
 

@@ -11,6 +11,18 @@ from qtool.quantize.run import QuantizeResult, model_name, output_file_bytes
 from qtool.report.estimate import new_table
 from qtool.report.output import Output
 from qtool.report.units import format_bytes, format_rate
+from qtool.runtime.tokenizer_files import passes_on_no_tokenizer
+
+
+def warn_of_plan(output: Output, planned: PlannedRequest) -> None:
+    """Say what the user may not have meant."""
+    for words in planned.plan.warnings():
+        output.warn(words)
+    if passes_on_no_tokenizer(planned.checkpoint, planned.plan.architecture):
+        output.warn(
+            f"{planned.checkpoint.id} brings no tokenizer along, so the output has none; "
+            "`qtool generate` will need one there"
+        )
 
 
 def report_plan(output: Output, planned: PlannedRequest, *, dry_run: bool) -> None:

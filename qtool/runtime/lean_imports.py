@@ -63,10 +63,13 @@ def lean_imports() -> Iterator[None]:
 
 @contextmanager
 def lean_adapters() -> Iterator[None]:
-    """PEFT, imported meanwhile, finds no bitsandbytes, now or later.
+    """PEFT, if it is not there yet and imported meanwhile, finds no bitsandbytes, now or later.
 
     Its layers are not ours, and importing it brings PyTorch's compiler along: five seconds.
     """
+    if "peft" in sys.modules:
+        yield
+        return
     with without_packages(("bitsandbytes",)):
         yield
         ask = getattr(sys.modules.get("peft.import_utils"), "is_bnb_available", None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qtool.backends.cuda_driver import NoCudaError, cannot_run, find_driver
-from qtool.errors import Option, QtoolError, in_a_row, naming
+from qtool.errors import Option, QtoolError, Words, in_a_row, naming
 from qtool.formats.precisions import QuantFormat, QuantizedPrecision
 from qtool.runtime.prompts import NO_TEMPLATE, no_chat_template, refuse_system
 
@@ -106,12 +106,12 @@ def require_model(model: str, quant: QuantizedPrecision | None = None) -> Checkp
     from qtool.architecture import build_architecture
     from qtool.quantize.plan import Recipe, plan_tensors, refuse_quantized_source
 
-    refuse_quantized_source(checkpoint)
+    refuse_quantized_source(checkpoint, if_packed=as_packed(quant))
     recipe = Recipe(format=QuantFormat(quant))
     with naming(checkpoint.id):
         architecture = build_architecture(checkpoint.config)
     if architecture.experts is not None:
-        raise _packed_mixture(checkpoint, architecture, quant)
+        raise packed_mixture(checkpoint.id, architecture, _as_stored(quant))
     with naming(checkpoint.id):
         plan_tensors(checkpoint.tensors.values(), architecture, recipe)
     return checkpoint
@@ -143,15 +143,23 @@ def _base_of_adapter(folder: Path) -> str | None:
     return base if isinstance(base, str) and base else None
 
 
-def _packed_mixture(
-    checkpoint: Checkpoint, architecture: Architecture, quant: QuantizedPrecision
-) -> QtoolError:
+def as_packed(quant: str) -> Words:
+    """The next step for a packed model that was to run in `quant`."""
+    return (*_as_stored(quant), ", or give the full-precision model")
+
+
+def _as_stored(quant: str) -> tuple[str | Option, ...]:
+    return ("leave out ", Option("quant", quant), " to run it as it is stored")
+
+
+def packed_mixture(model: str, architecture: Architecture, hint: Words) -> QtoolError:
+    """The error for a mixture of experts that was to be packed."""
     assert architecture.experts is not None
     return QtoolError(
-        f"{checkpoint.id}: config.json: {architecture.class_name} is a mixture of "
+        f"{model}: config.json: {architecture.class_name} is a mixture of "
         f"{architecture.experts.num_experts} experts per layer, whose packed experts do not run",
         kind="unsupported",
-        hint=("leave out ", Option("quant", quant), " to run it as it is stored"),
+        hint=hint,
     )
 
 

@@ -3,16 +3,18 @@ import.
 
     if lacks_tokenizer(checkpoint): ...
 
-Both functions say yes only where transformers will agree. What cannot be read here, or not yet as
+All functions say yes only where transformers will agree. What cannot be read here, or not yet as
 on the Hub, may hold anything.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Final
 
-from qtool.architecture import KNOWN_MODEL_TYPES
+from qtool.architecture import KNOWN_MODEL_TYPES, Architecture
+from qtool.architecture.model_types import FAMILIES
 from qtool.checkpoint.config_json import CONFIG_NAME
 from qtool.checkpoint.file_source import read_whole
 from qtool.checkpoint.local_folder import LocalFolder
@@ -37,10 +39,14 @@ def lacks_tokenizer(checkpoint: Checkpoint) -> bool:
     A few types make one, of which `qtool.architecture` knows none; so may a class that the config
     names.
     """
-    config = checkpoint.config
-    if config.get("model_type") not in KNOWN_MODEL_TYPES or config.get("tokenizer_class"):
-        return False
-    return not any(_may_hold_vocabulary(name) for name in _names(checkpoint))
+    return _is_none_among(_names(checkpoint), checkpoint)
+
+
+def passes_on_no_tokenizer(checkpoint: Checkpoint, architecture: Architecture) -> bool:
+    """The same of what a packed copy gets: no file where MODEL is one itself. A classifier needs
+    none to generate text."""
+    is_classifier = architecture.class_name == FAMILIES[architecture.model_type].classifier
+    return not is_classifier and _is_none_among(checkpoint.other_files, checkpoint)
 
 
 def lacks_chat_template(checkpoint: Checkpoint) -> bool:
@@ -49,6 +55,13 @@ def lacks_chat_template(checkpoint: Checkpoint) -> bool:
     if any(_TEMPLATE in name for name in names):
         return False
     return not any(name in names and _may_hold_template(checkpoint, name) for name in _SETTINGS)
+
+
+def _is_none_among(names: Collection[str], checkpoint: Checkpoint) -> bool:
+    config = checkpoint.config
+    if config.get("model_type") not in KNOWN_MODEL_TYPES or config.get("tokenizer_class"):
+        return False
+    return not any(map(_may_hold_vocabulary, names))
 
 
 def _names(checkpoint: Checkpoint) -> frozenset[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -241,13 +243,37 @@ def test_a_packed_checkpoint_runs_as_it_is(bench, tmp_path):
     ran = run("quantize", demo_model_path(), "-o", tmp_path / "packed", "--quant", "fp4")
     assert ran.exit_code == 0
     assert bench(model=str(tmp_path / "packed")).quant == "fp4"
-    with pytest.raises(QtoolError, match=r"already \(fp4\), so it does not run with quant='nf4'"):
+    with pytest.raises(
+        QtoolError, match=r"already \(fp4\), so it does not run with quant='nf4'"
+    ) as told:
         bench(model=str(tmp_path / "packed"), precision="nf4")
+    assert told.value.hint.startswith("leave out quant='nf4' to run it as it is stored")
     plain, packed = (
         bench(model=str(tmp_path / "packed"), head_precision=head) for head in (None, "int8")
     )
     assert packed.head_quant == "int8"
     assert packed.runs[0].step_bytes < plain.runs[0].step_bytes
+
+
+def test_a_mixture_runs_unpacked_alone(bench, test_data):
+    model, events = str(test_data / "models/tinymoe-6m"), []
+    for precision, adds in ((None, "; without it layers are packed in nf4-dq"), ("nf4", "")):
+        with pytest.raises(QtoolError, match="is a mixture of 8 experts per layer") as caught:
+            bench(events.append, model=model, precision=precision)
+        assert caught.value.hint == f"quant='bf16' measures it unpacked{adds}"
+    assert not events
+    assert bench(model=model, precision="bf16", repeats=1).quant == "bf16"
+
+
+def test_a_mixture_that_others_packed_is_not_said_to_run(bench, test_data, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(test_data / "models/tinymoe-6m", model, copy_function=shutil.copyfile)
+    config = json.loads((model / "config.json").read_text())
+    entry = {"quantization_config": {"quant_method": "fp8"}}
+    (model / "config.json").write_text(json.dumps(config | entry))
+    with pytest.raises(QtoolError, match="is quantized already") as caught:
+        bench(model=str(model), precision="nf4")
+    assert caught.value.hint.startswith("start from the full-precision checkpoint")
 
 
 def test_progress_adds_up(bench):

@@ -246,12 +246,30 @@ class TestWhichWeights:
 
 
 class TestSingleFiles:
-    def test_a_safetensors_file_is_a_model_of_its_own(self, sharded: Path):
-        checkpoint = open_checkpoint(str(sharded / SECOND), need="files")
-        assert list(checkpoint.tensors) == list(tiny_models.SHAPES)[6:]
+    def test_a_safetensors_file_is_a_model_of_its_own(self, single: Path):
+        shutil.copy(single / "model.safetensors", single / "other.safetensors")
+        checkpoint = open_checkpoint(str(single / "other.safetensors"), need="files")
+        assert list(checkpoint.tensors) == list(tiny_models.SHAPES)
         assert checkpoint.config == tiny_models.CONFIG
-        assert checkpoint.folder == sharded
+        assert checkpoint.folder == single
         assert checkpoint.other_files == ()
+
+    @pytest.mark.parametrize("need", ["headers", "files"])
+    def test_one_shard_of_several_is_none_but_can_be_looked_at(self, sharded: Path, need):
+        path = str(sharded / SECOND)
+        with pytest.raises(QtoolError, match="found one of the 2 shards that") as caught:
+            open_checkpoint(path, need=need)
+        assert INDEX_NAME in caught.value.message
+        assert caught.value.hint == f"give its folder, {sharded}"
+        looked_at = open_checkpoint(path, need=need, need_config=False)
+        assert list(looked_at.tensors) == list(tiny_models.SHAPES)[6:]
+
+    def test_a_file_that_no_index_counts_among_several_is_one(self, sharded: Path):
+        shutil.copy(sharded / SECOND, sharded / "alone.safetensors")
+        assert open_checkpoint(str(sharded / "alone.safetensors"), need="files").tensors
+        weight_map = dict.fromkeys(tiny_models.SHAPES, "alone.safetensors")
+        (sharded / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+        assert open_checkpoint(str(sharded / "alone.safetensors"), need="files").tensors
 
     def test_a_safetensors_file_without_config_can_be_looked_at(self, single: Path):
         (single / "config.json").unlink()
@@ -264,12 +282,30 @@ class TestSingleFiles:
         checkpoint = open_checkpoint(str(single / "config.json"), need="headers")
         assert (checkpoint.config, dict(checkpoint.tensors)) == (tiny_models.CONFIG, {})
 
-    @pytest.mark.parametrize("name", ["model.gguf", "pytorch_model.bin", "notes.txt"])
+    def test_a_config_where_weights_are_needed_is_told_its_folder(self, single: Path):
+        path = single / "config.json"
+        with pytest.raises(QtoolError, match="found a file without weights") as caught:
+            open_checkpoint(str(path), need="headers", need_weights=True)
+        assert caught.value.message.startswith(f"{path}: ")
+        assert (caught.value.kind, caught.value.hint) == ("not_found", f"give its folder, {single}")
+        (single / "model.safetensors").unlink()
+        with pytest.raises(QtoolError, match="found a file without weights") as caught:
+            open_checkpoint(str(path), need="files")
+        assert caught.value.hint.startswith("give the folder of the original checkpoint")
+
+    @pytest.mark.parametrize(
+        "name", ["model.gguf", "pytorch_model.bin", "notes.txt", INDEX_NAME, "tokenizer.json"]
+    )
     def test_other_files_are_refused(self, single: Path, name: str):
         (single / name).write_bytes(b"x")
         with pytest.raises(QtoolError, match=r"expected a model folder.*found") as caught:
             open_checkpoint(str(single / name), need="headers")
         assert caught.value.kind == "unsupported"
+        assert caught.value.hint == f"give its folder, {single}"
+        (single / "model.safetensors").unlink()
+        with pytest.raises(QtoolError) as caught:
+            open_checkpoint(str(single / name), need="headers")
+        assert caught.value.hint.startswith("give the folder of the original checkpoint")
 
 
 class TestConfigAlone:

@@ -20,6 +20,7 @@ from tests.tiny_models import write_llama
 @pytest.fixture
 def model(tmp_path):
     write_llama(tmp_path / "model", num_shards=2)
+    (tmp_path / "model/tokenizer.json").write_text("{}")
     return tmp_path / "model"
 
 
@@ -351,6 +352,28 @@ def test_a_skip_that_matches_nothing_is_warned_of(model, tmp_path, is_dry):
     assert ran.exit_code == 0
     [said] = ran.document["warnings"]
     assert said.startswith("--skip down_prj matches no module; names such as down_proj")
+
+
+@pytest.mark.parametrize("is_dry", [True, False])
+def test_a_model_without_a_tokenizer_is_warned_of_once(model, tmp_path, is_dry):
+    arguments = ("quantize", model, "-o", tmp_path / "out", *["--dry-run"] * is_dry, "--json")
+    assert run(*arguments, "--restart").document["warnings"] == []
+    (model / "tokenizer.json").unlink()
+    [said] = run(*arguments, "--restart").document["warnings"]
+    assert said.startswith(f"{model} brings no tokenizer along")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors"])
+def test_a_file_that_is_no_whole_model_is_told_its_folder(model, tmp_path, name):
+    error = refused_alike("quantize", model / name, "-o", tmp_path / "out")
+    assert error["hint"] == f"give its folder, {model}"
+
+
+def test_a_packed_model_is_not_packed_again(model, tmp_path):
+    assert run("quantize", model, "-o", tmp_path / "packed").exit_code == 0
+    error = refused_alike("quantize", tmp_path / "packed", "-o", tmp_path / "out")
+    assert "is quantized already" in error["message"]
+    assert error["hint"].startswith("start from the full-precision checkpoint")
 
 
 def test_errors_have_no_traceback_unless_asked_for(tmp_path, monkeypatch):

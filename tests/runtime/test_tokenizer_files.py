@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 
-from qtool.architecture import KNOWN_MODEL_TYPES
+from qtool.architecture import KNOWN_MODEL_TYPES, build_architecture
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.records import Checkpoint
 from qtool.errors import QtoolError
 from qtool.runtime.loading import load_tokenizer
 from qtool.runtime.prompts import has_chat_template
-from qtool.runtime.tokenizer_files import lacks_chat_template, lacks_tokenizer
+from qtool.runtime.tokenizer_files import (
+    lacks_chat_template,
+    lacks_tokenizer,
+    passes_on_no_tokenizer,
+)
 
 MODEL = "TinyStories-656K-hf"
 LLAMA = {"model_type": "llama"}
@@ -87,6 +91,24 @@ def test_beside_a_single_file_lies_the_tokenizer(models: Path) -> None:
     assert not lacks_tokenizer(opened)
     assert lacks_chat_template(opened)
     assert not has_chat_template(load_tokenizer(opened))
+
+
+def test_a_single_file_passes_it_on_to_no_copy(models: Path) -> None:
+    for name, expected in (("model.safetensors", True), ("", False)):
+        opened = open_checkpoint(str(models / MODEL / name), need="files")
+        architecture = build_architecture(opened.config)
+        assert passes_on_no_tokenizer(opened, architecture) is expected
+
+
+def test_a_copy_of_a_classifier_or_of_bytes_needs_none(models: Path, tmp_path: Path) -> None:
+    config = json.loads((models / MODEL / "config.json").read_text())
+    for changes, expected in (
+        ({}, True),
+        ({"architectures": ["LlamaForSequenceClassification"]}, False),
+        ({"tokenizer_class": "ByT5Tokenizer"}, False),
+    ):
+        changed = in_folder(tmp_path, config | changes)
+        assert passes_on_no_tokenizer(changed, build_architecture(changed.config)) is expected
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
