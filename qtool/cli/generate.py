@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from qtool.checkpoint.records import Checkpoint
     from qtool.report.output import Output
 
+ANY_SEED = 1 << 32  # of those that are chosen here: short enough to be typed
 SAMPLING_PANEL = "Sampling"
 LOADING_PANEL = "Loading"
 EXAMPLES = (
@@ -131,7 +133,7 @@ def generate(
             metavar="N",
             callback=options.seeds_to(MAX_SEED),
             rich_help_panel=SAMPLING_PANEL,
-            help="Makes sampling repeatable.",
+            help="Makes sampling repeatable; default: another each time, which -v and --json tell.",
         ),
     ] = None,
     quant: Annotated[
@@ -269,7 +271,7 @@ def generate(
                 with lean_adapters():
                     check_adapter(folder)
         limits = Limits(max_new_tokens, max_context, ignore_eos, tuple(stop or ()))
-        sampling = Sampling(temperature, top_p, top_k, seed)
+        sampling = Sampling(temperature, top_p, top_k, _seed_for(temperature, seed))
         decoder = DecoderOptions(path, prefill_chunk)
         request = Request(model, chat, system, sampling, limits, decoder)
         with show.progress() as on_event:
@@ -289,9 +291,14 @@ def generate(
                 return
             with writing_answer(show) as write:
                 result = answer(loaded, request, text, write=write)
-            report_result(show, loaded, result, prefill_chunk=prefill_chunk)
+            report_result(show, loaded, result, prefill_chunk=prefill_chunk, seed=sampling.seed)
         if result.interruption is not None:
             raise typer.Exit(interruption(result.interruption, "").exit_code)
+
+
+def _seed_for(temperature: float, asked: int | None) -> int | None:
+    """One that is told, so that a text that somebody likes can be had again."""
+    return secrets.randbelow(ANY_SEED) if asked is None and temperature > 0 else asked
 
 
 def _require_fusable(checkpoint: Checkpoint) -> None:

@@ -101,7 +101,7 @@ class DemoReport:
         ):
             step = self._begin(f"Use it: {when}", f'generate "${variable}" "{PROMPT}" {how}')
             loaded, result = self._demo.generate(model, step.write_text)
-            report_result(step, loaded, result)
+            report_result(step, loaded, result, seed=SEED)
             documents[when] = step.fields
         self._documents["generate"] = documents
 

@@ -55,14 +55,17 @@ def report_result(
     result: GenerateResult,
     *,
     prefill_chunk: int = PREFILL_CHUNK,
+    seed: int | None = None,
 ) -> None:
-    """End the streamed text, then say how fast it came and what it took."""
+    """End the streamed text, then say how fast it came, what it took and how it was chosen."""
     if not result.text.endswith("\n"):
         output.write_text("\n")
     for line in _statistics(output, loaded, result, prefill_chunk):
         output.note(line)
     output.detail(f"seconds: {_phases(loaded, result)}")
-    output.document(_document(loaded, result))
+    if seed is not None:
+        output.detail(f"seed {seed}")
+    output.document({**_document(loaded, result), "seed": seed})
 
 
 def converse(output: Output, loaded: LoadedModel, request: Request) -> None:
@@ -75,6 +78,8 @@ def converse(output: Output, loaded: LoadedModel, request: Request) -> None:
     output.note(
         f"{request.model} · {what} · /help for commands, Ctrl-C stops an answer, Ctrl-D leaves"
     )
+    if request.sampling.seed is not None:
+        output.detail(f"seed {request.sampling.seed}")
     conversation = Conversation(request.system)
     with open_history(loaded, request) as history:
         turns, way = _turns_of(request), ""

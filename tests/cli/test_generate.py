@@ -56,6 +56,7 @@ DOCUMENT = {
     "path_reason": str,
     "stop_reason": str,
     "length_limit": str,
+    "seed": type(None),
     "warnings": list,
 }
 
@@ -287,6 +288,18 @@ BAD_USAGE: dict[str, tuple[list[Any], str]] = {
     "no tokens": (["x", "--max-new-tokens", 0], "--max-new-tokens"),
     "no chunk": (["x", "--prefill-chunk", 0], "--prefill-chunk"),
 }
+
+
+def test_a_seed_that_nobody_gave_is_told_and_makes_the_text_again(stories: Path) -> None:
+    def document(*options: object) -> dict[str, Any]:
+        words = ("--temperature", 1.5, "--max-new-tokens", 12, "--device", "cpu", "--json")
+        return run("generate", stories, PROMPT, *words, *options).document
+
+    first, other = document(), document()
+    assert first["seed"] != other["seed"]
+    again = document("--seed", first["seed"])
+    assert (again["seed"], again["token_ids"]) == (first["seed"], first["token_ids"])
+    assert other["token_ids"] != first["token_ids"]
 
 
 def test_a_line_break_in_a_stop_text_may_be_none(stories: Path) -> None:
