@@ -7,6 +7,7 @@ result = train(prepared, on_event=..., on_progress=..., warn=print)
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import shutil
@@ -21,7 +22,7 @@ from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.output_place import hold_lock
 from qtool.checkpoint.records import Checkpoint
 from qtool.errors import Option, QtoolError, Words
-from qtool.events import Note, OnEvent, ignore_events
+from qtool.events import Finished, Note, OnEvent, Started, ignore_events
 from qtool.finetune.plan import PlannedRun, num_processes, plan_run
 from qtool.finetune.records import (
     DEFAULT_SPLIT,
@@ -161,6 +162,7 @@ def train(
         on_event, warn = ignore_events, _ignore
     on_event(Note("load     PyTorch and the tokenizer"))
     with _locked(prepared.folder), _quiet():
+        _import_packages(on_event)
         from qtool.runtime.memory import out_of_memory_as_error
 
         _require_class(prepared.planned)
@@ -172,6 +174,14 @@ def train(
             run = _Run.start(prepared, warn, on_event)
             on_event(Note("train    waiting for the first step"))
             return run.finish(on_progress, warn)
+
+
+def _import_packages(on_event: OnEvent) -> None:
+    """PyTorch, transformers, PEFT and TRL: some seconds, in which there is nothing else to see."""
+    on_event(Started("importing", 0, is_transfer=False))
+    importlib.import_module("qtool.finetune.network")
+    importlib.import_module("qtool.finetune.trainer")
+    on_event(Finished("importing"))
 
 
 def _require_class(planned: PlannedRun) -> None:

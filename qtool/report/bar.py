@@ -2,7 +2,7 @@
 
     quantize ━━━━━━━━━━━━━━━━ 1.27/6.27 GiB  1.21 GB/s  0:45  …odel.layers.14.mlp.up_proj.weight
 
-What is no transfer shows the share that is done, and no rate; what knows no share has a clock:
+What is no transfer shows the share that is done, and no rate; what has no bytes has a clock:
 
     loading PyTorch 1.4 s
 """
@@ -111,7 +111,7 @@ class _Stages:
                 self._close()
                 self._task = self._progress.add_task(
                     self._fitting(event.stage),
-                    total=event.total_bytes,
+                    total=event.total_bytes or None,  # a bar without an end
                     completed=event.done_bytes,
                     started=event,
                     item="",
@@ -140,9 +140,10 @@ class _Figures(ProgressColumn):
         """Called by rich."""
         started: Started = task.fields["started"]
         done, total, seconds = int(task.completed), started.total_bytes, task.elapsed or 0.0
+        if not total:
+            return _seconds_text(seconds)
         new = done - started.done_bytes
-        share = done / total if total else 1.0
-        figures = [format_done(done, total) if started.is_transfer else f"{share:.0%}"]
+        figures = [format_done(done, total) if started.is_transfer else f"{done / total:.0%}"]
         if seconds >= LEAST_RATED_S and new:
             if started.is_transfer:
                 figures.append(format_rate(new, seconds))
@@ -155,7 +156,7 @@ class _Clock(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Called by rich."""
-        return Text(f"{task.elapsed or 0.0:.1f} s", "dim")
+        return _seconds_text(task.elapsed or 0.0)
 
 
 class _Item(ProgressColumn):
@@ -186,6 +187,10 @@ class _End:
 def _whole() -> Column:
     """A column that is not folded, and narrower only where there is no other way."""
     return Column(no_wrap=True)
+
+
+def _seconds_text(seconds: float) -> Text:
+    return Text(f"{seconds:.1f} s", "dim")
 
 
 def _clock_text(seconds: float) -> str:

@@ -87,7 +87,7 @@ class _LineEvents:
             line = f"{stage}: {format_bytes(self._done_bytes)} in {seconds:.1f} s"
             if self._done_bytes >= WORTH_A_RATE_BYTES:
                 line += f" ({format_rate(self._done_bytes, seconds)})"
-        if seconds >= WORTH_A_LINE_S:
+        if seconds >= WORTH_A_LINE_S and self._stage.total_bytes:  # else a note has told of it
             self._output.note(line)
         else:
             self._output.detail(line)

@@ -96,9 +96,9 @@ def test_a_stage_that_is_over_makes_room_for_the_next() -> None:
     assert line.startswith("third ")
 
 
-def test_a_stage_without_bytes_is_drawn() -> None:
+def test_a_stage_without_bytes_has_a_clock() -> None:
     (line,) = drawn(80, Started("quantize", 0), 2.0)
-    assert line.startswith("quantize ")
+    assert re.fullmatch(r"quantize [━╸╺]{16} 2\.0 s", line)
 
 
 def test_a_step_has_a_clock_and_goes_with_its_line() -> None:
