@@ -12,7 +12,7 @@ from qtool.backends import BackendChoice
 from qtool.bench.model_shapes import SHAPE_NAMES
 from qtool.cli import options
 from qtool.cli.option_names import is_given
-from qtool.cli.session import importing, verb_session
+from qtool.cli.session import verb_session
 from qtool.defaults import PREFILL_CHUNK
 from qtool.errors import Option
 from qtool.formats.precisions import Precision, QuantizedPrecision
@@ -316,7 +316,7 @@ def generate(
         opened = _check_torch_bench(output, device, shape=shape, model=model)
         if opened is not None and new is not None:
             _check_sizes(opened, prompt or [128], new)
-        with importing(show, "PyTorch", "transformers"):
+        with show.importing("PyTorch", "transformers"):
             from qtool.bench.generate import GenerateBenchRequest, bench_generate
             from qtool.report.bench import report_generate
             from qtool.runtime.decoders.choose import DecoderOptions
@@ -394,7 +394,7 @@ def finetune(
 
         _check_torch_bench(output, device, shape=shape)
         require_peft()
-        with importing(show, "PyTorch", "transformers", "PEFT"):
+        with show.importing("PyTorch", "transformers", "PEFT"):
             from qtool.runtime.bitsandbytes_logging import quiet_bitsandbytes
 
             with quiet_bitsandbytes():  # PEFT imports it where it is installed
@@ -448,7 +448,7 @@ def optimizers(
         ctx, "bench optimizers", json_output=json_output, quiet=quiet, verbose=verbose, color=color
     ) as show:
         _check_torch_bench(output, device)
-        with importing(show, "PyTorch"):
+        with show.importing("PyTorch"):
             from qtool.bench.optimizers import OptimizerRequest, bench_optimizers
             from qtool.report.bench import report_optimizers
 

@@ -10,7 +10,7 @@ import typer
 
 from qtool.cli import options
 from qtool.cli.prompt_input import read_prompt, refuse_two
-from qtool.cli.session import importing, verb_session
+from qtool.cli.session import verb_session
 from qtool.cli.sizes import parse_threshold
 from qtool.defaults import (
     LEAST_TEMPERATURE,
@@ -249,7 +249,7 @@ def generate(
         text = read_prompt(show, prompt, prompt_file)
         folder = None if adapter is None else _fetch_adapter(show, adapter)
         head_start.begin(device, opened, compute_dtype)
-        with importing(show, "PyTorch", "transformers", *["PEFT"] * (folder is not None)):
+        with show.importing("PyTorch", "transformers", *["PEFT"] * (folder is not None)):
             with lean_imports():
                 from qtool.report.generate import (
                     converse,

@@ -18,7 +18,7 @@ from typing import Final
 import typer
 
 from qtool.cli.option_names import IDLE_CONFIG, option_names
-from qtool.errors import Option, QtoolError, Terminated, in_a_row, interruption
+from qtool.errors import Option, QtoolError, Terminated, interruption
 from qtool.report.output import AnswerLost, ColorChoice, Output, ReaderGone, flush_stdout
 
 Hint = tuple[str | Option, ...]
@@ -68,13 +68,6 @@ def verb_session(
             told = interruption(missed, again)
         report_error(output, error, told)
         raise typer.Exit(told.exit_code) from error
-
-
-@contextmanager
-def importing(show: Output, *packages: str) -> Iterator[None]:
-    """Say that the block imports them: it takes seconds, with nothing else to say."""
-    with show.step(f"loading {in_a_row(packages)}"):
-        yield
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def show_step(console: Console, text: str) -> Iterator[None]:
         _warnings_above(console),
         Progress(
             TextColumn("{task.description}", markup=False, table_column=_whole()),
-            _Clock(_whole()),
+            _Figures(_whole()),
             console=console,
             refresh_per_second=STEP_REFRESHES_PER_S,
             transient=True,
@@ -67,7 +67,7 @@ def show_step(console: Console, text: str) -> Iterator[None]:
             redirect_stderr=False,
         ) as progress,
     ):
-        progress.add_task(text, total=None)
+        progress.add_task(text, total=None, started=Started(text, 0))
         yield
 
 
@@ -134,14 +134,15 @@ class _Stages:
 
 
 class _Figures(ProgressColumn):
-    """What is done, how fast, and the time that the rest takes at the mean rate so far."""
+    """What is done, how fast, and the time that the rest takes at the mean rate so far; of what has
+    no bytes, the seconds since it began: that they go on says that it does."""
 
     def render(self, task: Task) -> Text:
         """Called by rich."""
         started: Started = task.fields["started"]
         done, total, seconds = int(task.completed), started.total_bytes, task.elapsed or 0.0
         if not total:
-            return _seconds_text(seconds)
+            return Text(f"{seconds:.1f} s", "dim")
         new = done - started.done_bytes
         figures = [format_done(done, total) if started.is_transfer else f"{done / total:.0%}"]
         if seconds >= LEAST_RATED_S and new:
@@ -149,14 +150,6 @@ class _Figures(ProgressColumn):
                 figures.append(format_rate(new, seconds))
             figures.append(_clock_text((total - done) * seconds / new))
         return Text("  ".join(figures))
-
-
-class _Clock(ProgressColumn):
-    """Seconds since the work began: that they go on says that it does."""
-
-    def render(self, task: Task) -> Text:
-        """Called by rich."""
-        return _seconds_text(task.elapsed or 0.0)
 
 
 class _Item(ProgressColumn):
@@ -187,10 +180,6 @@ class _End:
 def _whole() -> Column:
     """A column that is not folded, and narrower only where there is no other way."""
     return Column(no_wrap=True)
-
-
-def _seconds_text(seconds: float) -> Text:
-    return Text(f"{seconds:.1f} s", "dim")
 
 
 def _clock_text(seconds: float) -> str:

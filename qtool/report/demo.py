@@ -91,7 +91,7 @@ class DemoReport:
         """Text before and after, as it is made."""
         from qtool.runtime.lean_imports import lean_imports
 
-        with self._output.step("loading PyTorch and transformers"), lean_imports():
+        with self._output.importing("PyTorch", "transformers"), lean_imports():
             from qtool.report.generate import report_result
         how = f"--temperature {TEMPERATURE} --seed {SEED} --max-new-tokens {NUM_NEW_TOKENS}"
         documents = {}

@@ -12,11 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from qtool.errors import NameOption, QtoolError, Words, in_words, name_argument
+from qtool.errors import NameOption, QtoolError, Words, in_a_row, in_words, name_argument
 from qtool.events import Event, Note, OnEvent
 
 if TYPE_CHECKING:
@@ -223,6 +223,10 @@ class Output:
 
         with show_step(self.stderr, text):
             yield
+
+    def importing(self, *packages: str) -> AbstractContextManager[None]:
+        """Say that the block imports them: it takes seconds, with nothing else to say."""
+        return self.step(f"loading {in_a_row(packages)}")
 
     def on_note(self, event: Event) -> None:
         """An `on_event` for work that has nothing to show but notes."""
